@@ -1,0 +1,29 @@
+# Everything on a fresh machine with Python 3.11 and, for the native module, a C++ compiler.
+#   make demo   set up, then fit the shipped model to a fifth of its size (about 4 minutes on 2 cores)
+#   make test   set up, then run the tests (under 6 minutes on 2 cores, no network after the set-up)
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/ready
+	$(BIN)/penny demo
+
+test: $(VENV)/ready
+	$(BIN)/pytest -n 2
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/ready: pyproject.toml constraints.txt native/CMakeLists.txt $(wildcard native/*.cpp native/*.h)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .demo

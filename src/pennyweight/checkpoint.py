@@ -1,0 +1,249 @@
+"""Hugging Face folders in and out, one tensor and one shard at a time.
+
+Reading uses plain file reads, not memory maps: a map's pages count as resident memory, and a 2.5 GB model must be
+worked on in less than that. Writing goes to `<folder>.partial` and is renamed when complete, so a folder that exists
+is a whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_TORCH = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_MAX_HEADER = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: bytes [start, end) of `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder (or the file itself). Raises FileNotFoundError or ValueError."""
+    path = folder / "config.json" if folder.is_dir() else folder
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a model: expected a folder with config.json and *.safetensors "
+            "(download it first: penny never reaches for a network)"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        raise ValueError(f"{path} is not JSON: {err}") from err
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f"{path} has no model_type; it is not a transformers config")
+    return config
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Entries of one safetensors file, checked against its size. Raises ValueError with the offset where it breaks."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ValueError(f"{path}: header says {length} bytes but the file has {size}; truncated or not safetensors")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        raise ValueError(f"{path}: header at byte 8 is not JSON ({err}); the file is damaged") from err
+    entries = {}
+    for name, item in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = item["data_offsets"]
+        shape = tuple(item["shape"])
+        if item["dtype"] not in _ITEM_BYTES:
+            raise ValueError(f"{path}: {name} has dtype {item['dtype']}; supported are {', '.join(_ITEM_BYTES)}")
+        if end - start != math.prod(shape) * _ITEM_BYTES[item["dtype"]] or not 0 <= start <= end:
+            raise ValueError(f"{path}: {name} says shape {shape} {item['dtype']} but bytes {start} to {end}; damaged")
+        if 8 + length + end > size:
+            raise ValueError(f"{path}: {name} ends at byte {8 + length + end}, the file at {size}; it is truncated")
+        entries[name] = Entry(path, item["dtype"], shape, 8 + length + start, 8 + length + end)
+    return entries
+
+
+def read_entry(name: str, entry: Entry) -> torch.Tensor:
+    """One tensor, copied from its file. Raises ValueError if the file ends inside it."""
+    import torch
+
+    out = torch.empty(entry.shape, dtype=getattr(torch, _TORCH[entry.dtype]))
+    if not entry.nbytes:
+        return out
+    view = memoryview(out.view(-1).view(torch.uint8).numpy())
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        got = 0
+        while got < entry.nbytes:
+            count = file.readinto(view[got:])
+            if not count:
+                raise ValueError(f"{entry.file}: ended inside {name}, {entry.nbytes - got} bytes short")
+            got += count
+    return out
+
+
+class Checkpoint:
+    """A model folder, opened but not loaded: config and the place of every tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises FileNotFoundError or ValueError if the folder is not a complete, undamaged model."""
+        self.folder = folder
+        self.config = read_config(folder)
+        files = sorted(folder.glob("*.safetensors"))
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                named = json.loads(index.read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError) as err:
+                raise ValueError(f"{index} is not a safetensors index: {err!r}") from err
+            missing = sorted({file for file in named.values() if not (folder / file).is_file()})
+            if missing:
+                raise FileNotFoundError(f"{folder}: the index names {missing[0]}, which is not there ({len(missing)} missing)")
+            files = [folder / file for file in sorted(set(named.values()))]
+        if not files:
+            raise FileNotFoundError(f"{folder} holds no *.safetensors; convert other weights with save_pretrained first")
+        self.files = files
+        self.entries: dict[str, Entry] = {}
+        for file in files:
+            self.entries |= read_header(file)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, as stored. Raises ValueError if the model has no such tensor or its file ends too early."""
+        if name not in self.entries:
+            raise ValueError(f"{self.folder} has no tensor {name}; its config.json promises one")
+        return read_entry(name, self.entries[name])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and every byte of every weight file, file by file."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in self.files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+
+_COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt", "*.model", "chat_template*")
+
+
+class Writer:
+    """Writes a model folder shard by shard; `finish` makes it appear. Tensors are kept until a shard is full."""
+
+    def __init__(self, folder: Path, *, shard_bytes: int = 2**28) -> None:
+        self.folder = folder
+        self.partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self.shard_bytes = shard_bytes
+        self.pending: dict[str, torch.Tensor] = {}
+        self.shards: list[list[str]] = []
+        self.total = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        nbytes = tensor.numel() * tensor.element_size()
+        if self.pending and sum(t.numel() * t.element_size() for t in self.pending.values()) + nbytes > self.shard_bytes:
+            self._flush()
+        self.pending[name] = tensor.detach().contiguous()
+        self.total += nbytes
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        save_file(self.pending, self.partial / f"shard-{len(self.shards)}", metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.pending = {}
+
+    def finish(self, config: Mapping[str, Any], *, like: Path | None = None, files: Mapping[str, Any] | None = None) -> Path:
+        """Write config.json, the index, JSON `files`, and tokenizer files copied from folder `like`; then rename."""
+        if self.pending:
+            self._flush()
+        count = len(self.shards)
+        names = ["model.safetensors"]
+        if count > 1:
+            names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+            weight_map = {tensor: names[i] for i, shard in enumerate(self.shards) for tensor in shard}
+            _write_json(
+                self.partial / "model.safetensors.index.json",
+                {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))},
+            )
+        for i, name in enumerate(names):
+            os.replace(self.partial / f"shard-{i}", self.partial / name)
+        for pattern in _COPIED if like else ():
+            for source in like.glob(pattern):  # type: ignore[union-attr]
+                if source.is_file():
+                    shutil.copyfile(source, self.partial / source.name)
+        for name, content in (files or {}).items():
+            _write_json(self.partial / name, content)
+        _write_json(self.partial / "config.json", config)
+        for path in self.partial.iterdir():
+            _sync(path)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.replace(self.partial, self.folder)
+        return self.folder
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write so that `path` holds either its old content or the whole new one, also across kill -9."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def safetensors_bytes(folder: Path) -> int:
+    """Bytes of all weight files of a model folder, headers included: what a budget on file size is held against."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def header_bytes(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+    """An upper bound on the safetensors header entries of these (name, shape) pairs, offsets of up to 13 digits."""
+    entry = len('"":{"dtype":"BF16","shape":[],"data_offsets":[,]},') + 2 * 13
+    return sum(entry + len(name) + len(",".join(map(str, shape))) for name, shape in tensors)

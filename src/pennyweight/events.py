@@ -1,0 +1,28 @@
+"""What a long job tells while it runs. The library reports; only the command line draws or prints."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Listener(Protocol):
+    """Told about one stage at a time. `done` and `total` count `unit`s; figures are named numbers worth showing."""
+
+    def begin(self, stage: str, *, total: int, done: int = 0, unit: str = "") -> None: ...
+
+    def advance(self, done: int, **figures: float) -> None: ...
+
+    def end(self, note: str = "") -> None: ...
+
+
+class Silent:
+    """Listens and says nothing: the default of the Python interface."""
+
+    def begin(self, stage: str, *, total: int, done: int = 0, unit: str = "") -> None:
+        pass
+
+    def advance(self, done: int, **figures: float) -> None:
+        pass
+
+    def end(self, note: str = "") -> None:
+        pass

@@ -1,0 +1,43 @@
+"""Where independent tasks run: in this process, or on Ray. Same tasks, same results, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+Engine = Literal["local", "ray"]
+
+
+def run(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], engine: Engine = "local") -> Iterator[Any]:
+    """function(*task) for every task, results in the order of tasks as they become ready.
+
+    Tasks must be pure functions of picklable arguments. With Ray the run and model folders must be visible to all
+    workers. Raises ValueError for an unknown engine, RuntimeError if Ray is asked for and not installed.
+    """
+    if engine == "local":
+        return (function(*task) for task in tasks)
+    if engine == "ray":
+        return _ray(function, tasks)
+    raise ValueError(f"engine {engine!r} is unknown; there are local and ray")
+
+
+def _ray(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    try:
+        import ray
+    except ImportError as err:
+        raise RuntimeError("--engine ray needs the extra: pip install 'pennyweight[ray]'") from err
+    import torch
+
+    threads = torch.get_num_threads()  # sums depend on the split among threads: workers use the same
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, object_store_memory=512 * 2**20)
+
+    def call(*task: Any) -> Any:
+        import torch
+
+        torch.set_num_threads(threads)
+        return function(*task)
+
+    remote = ray.remote(max_retries=2)(call)
+    for reference in [remote.remote(*task) for task in tasks]:
+        yield ray.get(reference)

@@ -1,0 +1,124 @@
+"""Integer weights as compressed-tensors stores them: `pack-quantized`, symmetric, one scale per group of columns.
+
+A matrix W (rows, columns) becomes
+    <name>.weight_packed  int32 (rows, ceil(columns * bits / 32)): codes + 2**(bits-1), lowest bits first
+    <name>.weight_scale   bfloat16 (rows, columns / group)
+    <name>.weight_shape   int64 (2,): rows, columns
+and W is code * scale with codes in [-2**(bits-1), 2**(bits-1) - 1]. vLLM and transformers read this layout; packing
+is ours because the library packs whole models, and we go matrix by matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from pennyweight.slots import Stored
+
+BITS = (4, 8)
+BLOCK_VALUES = 2**22
+"""Large matrices are worked on in blocks of rows of about this many values, to bound what is held in between."""
+
+
+Spec = Stored
+"""bits per code (4 or 8) and columns per scale."""
+
+
+def limits(bits: int) -> tuple[int, int]:
+    """Lowest and highest code."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def pack(codes: torch.Tensor, scale: torch.Tensor, spec: Spec) -> dict[str, torch.Tensor]:
+    """codes (rows, columns) integer, scale (rows, columns / group) bfloat16 -> the three tensors by suffix.
+
+    Raises ValueError if shapes do not match the spec or a code is out of range.
+    """
+    rows, columns = codes.shape
+    low, high = limits(spec.bits)
+    if columns % spec.group or scale.shape != (rows, columns // spec.group):
+        raise ValueError(f"codes {tuple(codes.shape)} and scale {tuple(scale.shape)} do not fit group {spec.group}")
+    if codes.numel() and not (low <= int(codes.min()) and int(codes.max()) <= high):
+        raise ValueError(f"codes span {int(codes.min())}..{int(codes.max())}; {spec.bits} bits hold {low}..{high}")
+    per_word = 32 // spec.bits
+    packed = torch.zeros(rows, -(-columns // per_word), dtype=torch.int32)
+    for i in range(per_word):
+        lane = codes[:, i::per_word].to(torch.int32) - low
+        packed[:, : lane.shape[1]] |= lane << (spec.bits * i)
+    return {
+        "weight_packed": packed,
+        "weight_scale": scale.to(torch.bfloat16),
+        "weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
+    }
+
+
+def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
+    """Bits and group, read off the shapes of the three tensors."""
+    rows, columns = (int(n) for n in parts["weight_shape"])
+    bits = next((b for b in BITS if parts["weight_packed"].shape == (rows, -(-columns // (32 // b)))), None)
+    groups = parts["weight_scale"].shape[-1]
+    if bits is None or not groups or columns % groups:
+        shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
+        raise ValueError(f"{shapes} is no packed matrix of {rows} x {columns} in {BITS} bits")
+    return Spec(bits, columns // groups)
+
+
+def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The matrix in bfloat16, exactly what compressed-tensors and vLLM compute: code * scale rounded once.
+
+    Raises ValueError if the three tensors do not belong together.
+    """
+    spec = spec_of(parts)
+    rows, columns = (int(n) for n in parts["weight_shape"])
+    low, _ = limits(spec.bits)
+    mask = (1 << spec.bits) - 1
+    out = torch.empty(rows, columns, dtype=torch.bfloat16)
+    step = max(1, BLOCK_VALUES // columns)
+    for start in range(0, rows, step):
+        words = parts["weight_packed"][start : start + step]
+        codes = torch.stack([(words >> (spec.bits * i)) & mask for i in range(32 // spec.bits)], dim=-1)
+        codes = codes.view(len(words), -1)[:, :columns] + low
+        out[start : start + step] = dequantize(codes, parts["weight_scale"][start : start + step])
+    return out
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """code * scale in bfloat16; codes (rows, columns), scale (rows, groups)."""
+    rows, columns = codes.shape
+    out = torch.empty(rows, columns, dtype=torch.bfloat16)
+    step = max(1, BLOCK_VALUES // columns)
+    for start in range(0, rows, step):
+        block, factor = codes[start : start + step], scale[start : start + step].to(torch.bfloat16)
+        grouped = block.to(torch.bfloat16).view(len(block), scale.shape[1], columns // scale.shape[1])
+        out[start : start + step] = (grouped * factor.unsqueeze(-1)).view(len(block), columns)
+    return out
+
+
+def slice_rows(parts: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    """The first `rows` rows, without unpacking."""
+    shape = parts["weight_shape"].clone()
+    shape[0] = rows
+    return {"weight_packed": parts["weight_packed"][:rows], "weight_scale": parts["weight_scale"][:rows], "weight_shape": shape}
+
+
+def nbytes(rows: int, columns: int, spec: Spec) -> int:
+    """Bytes of the three tensors."""
+    return spec.nbytes(rows, columns)
+
+
+def config_group(spec: Spec, targets: list[str]) -> dict[str, object]:
+    """The entry of `quantization_config.config_groups` that declares these modules stored this way."""
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": spec.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": spec.group,
+            "dynamic": False,
+        },
+        "input_activations": None,
+        "output_activations": None,
+    }

@@ -1,0 +1,113 @@
+"""Blockwise local distillation: every changed block learns to do what the parent's block did, on the parent's inputs.
+
+Decoupled as in Puzzle (arXiv:2411.19146): a changed mixer is trained with the parent's frozen FFN behind it, a
+changed FFN with the parent's mixer before it, so blocks never wait for each other and errors do not travel. The loss
+is MSE at the layer's output over the mean square of what the parent's layer adds to the stream: 0 is perfect, 1 as
+bad as leaving the layer out (the paper divides by the output's own square; we leave out the residual, which would
+hide the scale).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from pennyweight.events import Listener
+from pennyweight.families._decoder import BLOCK, NORM
+from pennyweight.slots import Noop, Slot
+from pennyweight.stats import autocast
+from pennyweight.store import Store
+from pennyweight.walk import Walk, run_layer, run_slot
+
+
+def heal(
+    parent: Walk,
+    child: Walk,
+    changed: Collection[Slot],
+    ids: torch.Tensor,
+    *,
+    tokens: int,
+    lr: float,
+    batch_rows: int,
+    store: Store,
+    listen: Listener,
+) -> dict[Slot, dict[str, torch.Tensor]]:
+    """New tensors of every changed slot, names relative to the layer; each slot sees `tokens` tokens of `ids` (rows,
+    tokens). Finished slots are kept in `store` and not trained again. AdamW, cosine decay to a tenth."""
+    positions = parent.positions(ids.shape[1])
+    steps = max(1, tokens // (batch_rows * ids.shape[1]))
+    slots = [slot for slot in child.shapes if slot in changed and not isinstance(child.shapes[slot], Noop)]
+    healed: dict[Slot, dict[str, torch.Tensor]] = {}
+    listen.begin("heal blocks", total=len(slots), unit="blocks")
+    last = max((slot.layer or 0 for slot in slots), default=-1)
+    with torch.no_grad(), autocast(parent.dtype):
+        hidden = parent.embedding()(ids).float()
+    for index in range(last + 1):
+        layer = parent.layer(index)
+        with torch.no_grad(), autocast(parent.dtype):
+            target = torch.cat([run_layer(layer, rows, positions) for rows in hidden.split(batch_rows)])
+        for slot in [slot for slot in slots if slot.layer == index]:
+            key = f"heal/local/{slot}"
+            if store.get(key) is None:
+                pupil: Any = child.layer(index)
+                loss = _train(slot, layer, pupil, hidden, target, positions, steps, lr, batch_rows, parent.dtype)
+                names = (BLOCK[slot.kind], NORM[slot.kind])
+                state = {f"{n}.{k}": v for n in names for k, v in getattr(pupil, n).state_dict().items()}
+                store.put_tensors(key, {name: tensor.bfloat16() for name, tensor in state.items()})
+                store.put(f"heal/local-loss/{slot}", loss)
+            healed[slot] = store.tensors(key)
+            listen.advance(len(healed))
+        hidden = target
+    listen.end()
+    return healed
+
+
+def _train(
+    slot: Slot,
+    teacher: Any,
+    pupil: Any,
+    hidden: torch.Tensor,
+    target: torch.Tensor,
+    positions: dict[str, Any],
+    steps: int,
+    lr: float,
+    batch_rows: int,
+    dtype: torch.dtype,
+) -> list[float]:
+    """First and last loss; `pupil`'s slot is trained in place, in float32."""
+    trained: list[nn.Parameter] = []
+    for name in (BLOCK[slot.kind], NORM[slot.kind]):
+        getattr(pupil, name).float().requires_grad_(True)
+        trained += list(getattr(pupil, name).parameters())
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * cosine(step, steps)
+        rows = torch.arange(step * batch_rows, (step + 1) * batch_rows) % len(hidden)
+        x, y = hidden[rows], target[rows]
+        with autocast(dtype):
+            if slot.kind == "mixer":
+                middle = x + run_slot(pupil, "mixer", x, positions)
+                out = middle + run_slot(teacher, "ffn", middle, positions)
+            else:
+                with torch.no_grad():
+                    middle = x + run_slot(teacher, "mixer", x, positions)
+                out = middle + run_slot(pupil, "ffn", middle, positions)
+        loss = (out.float() - y).square().mean() / ((y - x).square().mean() + 1e-6)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return [losses[0], losses[-1]]
+
+
+def cosine(step: int, steps: int, *, floor: float = 0.1) -> float:
+    """Share of the peak learning rate: from 1 down to `floor` over the steps, after a short linear start."""
+    warm = min(1.0, (step + 1) / max(1.0, 0.05 * steps))
+    return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -1,0 +1,166 @@
+"""Turn a child's 16-bit folder into the folder that is shipped: quantise what the layout stores in fewer bits.
+
+Goes layer by layer, each quantised for the inputs it will really get: those that come out of the layers before it,
+already quantised. Finished layers are kept in the run folder, so a stopped run goes on at the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pennyweight.checkpoint import Writer
+from pennyweight.events import Listener
+from pennyweight.families._decoder import Parts, tensor_names, with_shapes
+from pennyweight.formats import packed_int
+from pennyweight.slots import PARENT, Choice, Layout, Slot, Stored
+from pennyweight.stats import Collector, SlotStats, autocast, of_slot
+from pennyweight.store import Store
+from pennyweight.variants import bits
+from pennyweight.variants._common import set_linear
+from pennyweight.walk import Walk, run_layer
+
+
+@torch.no_grad()
+def pack(
+    child: Walk,
+    layout: Layout,
+    calibration: torch.Tensor,
+    out: Path,
+    *,
+    files: Mapping[str, Any],
+    store: Store,
+    listen: Listener,
+) -> Path:
+    """Write the model folder `out`. `calibration` (rows, tokens) int64 is what GPTQ fits; `files` are JSON files to
+    add. Matrices whose slot has no bits stay bfloat16."""
+    listen.begin("pack", total=child.layers, unit="layers")
+    positions = child.positions(calibration.shape[1])
+    slot, embedding = Slot("embed"), child.embedding()
+    if store.get("pack/embed") is None:
+        store.put_tensors("pack/embed", _packed(slot, Parts(embedding, "embed", child.shapes[slot]), layout.get(slot, PARENT), SlotStats({})))
+    else:
+        put_in(embedding, store.tensors("pack/embed"), "model.embed_tokens.")
+    hidden = None
+    for index in range(child.layers):
+        key = f"pack/{index}"
+        if store.get(key) is None:
+            if hidden is None:
+                with autocast(child.dtype):
+                    hidden = store.tensors(f"pack/hidden-{index}")["hidden"] if index else embedding(calibration).float()
+            layer = child.layer(index)
+            tensors = _pack_layer(child, layer, index, layout, hidden, positions)
+            with autocast(child.dtype):
+                hidden = torch.cat([run_layer(layer, rows, positions) for rows in hidden.split(8)])
+            store.put_tensors(f"pack/hidden-{index + 1}", {"hidden": hidden})
+            store.put_tensors(key, tensors)
+            store.drop(f"pack/hidden-{index}")
+        listen.advance(index + 1)
+    if store.get("pack/head") is None:
+        tensors = {"model.norm.weight": child.norm().weight.detach().bfloat16()}
+        if not child.tied:
+            slot = Slot("head")
+            tensors |= _packed(slot, Parts(child.head(), "head", child.shapes[slot]), layout.get(slot, PARENT), SlotStats({}))
+        store.put_tensors("pack/head", tensors)
+    listen.end()
+    writer = Writer(out)
+    for key in ("pack/embed", *(f"pack/{index}" for index in range(child.layers)), "pack/head"):
+        for name, tensor in store.tensors(key).items():
+            writer.add(name, tensor)
+    return writer.finish(_config(child, layout), like=child.checkpoint.folder, files=files)
+
+
+def _pack_layer(
+    child: Walk, layer: Any, index: int, layout: Layout, hidden: torch.Tensor, positions: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Tensors of one layer by full name; leaves the dequantised values in `layer`."""
+    slots = [Slot("mixer", index), Slot("ffn", index)]
+    fitted = [slot for slot in slots if "bits" in layout.get(slot, PARENT) and layout[slot]["bits"].method == "gptq"]
+    means: dict[str, torch.Tensor] = {}
+    if fitted:
+        collector = Collector(layer, {slot.kind: child.shapes[slot] for slot in fitted}, ("input_moment", "output_moment", "down_moment"))
+        with collector, autocast(child.dtype):
+            for rows in hidden.split(8):
+                run_layer(layer, rows, positions)
+        tokens = hidden.shape[0] * hidden.shape[1]
+        means = {name: tensor.div_(tokens) for name, tensor in collector.sums.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for slot in slots:
+        tensors |= _packed(slot, child.parts(layer, slot), layout.get(slot, PARENT), of_slot(means, slot.kind))
+    return tensors
+
+
+def _packed(slot: Slot, parts: Parts, choice: Choice, stats: SlotStats) -> dict[str, torch.Tensor]:
+    """One slot's tensors as stored, by full name; matrices in `parts` are left dequantised."""
+    names = tensor_names(slot, parts.shape)
+    tensors: dict[str, torch.Tensor] = {}
+    modules = parts.linears()
+    for weight in parts.shape.weights():
+        name = names[weight.name]
+        if weight.name in modules and "bits" in choice:
+            spec = choice["bits"]
+            codes, scale = bits.quantize(weight.name, modules[weight.name].weight, stats, spec)
+            packed = packed_int.pack(codes, scale, spec.stored)
+            set_linear(modules[weight.name], packed_int.unpack(packed), getattr(modules[weight.name], "bias", None))
+            tensors |= {name.removesuffix("weight") + suffix: part for suffix, part in packed.items()}
+        elif weight.name in modules:
+            tensors[name] = modules[weight.name].weight.detach().bfloat16()
+        else:
+            tensors[name] = _other(parts, name).detach().bfloat16()
+    return tensors
+
+
+def _other(parts: Parts, name: str) -> torch.Tensor:
+    """A norm or bias of a decoder layer, by its full tensor name."""
+    path = name.split(".")[3:]  # after model.layers.<i>
+    return parts.layer.get_parameter(".".join(path))
+
+
+def _config(child: Walk, layout: Layout) -> dict[str, Any]:
+    """The child's config with one compressed-tensors group per way of storing."""
+    config = with_shapes(child.checkpoint.config, child.shapes)
+    groups: dict[Stored, list[str]] = {}
+    for slot, shape in child.shapes.items():
+        choice = layout.get(slot, PARENT)
+        if "bits" in choice:
+            names = tensor_names(slot, shape)
+            targets = [names[w.name].removesuffix(".weight") for w in shape.weights() if len(w.shape) > 1]
+            groups.setdefault(choice["bits"].stored, []).extend(targets)
+    if groups:
+        config["quantization_config"] = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {
+                f"group_{i}": packed_int.config_group(stored, groups[stored])
+                for i, stored in enumerate(sorted(groups, key=lambda s: (s.bits, s.group)))
+            },
+            "ignore": [],
+        }
+    return config
+
+
+def put_in(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
+    """Replace matrices inside `module` by the packed ones among `tensors`, whose names start with `prefix`."""
+    packed: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        path, _, part = name.removeprefix(prefix).rpartition(".")
+        if name.startswith(prefix) and part.startswith("weight_"):
+            packed.setdefault(path, {})[part] = tensor
+    for path, parts in packed.items():
+        inner = module.get_submodule(path)
+        set_linear(inner, packed_int.unpack(parts), getattr(inner, "bias", None))
+
+
+def dequantised(model: Any, store: Store) -> Any:
+    """The child in memory: a transformers model of the 16-bit child, its chosen matrices replaced by what `pack` made
+    of them, straight from the run folder rather than from the written files."""
+    for index in range(len(model.model.layers)):
+        put_in(model, store.tensors(f"pack/{index}"), "")
+    put_in(model, store.tensors("pack/embed"), "")
+    put_in(model, store.tensors("pack/head"), "")
+    model.tie_weights()
+    return model

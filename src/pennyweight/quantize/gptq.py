@@ -1,0 +1,73 @@
+"""GPTQ (Frantar et al., arXiv:2210.17323): round columns one by one, let the later ones make up for the error.
+
+Minimises ||(W - Q) X||^2 over calibration inputs through H = mean x x^T. Columns are visited by falling diagonal of
+H ("act order"); the scales are fixed beforehand for the groups as stored, so the order needs no index on disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pennyweight.formats import packed_int
+from pennyweight.quantize import _scales
+from pennyweight.slots import Stored
+
+_BLOCK = 128
+_DAMPING = 0.01  # of the mean diagonal, as in the paper
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all matrices with the same inputs share: importance (columns,), visiting order (columns,) and the upper
+    Cholesky factor (columns, columns) of the damped inverse of H, rows and columns in that order."""
+
+    importance: torch.Tensor
+    order: torch.Tensor
+    factor: torch.Tensor
+
+
+def prepare(moment: torch.Tensor | None) -> Prepared:
+    """`moment` (columns, columns) = mean x x^T over calibration inputs.
+
+    Raises ValueError without it, RuntimeError if it is not finite. Inputs that are always zero are left alone.
+    """
+    if moment is None:
+        raise ValueError("GPTQ needs the second moments of the layer's inputs; run the calibration pass first")
+    if not torch.isfinite(moment).all():
+        raise RuntimeError("second moments are not finite: the calibration pass met NaN or overflow")
+    order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+    damped = moment[order][:, order]
+    diagonal = damped.diagonal()
+    diagonal[diagonal <= 0] = 1.0
+    diagonal += _DAMPING * diagonal.mean()
+    lower = torch.linalg.cholesky(damped)
+    del damped
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    return Prepared(moment.diagonal().clone(), order, torch.linalg.cholesky(inverse, upper=True))
+
+
+def quantize(weight: torch.Tensor, prepared: Prepared, spec: Stored) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (rows, columns) int8 and scales (rows, columns / group) bfloat16."""
+    scale = _scales.scales(weight, spec, prepared.importance)
+    order, factor = prepared.order, prepared.factor
+    # Column by column means row by row of the transpose, which lies contiguous.
+    step = scale.float().repeat_interleave(spec.group, dim=1)[:, order].T.contiguous()
+    work = weight.float()[:, order].T.contiguous()
+    low, high = packed_int.limits(spec.bits)
+    columns, rows = work.shape
+    ordered = torch.empty(columns, rows, dtype=torch.int8)
+    for start in range(0, columns, _BLOCK):
+        end = min(start + _BLOCK, columns)
+        errors = torch.empty(end - start, rows)
+        for j in range(start, end):
+            code = (work[j] / step[j]).round_().clamp_(low, high)
+            ordered[j] = code.to(torch.int8)
+            torch.sub(work[j], code.mul_(step[j]), out=errors[j - start]).div_(factor[j, j])
+            work[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j - start], alpha=-1)
+        work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    codes = torch.empty(columns, rows, dtype=torch.int8)
+    codes[order] = ordered
+    return codes.T.contiguous(), scale

@@ -1,0 +1,19 @@
+"""Round to nearest: each weight to the closest code of its group."""
+
+from __future__ import annotations
+
+import torch
+
+from pennyweight.quantize import _scales
+from pennyweight.slots import Stored
+
+
+def prepare(moment: torch.Tensor | None) -> torch.Tensor | None:
+    """Importance of each column: the mean square of its input, from `moment` (columns, columns) = mean x x^T."""
+    return None if moment is None else moment.diagonal()
+
+
+def quantize(weight: torch.Tensor, importance: torch.Tensor | None, spec: Stored) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (rows, columns) int8 and scales (rows, columns / group) bfloat16; `importance` weighs the choice of scales."""
+    scale = _scales.scales(weight, spec, importance)
+    return _scales.codes(weight, scale, spec), scale

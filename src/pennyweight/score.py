@@ -1,0 +1,233 @@
+"""Replace-1-block scores: how much worse the model gets when one slot alone takes a variant.
+
+For every slot and choice the model is run with exactly that slot changed, from the parent's cached hidden states of
+that layer onwards, and compared with the parent's cached final states (Puzzle, arXiv:2411.19146). Metrics, all zero
+for the parent's own choice:
+
+    kl      nats per token of KL(parent || child) over the vocabulary; the default
+    lm      increase of the language-modelling loss, nats per token
+    cosine  1 - cos of the final hidden states, each row's values as one vector, mean over rows
+    nmse    MSE(child, parent) / MSE(parent, 0) of the final hidden states, mean over rows
+
+All choices of all layers travel together: a layer is built once and every choice made below it passes through, so the
+model is read once per chunk of text however many choices there are. Should their hidden states not fit
+`max_pending_bytes`, layers are done in several groups, each starting from its own cached states.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pennyweight.checkpoint import Checkpoint, read_entry, read_header
+from pennyweight.families._decoder import BLOCK, NORM, Parts
+from pennyweight.slots import Choice, Slot
+from pennyweight.stats import SlotStats, autocast, of_slot
+from pennyweight.walk import Walk, apply, run_layer
+
+METRICS = ("kl", "lm", "cosine", "nmse")
+_TOKENS_PER_BLOCK = 256  # of the final comparison: bounds the logits held at once
+
+
+@dataclass(frozen=True)
+class Job:
+    """Slots of consecutive layers and the choices to score for each."""
+
+    slots: tuple[tuple[Slot, tuple[Choice, ...]], ...]
+
+    @property
+    def first_layer(self) -> int:
+        return min((slot.layer if slot.layer is not None else 0) for slot, _ in self.slots if slot.kind != "head") if any(
+            slot.kind != "head" for slot, _ in self.slots
+        ) else -1
+
+
+def jobs(choices: Mapping[Slot, Sequence[Choice]], hidden_bytes: int, max_pending_bytes: int) -> list[Job]:
+    """Group slots, in model order, so that the hidden states of a group's choices fit. One slot never splits."""
+    groups: list[list[tuple[Slot, tuple[Choice, ...]]]] = [[]]
+    pending = 0
+    for slot, offered in choices.items():
+        size = len(offered) * hidden_bytes
+        if groups[-1] and pending + size > max_pending_bytes:
+            groups.append([])
+            pending = 0
+        groups[-1].append((slot, tuple(offered)))
+        pending += size
+    return [Job(tuple(group)) for group in groups if group]
+
+
+def hidden_path(folder: Path, chunk: int, layer: int) -> Path:
+    """Hidden states entering `layer`; layer = number of layers: leaving the last one."""
+    return folder / f"hidden-{chunk}-{layer}.safetensors"
+
+
+@torch.no_grad()
+def parent_chunk(model: Path, ids: np.ndarray, folder: Path, chunk: int, dtype: torch.dtype) -> None:
+    """Task: cache the parent's hidden states at every layer for rows `ids` (rows, tokens + 1; the last is a target)."""
+    walk = Walk(Checkpoint(model), dtype=dtype)
+    if hidden_path(folder, chunk, walk.layers).exists():
+        return
+    positions = walk.positions(ids.shape[1] - 1)
+    with autocast(dtype):
+        hidden = walk.embedding()(torch.from_numpy(ids[:, :-1])).float()
+        for index in range(walk.layers + 1):
+            path = hidden_path(folder, chunk, index)
+            save_file({"hidden": hidden}, path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+            if index < walk.layers:
+                hidden = run_layer(walk.layer(index), hidden, positions)
+
+
+@torch.no_grad()
+def score_chunk(
+    model: Path,
+    ids: np.ndarray,
+    scored: np.ndarray,
+    folder: Path,
+    chunk: int,
+    job: Job,
+    stats: Mapping[int, Path],
+    dtype: torch.dtype,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Task: {slot: {choice key: sums}} over one chunk. Sums are over scored tokens (kl, lm, tokens) or rows.
+
+    ids (rows, tokens + 1), scored (rows, tokens) bool; stats: layer -> file of its statistics.
+    """
+    walk = Walk(Checkpoint(model), dtype=dtype)
+    positions = walk.positions(ids.shape[1] - 1)
+    wanted = dict(job.slots)
+    pending: list[tuple[Slot, Choice, torch.Tensor]] = []
+    with autocast(dtype):
+        if job.first_layer >= 0:
+            for choice in wanted.get(Slot("embed"), ()):
+                embedding = walk.embedding()
+                apply(Parts(embedding, "embed", walk.shapes[Slot("embed")]), choice, SlotStats({}))
+                pending.append((Slot("embed"), choice, embedding(torch.from_numpy(ids[:, :-1])).float()))
+                del embedding
+            for index in range(job.first_layer, walk.layers):
+                layer = walk.layer(index)
+                pending = [(slot, choice, run_layer(layer, hidden, positions)) for slot, choice, hidden in pending]
+                here = [slot for slot in wanted if slot.layer == index]
+                if not here:
+                    continue
+                hidden = _load(hidden_path(folder, chunk, index))["hidden"]
+                tensors = _load(stats[index]) if index in stats else {}
+                for slot in here:
+                    of = of_slot(tensors, slot.kind)
+                    for choice in wanted[slot]:
+                        fork = _fork(layer, slot.kind)
+                        apply(walk.parts(fork, slot), choice, of)
+                        pending.append((slot, choice, run_layer(fork, hidden, positions)))
+        final = _load(hidden_path(folder, chunk, walk.layers))["hidden"]
+        pending += [(Slot("head"), choice, final) for choice in wanted.get(Slot("head"), ())]
+        return _compare(walk, final, pending, torch.from_numpy(ids[:, 1:]), torch.from_numpy(scored))
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    return {name: read_entry(name, entry) for name, entry in read_header(path).items()}
+
+
+def _fork(layer: Any, kind: str) -> Any:
+    """The layer with copies of one slot's modules; the other slot is shared."""
+    fork = copy.copy(layer)
+    fork._modules = dict(layer._modules)
+    for name in (BLOCK[kind], NORM[kind]):
+        fork._modules[name] = copy.deepcopy(layer._modules[name])
+    return fork
+
+
+def _compare(
+    walk: Walk,
+    final: torch.Tensor,
+    pending: list[tuple[Slot, Choice, torch.Tensor]],
+    targets: torch.Tensor,
+    scored: torch.Tensor,
+) -> dict[str, dict[str, dict[str, float]]]:
+    norm, head = walk.norm(), walk.head()
+    parent = norm(final)
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    rows: list[tuple[dict[str, float], torch.Tensor, nn.Linear | None]] = []
+    for slot, choice, hidden in pending:
+        child = norm(hidden)
+        sums = {**_hidden_sums(parent, child), "kl": 0.0, "lm": 0.0, "tokens": float(scored.sum()), "rows": float(len(final))}
+        out.setdefault(str(slot), {})[choice.key()] = sums
+        own_head = choice if slot.kind == "head" or (slot.kind == "embed" and walk.tied) else None
+        if own_head is None or not own_head:
+            rows.append((sums, child, None))
+        else:  # rare and large: its logits are made from its own matrix, one choice at a time
+            changed = walk.head()
+            kind = "head" if slot.kind == "head" else "embed"
+            apply(Parts(changed, kind, walk.shapes[Slot(kind)]), own_head, SlotStats({}))
+            _logit_sums(head, parent, [(sums, child, changed)], targets, scored)
+    _logit_sums(head, parent, rows, targets, scored)
+    return out
+
+
+def _hidden_sums(parent: torch.Tensor, child: torch.Tensor) -> dict[str, float]:
+    p, c = parent.float().flatten(1), child.float().flatten(1)
+    if torch.equal(p, c):
+        return {"cosine": 0.0, "nmse": 0.0}
+    cosine = 1 - torch.nn.functional.cosine_similarity(p.double(), c.double(), dim=1)
+    nmse = (p - c).square().mean(dim=1) / (p.square().mean(dim=1) + 1e-6)
+    return {"cosine": float(cosine.sum()), "nmse": float(nmse.double().sum())}
+
+
+def _logit_sums(
+    head: nn.Linear,
+    parent: torch.Tensor,
+    rows: list[tuple[dict[str, float], torch.Tensor, nn.Linear | None]],
+    targets: torch.Tensor,
+    scored: torch.Tensor,
+) -> None:
+    """Add KL and loss increase to each row's sums, a block of tokens at a time.
+
+    Everything is computed from logit *differences* d = head(child - parent): KL = log sum p e^(d - mean_p d). That is
+    exact for d = 0 and loses nothing to rounding when d is small, unlike a difference of two logits in bfloat16.
+    """
+    keep = scored.flatten()
+    flat_parent, flat_targets = parent.flatten(0, 1)[keep], targets.flatten()[keep]
+    flat_rows = [(sums, child.flatten(0, 1)[keep], own) for sums, child, own in rows]
+    for start in range(0, len(flat_parent), _TOKENS_PER_BLOCK):
+        block = slice(start, start + _TOKENS_PER_BLOCK)
+        states, wanted = flat_parent[block], flat_targets[block, None]
+        with torch.autocast("cpu", enabled=False):
+            logits = states.float() @ head.weight.float().T
+            p = logits.softmax(dim=-1)
+        for sums, child, own in flat_rows:
+            if own is None:
+                difference = head(child[block] - states).float()
+            else:
+                with torch.autocast("cpu", enabled=False):
+                    difference = child[block].float() @ own.weight.float().T - logits
+            kl, lm = divergence(p, difference, wanted)
+            sums["kl"] += float(kl.double().sum())
+            sums["lm"] += float(lm.double().sum())
+
+
+def divergence(p: torch.Tensor, difference: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p || q) and log p(target) - log q(target) per token, where q = softmax(log p + difference).
+
+    p (tokens, vocab) float32, difference the same shape, targets (tokens, 1) int64. Both zero if difference is.
+    """
+    mean = (p * difference).sum(dim=-1, keepdim=True)
+    centred = difference - mean
+    if float(centred.amax()) < 40:
+        kl = torch.log1p((p * torch.expm1(centred)).sum(dim=-1))
+    else:
+        kl = torch.logsumexp(p.clamp_min(1e-38).log() + centred, dim=-1)
+    lm = kl - centred.gather(-1, targets).squeeze(-1)
+    return kl, lm
+
+
+def mean(sums: Mapping[str, float]) -> dict[str, float]:
+    """Per-token and per-row means of summed sums."""
+    per = {"kl": "tokens", "lm": "tokens", "cosine": "rows", "nmse": "rows"}
+    return {metric: sums[metric] / sums[per[metric]] for metric in METRICS}

@@ -1,0 +1,286 @@
+"""A model as data: a row of slots, each with a shape, and for each slot a choice of specs.
+
+A *shape* says what stands in a slot: every weight it holds and how each is stored. Costs, parameter counts, file
+sizes and the per-layer config all follow from shapes, so a spec only has to say how it changes a shape. Nothing here
+knows torch; a 120 B model is planned in milliseconds from its config.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["embed", "mixer", "ffn", "norm", "head"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the model: `embed`, `7.mixer`, `7.ffn`, `norm`, `head`."""
+
+    kind: Kind
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.layer is None else f"{self.layer}.{self.kind}"
+
+    @staticmethod
+    def parse(text: str) -> Slot:
+        layer, _, kind = text.rpartition(".")
+        if kind not in ("embed", "mixer", "ffn", "norm", "head") or not (layer.isdecimal() or not layer):
+            raise ValueError(f"{text!r} is not a slot; slots are written embed, 7.mixer, 7.ffn, norm, head")
+        return Slot(kind, int(layer) if layer else None)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a matrix is kept: 16 bits as bfloat16, or `bits`-bit codes with one bfloat16 scale per `group` columns."""
+
+    bits: int = 16
+    group: int = 0
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes on disk. Codes of a row are packed into whole int32 words; packed matrices also keep their shape."""
+        if self.bits == 16:
+            return 2 * rows * columns
+        return 4 * rows * math.ceil(columns * self.bits / 32) + 2 * rows * math.ceil(columns / self.group) + 16
+
+
+BFLOAT16 = Stored()
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a slot. `active` is the share of it that one token reads (below 1 for experts)."""
+
+    name: str
+    shape: tuple[int, ...]
+    stored: Stored = BFLOAT16
+    active: float = 1.0
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        if len(self.shape) < 2:
+            return 2 * self.parameters
+        *stack, rows, columns = self.shape
+        return math.prod(stack) * self.stored.nbytes(rows, columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Causal self-attention with its norm. Query head h reads KV head h // (num_heads / num_kv_heads).
+
+    `window` W lets a query at position i see keys j with 0 <= i - j < W; None sees all. `sinks` adds one learned
+    logit per query head. head_dim need not be hidden_size / num_heads.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    sinks: bool = False
+    window: int | None = None
+    stored: Stored = BFLOAT16
+
+    def weights(self) -> Iterator[Weight]:
+        hidden, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        yield Weight("norm", (hidden,))
+        yield Weight("q_proj", (q, hidden), self.stored)
+        yield Weight("k_proj", (kv, hidden), self.stored)
+        yield Weight("v_proj", (kv, hidden), self.stored)
+        yield Weight("o_proj", (hidden, q), self.stored)
+        if self.qkv_bias:
+            yield from (Weight("q_bias", (q,)), Weight("k_bias", (kv,)), Weight("v_bias", (kv,)))
+        if self.o_bias:
+            yield Weight("o_bias", (hidden,))
+        if self.qk_norm:
+            yield from (Weight("q_norm", (self.head_dim,)), Weight("k_norm", (self.head_dim,)))
+        if self.sinks:
+            yield Weight("sinks", (self.num_heads,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedMLP:
+    """down(act(gate(x)) * up(x)) with its norm."""
+
+    hidden_size: int
+    intermediate_size: int
+    bias: bool = False
+    stored: Stored = BFLOAT16
+
+    def weights(self) -> Iterator[Weight]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        yield Weight("norm", (hidden,))
+        yield Weight("gate_proj", (inner, hidden), self.stored)
+        yield Weight("up_proj", (inner, hidden), self.stored)
+        yield Weight("down_proj", (hidden, inner), self.stored)
+        if self.bias:
+            yield from (Weight("gate_bias", (inner,)), Weight("up_bias", (inner,)), Weight("down_bias", (hidden,)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoE:
+    """`num_experts` gated MLPs of which a router picks `top_k` for each token. Planned from config, not yet built."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    bias: bool = False
+    router_bias: bool = False
+    stored: Stored = BFLOAT16
+
+    def weights(self) -> Iterator[Weight]:
+        experts, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size
+        active = self.top_k / experts
+        yield Weight("norm", (hidden,))
+        yield Weight("router", (experts, hidden))
+        if self.router_bias:
+            yield Weight("router_bias", (experts,))
+        yield Weight("gate_up_proj", (experts, 2 * inner, hidden), self.stored, active)
+        yield Weight("down_proj", (experts, hidden, inner), self.stored, active)
+        if self.bias:
+            yield Weight("gate_up_bias", (experts * 2 * inner,), active=active)
+            yield Weight("down_bias", (experts * hidden,), active=active)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A block replaced by one matrix on its normed input."""
+
+    hidden_size: int
+    stored: Stored = BFLOAT16
+
+    def weights(self) -> Iterator[Weight]:
+        yield Weight("norm", (self.hidden_size,))
+        yield Weight("linear", (self.hidden_size, self.hidden_size), self.stored)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noop:
+    """A block taken out: the residual stream passes through."""
+
+    hidden_size: int
+
+    def weights(self) -> Iterator[Weight]:
+        return iter(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """Token embedding. `tied`: the same matrix is the output head, whose slot then holds no weights."""
+
+    vocab_size: int
+    hidden_size: int
+    tied: bool = False
+    stored: Stored = BFLOAT16
+
+    def weights(self) -> Iterator[Weight]:
+        yield Weight("embedding", (self.vocab_size, self.hidden_size), self.stored)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """The norm before the output head."""
+
+    hidden_size: int
+
+    def weights(self) -> Iterator[Weight]:
+        yield Weight("norm", (self.hidden_size,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Output projection to the vocabulary; if `tied` its matrix is the embedding's and is counted there."""
+
+    vocab_size: int
+    hidden_size: int
+    tied: bool = False
+    stored: Stored = BFLOAT16
+
+    def weights(self) -> Iterator[Weight]:
+        if not self.tied:
+            yield Weight("head", (self.vocab_size, self.hidden_size), self.stored)
+
+
+Shape = Attention | GatedMLP | MoE | Linear | Noop | Embedding | Norm | Head
+Shapes = Mapping[Slot, Shape]
+
+
+def parameters(shapes: Shapes) -> int:
+    """Number of weights of a whole model."""
+    return sum(weight.parameters for shape in shapes.values() for weight in shape.weights())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was picked for one slot: at most one spec per axis, in the order they are applied. Empty: the parent's."""
+
+    specs: tuple[tuple[str, Any], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.specs)
+
+    def __contains__(self, axis: str) -> bool:
+        return any(name == axis for name, _ in self.specs)
+
+    def __getitem__(self, axis: str) -> Any:
+        return dict(self.specs)[axis]
+
+    def __str__(self) -> str:
+        return " + ".join(str(spec) for _, spec in self.specs) or "parent"
+
+    def structural(self) -> Choice:
+        """Without `bits`: what changes the architecture."""
+        return Choice(tuple(item for item in self.specs if item[0] != "bits"))
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        return {axis: dataclasses.asdict(spec) for axis, spec in self.specs}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Mapping[str, Any]]) -> Choice:
+        """Raises ValueError for an unknown axis, TypeError for unknown fields of its spec."""
+        from pennyweight import kinds
+
+        return Choice(tuple((axis, kinds.load("variants", axis).Spec(**fields)) for axis, fields in data.items()))
+
+    def key(self) -> str:
+        """Canonical text: equal choices give equal keys."""
+        return json.dumps(self.to_json(), sort_keys=True)
+
+
+PARENT = Choice()
+Layout = Mapping[Slot, Choice]
+"""The choice of every slot; slots left out keep the parent's."""
+
+
+def reshape(shape: Shape, choice: Choice) -> Shape:
+    """The shape that a choice leaves in a slot. Raises ValueError if a spec does not fit the shape."""
+    from pennyweight import kinds
+
+    for axis, spec in choice.specs:
+        shape = kinds.load("variants", axis).reshape(shape, spec)
+    return shape
+
+
+def reshape_all(shapes: Shapes, layout: Layout) -> dict[Slot, Shape]:
+    """The shapes of a whole child."""
+    return {slot: reshape(shape, layout.get(slot, PARENT)) for slot, shape in shapes.items()}
+
+
+def layout_to_json(layout: Layout) -> dict[str, Any]:
+    return {str(slot): choice.to_json() for slot, choice in layout.items() if choice}
+
+
+def layout_from_json(data: Mapping[str, Any]) -> dict[Slot, Choice]:
+    return {Slot.parse(slot): Choice.from_json(choice) for slot, choice in data.items()}

@@ -1,0 +1,74 @@
+"""Fewer bits per weight: every matrix of the slot stored as integer codes with a scale per group of columns.
+
+8 bits are rounded to nearest (nothing is left to win there), 4 bits by GPTQ where second moments were gathered. On
+disk: compressed-tensors pack-quantized (formats/packed_int.py); `apply` leaves the dequantised values in the modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pennyweight.families._decoder import Parts
+from pennyweight.slots import Attention, Embedding, GatedMLP, Head, Linear, Shape, Stored
+from pennyweight.variants._common import Stats, set_linear, with_shape
+
+STATS = ("input_moment", "output_moment", "down_moment")
+_Matrices = Attention | GatedMLP | Linear | Embedding | Head
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Bits per code, columns per scale, and how codes are found."""
+
+    bits: int
+    group: int
+    method: Literal["rtn", "gptq"] = "rtn"
+
+    @property
+    def stored(self) -> Stored:
+        return Stored(self.bits, self.group)
+
+    def __str__(self) -> str:
+        return f"int{self.bits} g{self.group}" + (" gptq" if self.method == "gptq" else "")
+
+
+def options(shape: Shape) -> list[Spec]:
+    """4 bits in groups of 128, 64 and 32 where they divide every matrix's columns; 8 bits in the widest of them."""
+    if not isinstance(shape, _Matrices) or (isinstance(shape, Head) and shape.tied):
+        return []
+    matrices = [weight.shape[-1] for weight in shape.weights() if len(weight.shape) > 1]
+    method = "rtn" if isinstance(shape, Embedding | Head) else "gptq"
+    groups = [group for group in (128, 64, 32) if all(columns % group == 0 for columns in matrices)]
+    return [Spec(8, group) for group in groups[:1]] + [Spec(4, group, method) for group in groups]
+
+
+def reshape(shape: Shape, spec: Spec) -> Shape:
+    if not isinstance(shape, _Matrices):
+        raise ValueError(f"{shape} has no matrices to store in {spec.bits} bits")
+    if any(weight.shape[-1] % spec.group for weight in shape.weights() if len(weight.shape) > 1):
+        raise ValueError(f"a matrix of {shape} has columns that are not a multiple of the group {spec.group}")
+    return replace(shape, stored=spec.stored)
+
+
+MOMENT_OF = {"o_proj": "output_moment", "down_proj": "down_moment"}
+"""Which moments belong to a matrix's inputs; the others read the slot's normed input."""
+
+
+def quantize(name: str, weight, stats: Stats, spec: Spec):
+    """(codes, scale) of the matrix called `name` (q_proj, down_proj, linear ...)."""
+    from pennyweight import kinds
+
+    moment = MOMENT_OF.get(name, "input_moment")
+    fits = moment in stats and len(stats[moment]) == weight.shape[1]  # not so for a child narrower than the parent
+    quantizer = kinds.load("quantize", spec.method if fits else "rtn")
+    return quantizer.quantize(weight.detach(), stats.prepared(moment, quantizer) if fits else None, spec.stored)
+
+
+def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
+    """Replace every matrix by its dequantised values."""
+    from pennyweight.formats.packed_int import dequantize
+
+    for name, linear in parts.linears().items():
+        set_linear(linear, dequantize(*quantize(name, linear.weight, stats, spec)), getattr(linear, "bias", None))
+    return with_shape(parts, reshape(parts.shape, spec))

@@ -1,0 +1,65 @@
+"""A narrower FFN: keep the channels that contribute most.
+
+Channel i of the gated MLP contributes C_i = mean_t |x_ti| * ||down[:, i]||, x being the gated activation (Puzzle,
+arXiv:2411.19146). Widths are nested: the channels of a narrower FFN are a subset of every wider one's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pennyweight.families._decoder import Parts
+from pennyweight.slots import GatedMLP, Shape
+from pennyweight.variants._common import Stats, set_linear, with_shape
+
+STATS = ("activation_mean_abs",)
+ALIGN = 128  # widths are multiples of this where the parent allows, so that every int4 group size fits
+SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Intermediate size to keep."""
+
+    width: int
+
+    def __str__(self) -> str:
+        return f"ffn {self.width}"
+
+
+def options(shape: Shape) -> list[Spec]:
+    """Widths below the parent's, at the shares of Puzzle's search space, rounded to the alignment."""
+    if not isinstance(shape, GatedMLP):
+        return []
+    align = ALIGN
+    while align > 8 and shape.intermediate_size < 4 * align:
+        align //= 2
+    widths = {max(align, round(shape.intermediate_size * share / align) * align) for share in SHARES}
+    return [Spec(width) for width in sorted(widths, reverse=True) if width < shape.intermediate_size]
+
+
+def reshape(shape: Shape, spec: Spec) -> GatedMLP:
+    if not isinstance(shape, GatedMLP) or not 0 < spec.width <= shape.intermediate_size:
+        raise ValueError(f"FFN width {spec.width} does not fit {shape}")
+    return replace(shape, intermediate_size=spec.width)
+
+
+def ranking(down_weight, activation_mean_abs):
+    """Channels from most to least contributing; down_weight (hidden, channels), activation_mean_abs (channels,).
+    Ties go to the lower index, so every ranking is reproducible."""
+    import torch
+
+    contribution = activation_mean_abs.double() * down_weight.double().norm(dim=0)
+    return torch.argsort(contribution, descending=True, stable=True)
+
+
+def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
+    """Slice gate, up (rows) and down (columns) to the kept channels, in their original order."""
+    block = parts.block
+    kept = ranking(block.down_proj.weight.detach(), stats["activation_mean_abs"])[: spec.width].sort().values
+    for linear in (block.gate_proj, block.up_proj):
+        set_linear(linear, linear.weight.detach()[kept], linear.bias.detach()[kept] if linear.bias is not None else None)
+    down = block.down_proj
+    set_linear(down, down.weight.detach()[:, kept], down.bias)
+    block.intermediate_size = spec.width
+    return with_shape(parts, reshape(parts.shape, spec))

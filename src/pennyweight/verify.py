@@ -1,0 +1,122 @@
+"""Open the finished folder again and hold it against what was promised. Anything that fails ends the job with exit 4."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pennyweight.checkpoint import Checkpoint, safetensors_bytes
+from pennyweight.heterogeneous import load_model
+from pennyweight.slots import BFLOAT16, Noop, Shapes
+from pennyweight.walk import Walk, run_layer
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise: what was asked, what came."""
+
+    name: str
+    ok: bool
+    expected: Any
+    found: Any
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class VerificationFailed(RuntimeError):
+    """The written model is not what was promised; the message names every failed check."""
+
+    def __init__(self, checks: list[Check]) -> None:
+        self.checks = checks
+        failed = [f"{c.name}: expected {c.expected}, found {c.found}" for c in checks if not c.ok]
+        super().__init__("the written model failed verification: " + "; ".join(failed))
+
+
+def check_bytes(folder: Path, limit: float | None, predicted: float) -> list[Check]:
+    """File bytes within the limit, and not above what the search was told they would be."""
+    found = safetensors_bytes(folder)
+    checks = [Check("file bytes within prediction", found <= predicted, int(predicted), found)]
+    if limit is not None:
+        checks.append(Check("file bytes within budget", found <= limit, int(limit), found))
+    return checks
+
+
+@torch.no_grad()
+def generate(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Greedy continuation through transformers' generate and its KV cache. (rows, tokens)."""
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )
+    return out[:, ids.shape[1] :]
+
+
+def check_shapes(folder: Path, expected: Shapes) -> Check:
+    """The folder's own config and tensors describe exactly these shapes, storage included."""
+    walk = Walk(Checkpoint(folder))
+    found = dict(walk.shapes)
+    wrong = []
+    for slot, shape in expected.items():
+        stored = getattr(shape, "stored", BFLOAT16)
+        if isinstance(shape, Noop) or stored == BFLOAT16:
+            same = found[slot] == shape
+        else:
+            same = type(found[slot]) is type(shape) and walk.stored(slot) == {stored}
+        if not same:
+            wrong.append(str(slot))
+    return Check("slots as chosen", not wrong, "every slot", f"{len(expected) - len(wrong)} of {len(expected)}, wrong: {wrong[:5]}" if wrong else "every slot")
+
+
+def check_reload(folder: Path, memory_child: Any, prompts: torch.Tensor, tokens: int) -> Check:
+    """The folder, reloaded by transformers, continues prompts with the same greedy tokens as the child in memory."""
+    expected = generate(memory_child, prompts, tokens)
+    found = generate(load_model(folder, dtype=torch.float32), prompts, tokens)
+    same = int((expected == found).sum())
+    return Check("greedy tokens after reloading in transformers", same == expected.numel(), expected.numel(), same)
+
+
+@torch.no_grad()
+def stored_tokens(child: Walk, store: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Greedy next token at every position of `ids`, from the 16-bit child with its packed matrices put in from the run
+    folder, one layer at a time: the child in memory for models too large to hold. (rows, tokens)."""
+    from pennyweight.pack import put_in
+
+    positions = child.positions(ids.shape[1])
+    embedding = child.embedding()
+    put_in(embedding, store.tensors("pack/embed"), "model.embed_tokens.")
+    hidden = embedding(ids).float()
+    del embedding
+    for index in range(child.layers):
+        layer = child.layer(index)
+        put_in(layer, store.tensors(f"pack/{index}"), f"model.layers.{index}.")
+        hidden = run_layer(layer, hidden, positions)
+    head = child.head()
+    put_in(head, store.tensors("pack/embed" if child.tied else "pack/head"), "model.embed_tokens." if child.tied else "lm_head.")
+    return head(child.norm()(hidden)).argmax(dim=-1)
+
+
+def check_folder(folder: Path, tokens: int) -> list[Check]:
+    """What can be checked of a finished folder alone: its slots against penny.json, and equal greedy tokens from
+    transformers and from the layer-by-layer walk, both in float32."""
+    from pennyweight import kinds
+    from pennyweight.checkpoint import read_config
+    from pennyweight.slots import layout_from_json, reshape_all
+    from pennyweight.walk import Streamed
+
+    card = json.loads((folder / "penny.json").read_text()) if (folder / "penny.json").is_file() else None
+    checks = []
+    if card is not None:
+        parent = card["parent"]["config"]
+        shapes = kinds.family_of(parent["model_type"]).slots(parent)
+        checks.append(check_shapes(folder, reshape_all(shapes, layout_from_json(card["layout"]))))
+    vocabulary = read_config(folder)["vocab_size"]
+    ids = torch.arange(24).mul(7919).remainder(vocabulary).view(1, -1)
+    generated = generate(load_model(folder, dtype=torch.float32), ids, tokens)
+    streamed = Streamed(Walk(Checkpoint(folder)))
+    again = streamed(torch.cat([ids, generated], dim=1)).logits[:, ids.shape[1] - 1 : -1].argmax(dim=-1)
+    same = int((generated == again).sum())
+    return [*checks, Check("greedy tokens, transformers and layer by layer", same == tokens, tokens, same)]

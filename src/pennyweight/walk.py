@@ -1,0 +1,179 @@
+"""Walk a checkpoint layer by layer: build one decoder layer, use it, drop it.
+
+This is what keeps memory bounded by the largest block. The modules are transformers' own classes, one at a time, so
+what a layer computes is what the whole transformers model computes (tests hold the logits equal).
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from pennyweight import heterogeneous, kinds
+from pennyweight.checkpoint import Checkpoint
+from pennyweight.formats import packed_int
+from pennyweight.families._decoder import BLOCK, NORM, Parts, tensor_names
+from pennyweight.slots import BFLOAT16, Choice, Shape, Slot, Stored
+
+
+class Walk:
+    """A checkpoint seen as embed, layers, norm, head.
+
+    Layers run in `dtype` weights with float32 activations between them; use torch.autocast around for bfloat16 math.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
+        """Raises ValueError for an unsupported family or tensors that are missing or of another shape."""
+        self.checkpoint = checkpoint
+        self.family: ModuleType = kinds.family_of(checkpoint.config["model_type"])
+        if self.family.MODULE is None:
+            raise ValueError(f"{checkpoint.config['model_type']} models can be planned (penny plan), not yet built")
+        self.shapes: dict[Slot, Shape] = self.family.slots(checkpoint.config)
+        self.dtype = dtype
+        self._modeling = importlib.import_module(self.family.MODULE)
+        self.config = AutoConfig.for_model(**checkpoint.config)
+        self.config._attn_implementation = "sdpa"
+        for slot, shape in self.shapes.items():
+            expected = {weight.name: weight.shape for weight in shape.weights()}
+            for weight, name in tensor_names(slot, shape).items():
+                found = self._stored_shape(name)
+                if found != expected[weight]:
+                    raise ValueError(
+                        f"{checkpoint.folder}: {name} {'is missing' if found is None else f'has shape {found}'}; "
+                        f"config.json promises shape {expected[weight]}"
+                    )
+
+    @property
+    def layers(self) -> int:
+        return self.checkpoint.config["num_hidden_layers"]
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.checkpoint.config.get("tie_word_embeddings", False))
+
+    def _stored_shape(self, name: str) -> tuple[int, ...] | None:
+        entries = self.checkpoint.entries
+        if name in entries:
+            return entries[name].shape
+        packed, scale = (entries.get(f"{name}_{part}") for part in ("packed", "scale"))
+        if packed is None or scale is None:
+            return None
+        rows, columns = (int(n) for n in self.checkpoint.read(f"{name}_shape"))
+        return rows, columns
+
+    def stored(self, slot: Slot) -> set[Stored]:
+        """How the slot's matrices lie on disk."""
+        found = set()
+        for name in tensor_names(slot, self.shapes[slot]).values():
+            if f"{name}_packed" in self.checkpoint.entries:
+                parts = {f"weight_{part}": self.checkpoint.read(f"{name}_{part}") for part in ("packed", "scale", "shape")}
+                found.add(packed_int.spec_of(parts))
+            elif len(self.checkpoint.entries[name].shape) > 1:
+                found.add(BFLOAT16)
+        return found
+
+    def _read(self, name: str) -> torch.Tensor:
+        """One tensor, dequantised if it is stored packed. Raises ValueError if it is not finite."""
+        if name in self.checkpoint.entries:
+            tensor = self.checkpoint.read(name).to(self.dtype)
+        else:
+            parts = {f"weight_{part}": self.checkpoint.read(f"{name}_{part}") for part in ("packed", "scale", "shape")}
+            tensor = packed_int.unpack(parts).to(self.dtype)
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"{name} holds {bad} NaN or infinite values; the checkpoint is damaged, fetch it again")
+        return tensor
+
+    def layer(self, index: int) -> nn.Module:
+        """One decoder layer with its weights, in eval mode, not training."""
+        with torch.device("meta"), heterogeneous.installed():
+            layer = getattr(self._modeling, f"{self.family.PREFIX}DecoderLayer")(self.config, index)
+        prefix = f"model.layers.{index}."
+        names = [
+            name
+            for slot in (Slot("mixer", index), Slot("ffn", index))
+            for name in tensor_names(slot, self.shapes[slot]).values()
+        ]
+        layer.load_state_dict({name.removeprefix(prefix): self._read(name) for name in names}, assign=True, strict=True)
+        return layer.eval().requires_grad_(False)
+
+    def parts(self, layer: nn.Module, slot: Slot) -> Parts:
+        return Parts(layer, slot.kind, self.shapes[slot])
+
+    def embedding(self) -> nn.Embedding:
+        weight = self._read("model.embed_tokens.weight")
+        return nn.Embedding.from_pretrained(weight, freeze=True)
+
+    def norm(self) -> nn.Module:
+        norm = getattr(self._modeling, f"{self.family.PREFIX}RMSNorm")(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        norm.weight = nn.Parameter(self._read("model.norm.weight"), requires_grad=False)
+        return norm.eval()
+
+    def head(self) -> nn.Linear:
+        """The output projection; a tied one is the embedding's matrix, read again."""
+        weight = self._read("model.embed_tokens.weight" if self.tied else "lm_head.weight")
+        head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        head.weight = nn.Parameter(weight, requires_grad=False)
+        return head
+
+    @cached_property
+    def _rotary(self) -> nn.Module:
+        return getattr(self._modeling, f"{self.family.PREFIX}RotaryEmbedding")(config=self.config)
+
+    def positions(self, tokens: int) -> dict[str, Any]:
+        """The position arguments every decoder layer takes, for rows that start at position 0."""
+        ids = torch.arange(tokens).unsqueeze(0)
+        probe = torch.zeros(1, dtype=torch.float32)
+        return {"position_ids": ids, "position_embeddings": self._rotary(probe, ids)}
+
+
+def run_layer(layer: nn.Module, hidden: torch.Tensor, positions: dict[str, Any]) -> torch.Tensor:
+    """(rows, tokens, hidden_size) through one causal decoder layer, no cache."""
+    return layer(hidden, attention_mask=None, use_cache=False, **positions)
+
+
+def run_slot(layer: Any, kind: str, hidden: torch.Tensor, positions: dict[str, Any]) -> torch.Tensor:
+    """What the slot adds to the residual stream: its block on the normed hidden states."""
+    normed = getattr(layer, NORM[kind])(hidden)
+    block = getattr(layer, BLOCK[kind])
+    if kind == "ffn":
+        return block(normed)
+    return block(hidden_states=normed, attention_mask=None, past_key_values=None, **positions)[0]
+
+
+def apply(parts: Parts, choice: Choice, stats: dict[str, torch.Tensor]) -> Parts:
+    """Make a slot's modules what the choice says, in float32 arithmetic. The parent's choice changes nothing."""
+    with torch.autocast("cpu", enabled=False):
+        for axis, spec in choice.specs:
+            parts = kinds.load("variants", axis).apply(parts, spec, stats)
+    return parts
+
+
+class Streamed:
+    """A checkpoint that answers like a transformers model, holding one layer at a time: `model(ids).logits`.
+
+    Every call reads the whole checkpoint once, so give it many rows at once and few times.
+    """
+
+    @dataclass(frozen=True)
+    class Output:
+        logits: torch.Tensor
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+
+    @torch.no_grad()
+    def __call__(self, ids: torch.Tensor, **ignored: Any) -> Streamed.Output:
+        positions = self.walk.positions(ids.shape[1])
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.walk.dtype == torch.bfloat16):
+            hidden = self.walk.embedding()(ids).float()
+            for index in range(self.walk.layers):
+                hidden = run_layer(self.walk.layer(index), hidden, positions)
+            return Streamed.Output(self.walk.head()(self.walk.norm()(hidden)).float())
