@@ -80,12 +80,16 @@ def read_header(path: Path) -> dict[str, Entry]:
         header = json.loads(raw)
     except (json.JSONDecodeError, UnicodeDecodeError) as err:
         raise ValueError(f"{path}: header at byte 8 is not JSON ({err}); the file is damaged") from err
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: header at byte 8 is no JSON object; the file is damaged")
     entries = {}
     for name, item in header.items():
         if name == "__metadata__":
             continue
-        start, end = item["data_offsets"]
-        shape = tuple(item["shape"])
+        try:
+            (start, end), shape, _ = item["data_offsets"], tuple(item["shape"]), item["dtype"]
+        except (KeyError, TypeError, ValueError) as err:
+            raise ValueError(f"{path}: the header's entry for {name} lacks shape, dtype or offsets; damaged") from err
         if item["dtype"] not in _ITEM_BYTES:
             raise ValueError(f"{path}: {name} has dtype {item['dtype']}; supported are {', '.join(_ITEM_BYTES)}")
         if end - start != math.prod(shape) * _ITEM_BYTES[item["dtype"]] or not 0 <= start <= end:
@@ -127,7 +131,7 @@ class Checkpoint:
         if index.is_file():
             try:
                 named = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as err:
+            except (json.JSONDecodeError, KeyError, TypeError) as err:
                 raise ValueError(f"{index} is not a safetensors index: {err!r}") from err
             missing = sorted({file for file in named.values() if not (folder / file).is_file()})
             if missing:

@@ -242,17 +242,17 @@ def fit(
 def _fit(model: Path, out: Path, config: FitConfig, *, run: Path | None, engine: str, dry_run: bool, as_json: bool) -> None:
     _quiet_libraries()
     from pennyweight import allocator
-    from pennyweight import fit as fitting
+    from pennyweight import job as stages
     from pennyweight.progress import Terminal
 
     if not any(config.budget.model_dump().values()):
         raise ValueError("a budget is needed: at least one of --memory, --weights, --ttft, --tpot, --throughput")
     allocator.keep_freed_memory()
-    job = fitting.open_job(model, out, config, run=run, engine=engine, listen=Terminal())  # type: ignore[arg-type]
+    job = stages.open_job(model, out, config, run=run, engine=engine, listen=Terminal())  # type: ignore[arg-type]
     if dry_run:
-        print(json.dumps(fitting.plan(job), indent=None if as_json else 1))
+        print(json.dumps(stages.plan(job), indent=None if as_json else 1))
         return
-    report = fitting.fit(job)
+    report = stages.run(job)
     if as_json:
         print(json.dumps(report))
     else:
@@ -315,7 +315,7 @@ def evaluate(
 
         from pennyweight import texts
         from pennyweight.evals import agree, loss
-        from pennyweight.fit import load_tokenizer
+        from pennyweight.job import load_tokenizer
         from pennyweight.heterogeneous import load_model
 
         child, tokenizer = load_model(model), load_tokenizer(model)

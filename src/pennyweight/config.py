@@ -50,7 +50,7 @@ class WorkloadConfig(_Strict):
 
 class DataConfig(_Strict):
     """Text. `text` is "builtin" (this Python's standard library and documentation), "parent" (sampled from the model
-    itself), or a file or folder. Rows are stretches of `context` tokens."""
+    itself, `sampled_rows` of them), or a file or folder. Rows are stretches of `context` tokens."""
 
     text: str = "builtin"
     context: int = Field(512, ge=16)
@@ -58,6 +58,7 @@ class DataConfig(_Strict):
     score_rows: int = Field(8, ge=1)
     held_out_rows: int = Field(16, ge=1)
     rows_per_chunk: int = Field(4, ge=1)
+    sampled_rows: int = Field(256, ge=1)
 
 
 class HealConfig(_Strict):

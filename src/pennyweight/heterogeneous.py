@@ -6,8 +6,8 @@ families we support so that layer i is built from `config.per_layer_config[i]`:
 
     intermediate_size, num_key_value_heads   the layer's own sizes
     sliding_window                           a window for this layer alone (blocks.set_window)
-    skip: ["attention", "mlp"]               the block is taken out, norm included
-    replace_with_linear: [...]               the block is one matrix
+    skip: ["attention", "mlp"]               the block is taken out, norm included (its size says 0)
+    replace_with_linear: [...]               the block is one matrix (its size says 0)
 
 It also mends compressed-tensors loading with `dequantize`, where transformers unpacks every matrix by the first
 config group, so that a checkpoint of mixed 4 and 8 bits would load as wrong numbers without a word.
@@ -93,6 +93,9 @@ def _build_layer(original: Any, layer: Any, config: Any, layer_idx: int) -> None
         original(layer, config, layer_idx)
         return
     own = config.per_layer_config[layer_idx]
+    # Blocks that are about to be replaced have size 0 on disk; build them as small as transformers can.
+    own.num_key_value_heads = own.num_key_value_heads or own.num_attention_heads
+    own.intermediate_size = own.intermediate_size or 1
     original(layer, own, layer_idx)
     edit_layer(layer, own, layer_idx, config.per_layer_attributes)
 

@@ -139,7 +139,7 @@ def problem(
     return Problem(
         scores=tuple(np.array([o.score for o in row]) for row in offered.values()),
         costs=tuple(np.array([[float(spent[name](o)) for name in names] for o in row]).reshape(len(row), len(names)) for row in offered.values()),
-        limits=np.array([bounds[name] - fixed.get(name, 0) for name in names]),
+        limits=np.array([float(bounds[name] - fixed.get(name, 0)) for name in names]),
         names=names,
         different_from=tuple(different_from),
         min_different=min_different,

@@ -29,8 +29,9 @@ class Slot:
 
     @staticmethod
     def parse(text: str) -> Slot:
-        layer, _, kind = text.rpartition(".")
-        if kind not in ("embed", "mixer", "ffn", "norm", "head") or not (layer.isdecimal() or not layer):
+        layer, dot, kind = text.rpartition(".")
+        in_layer = kind in ("mixer", "ffn")
+        if kind not in ("embed", "mixer", "ffn", "norm", "head") or not bool(dot) == layer.isdecimal() == in_layer:
             raise ValueError(f"{text!r} is not a slot; slots are written embed, 7.mixer, 7.ffn, norm, head")
         return Slot(kind, int(layer) if layer else None)
 

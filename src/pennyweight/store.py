@@ -86,6 +86,9 @@ class Store:
             raise KeyError(key)
         if not path.exists():
             raise ValueError(f"{path} ({key}) is gone; delete the run folder and start again")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != path.name:
+                raise ValueError(f"{path} ({key}) is damaged; delete the run folder and start again")
         entries: dict[str, Entry] = read_header(path)
         return {name: read_entry(name, entry) for name, entry in entries.items()}
 

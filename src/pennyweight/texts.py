@@ -89,7 +89,7 @@ def _read(file: Path, root: Path) -> Iterator[Document]:
         if raw.strip():
             yield Document(name, raw)
         return
-    for number, line in enumerate(raw.splitlines(), 1):
+    for number, line in enumerate(raw.split("\n"), 1):
         if not line.strip():
             continue
         try:

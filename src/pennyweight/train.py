@@ -121,9 +121,9 @@ def train(recipe: Recipe, *, books: Path, out: Path, listen: Listener, checkpoin
             optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % 10 == 0:
-            listen.advance(step, train_nats=float(nats))
+            listen.advance(step, train_nats=float(nats.detach()))
         if step % 250 == 0 or step == steps:
-            point = {"step": step, "tokens": step * tokens_per_step, "train_nats": float(nats)}
+            point = {"step": step, "tokens": step * tokens_per_step, "train_nats": float(nats.detach())}
             point |= {f"{name}_bits_per_byte": _bits_per_byte(model, rows) for name, rows in held_out.items()}
             curve.write(json.dumps(point) + "\n")
             curve.flush()

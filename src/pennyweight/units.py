@@ -23,8 +23,8 @@ def parse_bytes(text: str, *, whole: int | None = None) -> int:
     if text.strip().endswith("%"):
         if whole is None:
             raise ValueError(f"{text!r}: a share needs something to be a share of; write bytes, like 3GiB")
-        return int(whole * _parse(text, {"%": 0.01}, "share", "22%"))
-    return int(_parse(text, {k: float(v) for k, v in _BYTES.items()}, "size", "3GiB, 700MB or 12000000"))
+        return round(whole * _parse(text, {"%": 0.01}, "share", "22%"))
+    return round(_parse(text, {k: float(v) for k, v in _BYTES.items()}, "size", "3GiB, 700MB or 12000000"))
 
 
 def parse_count(text: str) -> int:

@@ -168,6 +168,12 @@ def with_shapes(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
             entry["sliding_window"] = mixer.window
         if isinstance(ffn, GatedMLP):
             entry["intermediate_size"] = ffn.intermediate_size
+        # A block that is gone has size 0: transformers without our patch, which would ignore `skip` and fill the
+        # missing weights with noise, stops at the per-layer size instead.
+        if isinstance(mixer, Noop | Linear):
+            entry["num_key_value_heads"] = 0
+        if isinstance(ffn, Noop | Linear):
+            entry["intermediate_size"] = 0
         for key, kind in (("skip", Noop), ("replace_with_linear", Linear)):
             words = [SKIPPED[name] for name, shape in (("mixer", mixer), ("ffn", ffn)) if isinstance(shape, kind)]
             if words:
@@ -177,7 +183,7 @@ def with_shapes(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
     parent_windows = [window(config, layer) for layer in layers]
     windows = [entry.get("sliding_window") for entry in own if "sliding_window" in entry]
     for key in ("num_key_value_heads", "intermediate_size"):
-        values = {entry[key] for entry in own if key in entry}
+        values = {entry[key] for entry in own if entry.get(key)}
         if len(values) == 1:
             out[key] = values.pop()
     if any(w is not None for w in windows) or any(w is not None for w in parent_windows):

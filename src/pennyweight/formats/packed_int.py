@@ -37,6 +37,8 @@ def pack(codes: torch.Tensor, scale: torch.Tensor, spec: Spec) -> dict[str, torc
     """
     rows, columns = codes.shape
     low, high = limits(spec.bits)
+    if spec.bits not in BITS or spec.group < 1:
+        raise ValueError(f"{spec} cannot be packed: bits must be one of {BITS}, the group at least 1")
     if columns % spec.group or scale.shape != (rows, columns // spec.group):
         raise ValueError(f"codes {tuple(codes.shape)} and scale {tuple(scale.shape)} do not fit group {spec.group}")
     if codes.numel() and not (low <= int(codes.min()) and int(codes.max()) <= high):
@@ -54,14 +56,15 @@ def pack(codes: torch.Tensor, scale: torch.Tensor, spec: Spec) -> dict[str, torc
 
 
 def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
-    """Bits and group, read off the shapes of the three tensors."""
+    """Bits and group, read off the shapes of the three tensors. Raises ValueError if these leave the bits open: up to 4
+    columns fit one word in 4 bits and in 8."""
     rows, columns = (int(n) for n in parts["weight_shape"])
-    bits = next((b for b in BITS if parts["weight_packed"].shape == (rows, -(-columns // (32 // b)))), None)
+    bits = [b for b in BITS if parts["weight_packed"].shape == (rows, -(-columns // (32 // b)))]
     groups = parts["weight_scale"].shape[-1]
-    if bits is None or not groups or columns % groups:
+    if len(bits) != 1 or not groups or columns % groups or parts["weight_scale"].shape != (rows, groups):
         shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
         raise ValueError(f"{shapes} is no packed matrix of {rows} x {columns} in {BITS} bits")
-    return Spec(bits, columns // groups)
+    return Spec(bits[0], columns // groups)
 
 
 def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

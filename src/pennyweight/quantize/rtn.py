@@ -9,7 +9,12 @@ from pennyweight.slots import Stored
 
 
 def prepare(moment: torch.Tensor | None) -> torch.Tensor | None:
-    """Importance of each column: the mean square of its input, from `moment` (columns, columns) = mean x x^T."""
+    """Importance of each column: the mean square of its input, from `moment` (columns, columns) = mean x x^T.
+
+    Raises RuntimeError if it is not finite.
+    """
+    if moment is not None and not torch.isfinite(moment.diagonal()).all():
+        raise RuntimeError("second moments are not finite: the calibration pass met NaN or overflow")
     return None if moment is None else moment.diagonal()
 
 

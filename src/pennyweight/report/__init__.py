@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
+
+from pennyweight.report import card, html
 
 
 def write(report: dict[str, Any], candidate: Path, out: Path) -> Path:
@@ -15,7 +16,9 @@ def write(report: dict[str, Any], candidate: Path, out: Path) -> Path:
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(candidate, staged)
     (staged / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (staged / "report.html").write_text(html.render(report), encoding="utf-8")
+    (staged / "README.md").write_text(card.render(report), encoding="utf-8")
     if out.exists():
         shutil.rmtree(out)
-    os.replace(staged, out)
+    staged.replace(out)
     return out

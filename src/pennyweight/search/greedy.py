@@ -20,7 +20,7 @@ def solve(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0) -> Sol
     cheapest = [cost.min(axis=0) for cost in problem.costs]
     left = problem.limits.astype(float).copy()
     order = sorted(range(len(problem.scores)), key=lambda i: (problem.scores[i].mean(), i))
-    scale = np.maximum(np.abs(problem.limits), 1e-300)
+    scale = np.where(problem.limits == 0, 1.0, np.abs(problem.limits))
     choice = [0] * len(order)
     for position, i in enumerate(order):
         share = left / (len(order) - position)

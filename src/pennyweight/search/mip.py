@@ -163,11 +163,8 @@ def _choice(problem: Problem, columns: np.ndarray) -> tuple[int, ...]:
 
 
 def _explain(problem: Problem, time_limit_s: float) -> Infeasible:
-    """Find the bound to blame: one that fails even alone, else one that fails given the others."""
-    alone = np.array([sum(cost[:, k].min() for cost in problem.costs) for k in range(len(problem.limits))])
+    """Find the bound to blame: one that fails given the others, else one of several that fail even alone."""
     slack = 1e-9 * np.maximum(1.0, np.abs(problem.limits))
-    for k in np.flatnonzero(alone > problem.limits + slack):
-        return Infeasible(problem.names[k], float(problem.limits[k]), float(alone[k]))
     for k in range(len(problem.limits)):
         others = problem.limits.copy()
         others[k] = np.inf
@@ -176,4 +173,7 @@ def _explain(problem: Problem, time_limit_s: float) -> Infeasible:
             nearest = float(problem.spent(_choice(problem, answer[0]))[k])
             if nearest > problem.limits[k] + slack[k]:
                 return Infeasible(problem.names[k], float(problem.limits[k]), nearest)
+    alone = np.array([sum(cost[:, k].min() for cost in problem.costs) for k in range(len(problem.limits))])
+    for k in np.flatnonzero(alone > problem.limits + slack):
+        return Infeasible(problem.names[k], float(problem.limits[k]), float(alone[k]))
     return Infeasible(None, None, None, "the bounds cannot be met together; loosen at least two of them")

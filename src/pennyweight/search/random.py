@@ -23,7 +23,7 @@ def solve(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0) -> Sol
 
 def draw(problem: Problem, rng: np.random.Generator) -> tuple[int, ...] | None:
     """One random choice inside the limits that spends what it can, or None if the walk down got stuck."""
-    scale = np.maximum(np.abs(problem.limits), 1e-300)
+    scale = np.where(problem.limits == 0, 1.0, np.abs(problem.limits))
     choice = [int(rng.integers(len(score))) for score in problem.scores]
     spent = problem.spent(tuple(choice))
 

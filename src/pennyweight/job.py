@@ -162,10 +162,7 @@ def read_text(job: Job) -> Text:
     data, seed = job.config.data, job.config.seed
     context = min(data.context, job.checkpoint.config.get("max_position_embeddings", data.context))
     if data.text == "parent":
-        from pennyweight.evals.sample import sample_rows
-
-        count = data.calibration_rows + data.score_rows + data.held_out_rows + 64
-        rows = sample_rows(job, count, context)
+        rows, count = _sampled(job, context), job.config.data.sampled_rows
         held, seen = rows.pick(np.arange(data.held_out_rows)), rows.pick(np.arange(data.held_out_rows, count))
     elif data.text == "builtin":
         seen = texts.rows(texts.stdlib(held_out=False), job.tokenizer, context)
@@ -188,6 +185,22 @@ def read_text(job: Job) -> Text:
     cuts = np.cumsum([data.calibration_rows, data.score_rows])
     calibration, scoring, healing = (seen.pick(part) for part in np.split(order, cuts))
     return Text(calibration, scoring, healing, held)
+
+
+def _sampled(job: Job, context: int) -> texts.Rows:
+    """Rows drawn from the parent, kept in the run folder: sampling takes minutes."""
+    from pennyweight.evals import sample
+
+    if job.store.get("sampled") is None:
+        count = job.config.data.sampled_rows
+        job.listen.begin("sample", total=count, unit="rows")
+        parent = load_model(job.model)
+        drawn = sample.rows(parent, job.tokenizer, count, context, seed=job.config.seed)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(drawn).items()}
+        job.store.put_tensors("sampled", tensors)
+        job.listen.end()
+    kept = {name: tensor.numpy() for name, tensor in job.store.tensors("sampled").items()}
+    return texts.Rows(**kept)
 
 
 # ---------------------------------------------------------------------------------------------------------- plan
@@ -498,7 +511,7 @@ def _heal_whole(job: Job, ids: torch.Tensor, built: Path, folder: Path) -> Path:
 # --------------------------------------------------------------------------------------------- pack, verify, report
 
 
-def fit(job: Job) -> dict[str, Any]:
+def run(job: Job) -> dict[str, Any]:
     """Run every stage that is not done yet; returns the report (also written to out/report.json).
 
     Raises Infeasible before any work if the budget cannot be met, VerificationFailed if the result is not what was
@@ -672,9 +685,9 @@ def _report(job: Job, chosen: Mapping[str, Any], verified: Mapping[str, Any], ti
     }
 
 
-def margins(job: Job) -> dict[str, dict[str, float]]:
+def margins(job: Job) -> dict[str, dict[str, float | None]]:
     """What each bound costs: the score if it alone were 5 % looser or tighter (None where that cannot be met)."""
-    out: dict[str, dict[str, float]] = {}
+    out: dict[str, dict[str, float | None]] = {}
     bounds = job.budget.bounds()
     for name, bound in bounds.items():
         out[name] = {}
@@ -685,5 +698,5 @@ def margins(job: Job) -> dict[str, dict[str, float]]:
                 changed = Budget(**{**bounds, name: int(value) if name.endswith("bytes") else value})  # type: ignore[arg-type]
                 out[name][label] = solve(job, changed)[0].solution.score
             except Infeasible:
-                out[name][label] = float("nan")
+                out[name][label] = None
     return out

@@ -1,0 +1,101 @@
+"""The Python face: `pw.plan`, `pw.fit`, `pw.load`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pennyweight import planning
+from pennyweight.checkpoint import Writer, read_config
+from pennyweight.config import BudgetConfig, FitConfig, WorkloadConfig
+from pennyweight.cost import Machine
+from pennyweight.events import Listener
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished fit: an ordinary transformers model and tokenizer, the report as data, and the folder of both."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    report: dict[str, Any]
+    folder: Path
+
+
+def plan(
+    model: str | Path,
+    budget: BudgetConfig | None = None,
+    *,
+    workload: WorkloadConfig | None = None,
+    machine: str = "h100",
+    axes: tuple[str, ...] = FitConfig().axes,
+) -> planning.Plan:
+    """What a model needs and whether it can be made to fit, from its config.json alone; times are computed.
+
+    Raises FileNotFoundError or ValueError for a folder or config that cannot be planned.
+    """
+    config = read_config(Path(model))
+    parent_bytes = planning.stored_bytes(planning.slots(config), 16)
+    bounds = (budget or BudgetConfig()).resolve(parent_bytes=parent_bytes)
+    return planning.plan(config, (workload or WorkloadConfig()).resolve(), Machine.load(machine), bounds, axes)
+
+
+def fit(
+    model: str | Path | PreTrainedModel,
+    budget: BudgetConfig,
+    *,
+    out: str | Path,
+    config: FitConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    run: str | Path | None = None,
+    listen: Listener | None = None,
+) -> Result:
+    """Make the model that fits `budget` best, write it to folder `out`, return it.
+
+    `model` is a folder, or a live transformers model with its `tokenizer`; a live one is first written to the run
+    folder, in bfloat16, and worked on from there, so that it need not stay in memory twice. `config` says the rest;
+    its budget is replaced by `budget`. A stopped call goes on where it was when made again.
+
+    Raises ValueError or FileNotFoundError for wrong input, search.Infeasible if the budget cannot be met,
+    verify.VerificationFailed if the result is not what was promised.
+    """
+    from pennyweight import job as stages
+
+    out = Path(out)
+    folder = Path(run) if run is not None else out.with_name(out.name + ".run")
+    if not isinstance(model, str | Path):
+        if tokenizer is None:
+            raise ValueError("a live model needs its tokenizer: fit(model, budget, tokenizer=...)")
+        model = _written(model, tokenizer, folder / "parent")
+    wanted = (config or FitConfig()).model_copy(update={"budget": budget})
+    job = stages.open_job(Path(model), out, wanted, run=folder, listen=listen)
+    report = stages.run(job)
+    found, own_tokenizer = load(out)
+    return Result(found, own_tokenizer, report, out)
+
+
+def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """The live model as a folder; the same weights give the same bytes, so a repeated call finds its run again."""
+    import torch
+
+    names = set(dict(model.named_parameters(remove_duplicate=True)))
+    writer = Writer(folder)
+    for name, tensor in model.state_dict().items():
+        if name in names:
+            writer.add(name, tensor.to(torch.bfloat16))
+    writer.finish({**model.config.to_dict(), "dtype": "bfloat16"})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model, tokenizer) of a folder made by `fit`, or of any supported model: heterogeneous layers built, packed
+    matrices dequantised to bfloat16. Raises ValueError if the folder is not complete."""
+    from pennyweight.job import load_tokenizer
+    from pennyweight.heterogeneous import load_model
+
+    return load_model(Path(folder)), load_tokenizer(Path(folder))

@@ -1,0 +1,112 @@
+"""What the page and the card both say of a run, worked out from its report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pennyweight.units import show_bytes, show_seconds
+
+METRICS = {
+    "kl": "KL to the parent in nats per token",
+    "lm": "increase of the loss in nats per token",
+    "cosine": "cosine distance of the final hidden states",
+    "nmse": "normalised squared error of the final hidden states",
+}
+
+BOUNDS = {
+    "weight_bytes": ("weights", "weight files"),
+    "memory_bytes": ("memory", "memory"),
+    "ttft_seconds": ("ttft", "time to first token"),
+    "tpot_seconds": ("tpot", "time per output token"),
+    "tokens_per_second": ("throughput", "throughput"),
+}
+"""Bound -> its name in the configuration, and in words."""
+
+SMALL_BYTES = 200_000_000  # 100 M parameters in 16 bits
+
+UNPACKED = (
+    "Loading in transformers unpacks quantised matrices to 16 bits: there, fewer bits save disk, "
+    "but neither memory nor time."
+)
+SMALL = (
+    "The parent has fewer than 100 M parameters. A reference model of this size shows that the implementation works; "
+    "it does not reproduce the numbers of any paper."
+)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One bound of the budget beside what came of it. `measured`: on the written files, else computed."""
+
+    name: str
+    asked: str
+    limit: str
+    came: str
+    kept: bool
+    measured: bool
+
+
+def promises(report: Mapping[str, Any]) -> list[Promise]:
+    """Every bound that was asked for. Only file bytes are held against a measurement."""
+    found = []
+    for bound, limit in report["budget"].items():
+        key, name = BOUNDS[bound]
+        measured = bound == "weight_bytes"
+        came = report["file_bytes"] if measured else best(report)["predicted"][bound]
+        at_least = bound == "tokens_per_second"
+        slack = 1e-9 * limit  # the rounding of sums over slots
+        kept = came >= limit - slack if at_least else came <= limit + slack
+        sign = "≥" if at_least else "≤"
+        asked = f"{key} {sign} {report['config']['budget'][key]}"
+        asked += " of the parent's" if asked.endswith("%") else ""
+        found.append(Promise(name, asked, f"{sign} {show(bound, limit)}", show(bound, came), kept, measured))
+    return found
+
+
+def kept(report: Mapping[str, Any]) -> bool:
+    """Whether every bound holds and every check passed."""
+    return all(p.kept for p in promises(report)) and all(check["ok"] for check in report["verified"]["checks"])
+
+
+def best(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The solution that was built."""
+    return report["chosen"]["solutions"][0]
+
+
+def small(report: Mapping[str, Any]) -> bool:
+    """Whether the parent is too small to say anything about models that people deploy."""
+    return report["parent"]["bytes"] < SMALL_BYTES
+
+
+def bits_per_byte(loss: Mapping[str, float]) -> float:
+    """Of summed nats over UTF-8 bytes of text."""
+    return loss["nats"] / math.log(2) / loss["nbytes"]
+
+
+def perplexity(loss: Mapping[str, float]) -> float:
+    """Per token."""
+    return math.exp(loss["nats"] / loss["tokens"])
+
+
+def show(bound: str, value: float) -> str:
+    """A figure in the unit its name carries."""
+    if bound.endswith("bytes"):
+        return show_bytes(value)
+    if bound.endswith("seconds"):
+        return show_seconds(value)
+    return f"{value:,.0f} tok/s"
+
+
+def times_note(report: Mapping[str, Any]) -> str:
+    """Where predicted times come from and what they can be compared with."""
+    note = f"Predicted times are {report['plan']['prices']}."
+    if report["config"]["prices"] == "computed":
+        note += (
+            " They are a roofline: weights and cache over bandwidth, or arithmetic over peak, whichever takes longer;"
+            " the eager mode of transformers adds Python and one dispatch per operation, so times measured there"
+            " are not comparable."
+        )
+    return note

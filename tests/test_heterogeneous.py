@@ -1,0 +1,137 @@
+"""Children whose layers differ load in transformers, and only where they load right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pennyweight import heterogeneous, kinds
+from pennyweight.blocks import SkippedAttention
+from pennyweight.checkpoint import Checkpoint, Writer
+from pennyweight.families._decoder import tensor_names, with_shapes
+from pennyweight.slots import PARENT, Choice, Slot, reshape_all
+from pennyweight.stats import SlotStats
+from pennyweight.variants import ffn_width, kv_heads, linear, noop, window
+from pennyweight.walk import Streamed, Walk, apply
+from tests.conftest import SHAPES
+
+LAYOUT = {
+    Slot("mixer", 0): Choice((("noop", noop.Spec()),)),
+    Slot("ffn", 0): Choice((("ffn_width", ffn_width.Spec(64)),)),
+    Slot("mixer", 1): Choice((("kv_heads", kv_heads.Spec(1, "best")), ("window", window.Spec(8)))),
+    Slot("ffn", 1): Choice((("noop", noop.Spec()),)),
+    Slot("mixer", 2): Choice((("linear", linear.Spec("product")),)),
+    Slot("ffn", 2): Choice((("linear", linear.Spec("product")),)),
+}
+
+
+def build(folder, out, layout):
+    """A child on disk, made without the fit job."""
+    walk = Walk(Checkpoint(folder))
+    shapes = reshape_all(walk.shapes, layout)
+    mixer = walk.shapes[Slot("mixer", 0)]
+    stats = SlotStats(
+        {"activation_mean_abs": torch.arange(128.0), "output_moment": torch.eye(mixer.num_heads * mixer.head_dim)}
+    )
+    writer = Writer(out)
+    writer.add("model.embed_tokens.weight", walk.embedding().weight)
+    for index in range(walk.layers):
+        layer = walk.layer(index)
+        for kind in ("mixer", "ffn"):
+            slot = Slot(kind, index)
+            apply(walk.parts(layer, slot), layout.get(slot, PARENT), stats)
+            for name in tensor_names(slot, shapes[slot]).values():
+                writer.add(name, layer.get_parameter(name.removeprefix(f"model.layers.{index}.")))
+    writer.add("model.norm.weight", walk.norm().weight)
+    if not walk.tied:
+        writer.add("lm_head.weight", walk.head().weight)
+    return writer.finish(with_shapes(walk.checkpoint.config, shapes), like=folder)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def child(request, pico, tmp_path_factory):
+    return build(pico(request.param), tmp_path_factory.mktemp("child") / request.param, LAYOUT)
+
+
+def ids() -> torch.Tensor:
+    return torch.arange(60).mul(7919).remainder(300).view(2, 30)
+
+
+def test_config_says_what_the_layers_are(child):
+    walk = Walk(Checkpoint(child))
+    assert walk.shapes == walk.family.slots(walk.checkpoint.config)
+    assert walk.checkpoint.config["per_layer_config"]["0"]["skip"] == ["attention"]
+
+
+def test_transformers_computes_what_the_walk_computes(child):
+    model = heterogeneous.load_model(child, dtype=torch.float32)
+    assert torch.equal(model(ids(), use_cache=False).logits, Streamed(Walk(Checkpoint(child)))(ids()).logits)
+
+
+def test_generation_with_a_cache_equals_recomputing(child):
+    """Also with the first layer's attention gone (which transformers asks for the length) and a window of 8."""
+    model = heterogeneous.load_model(child, dtype=torch.float32)
+    found = model.generate(ids()[:1], max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0)
+    text = ids()[:1]
+    for _ in range(24):
+        text = torch.cat([text, model(text, use_cache=False).logits[:, -1:].argmax(dim=-1)], dim=1)
+    assert torch.equal(found, text)
+
+
+def test_left_padding_changes_nothing_that_is_seen(child):
+    model = heterogeneous.load_model(child, dtype=torch.float32)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids()[:1]], dim=1)
+    mask = torch.cat([torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 30, dtype=torch.long)], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    alone = model(ids()[:1], use_cache=False).logits[:, -1]
+    beside = model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+    torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_save_and_load_again(child, tmp_path):
+    model = heterogeneous.load_model(child, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "again")
+    again = heterogeneous.load_model(tmp_path / "again", dtype=torch.bfloat16)
+    assert torch.equal(model(ids()).logits, again(ids()).logits)
+
+
+def test_without_the_patch_transformers_refuses(child):
+    """It would otherwise ignore `skip` and fill missing weights with noise: a size of 0 makes it stop."""
+    with pytest.raises(Exception, match="per-layer attribute"):
+        AutoModelForCausalLM.from_pretrained(child)
+
+
+def test_uninstall_leaves_transformers_as_it_was():
+    modeling = __import__("transformers.models.llama.modeling_llama", fromlist=["x"])
+    before = modeling.LlamaDecoderLayer.__init__
+    heterogeneous.install()
+    heterogeneous.install()
+    assert modeling.LlamaDecoderLayer.__init__ is not before
+    heterogeneous.uninstall()
+    assert modeling.LlamaDecoderLayer.__init__ is before
+
+
+def test_a_child_of_equal_layers_needs_no_patch(pico, tmp_path):
+    narrow = {Slot("ffn", i): Choice((("ffn_width", ffn_width.Spec(64)),)) for i in range(3)}
+    folder = build(pico("llama"), tmp_path / "uniform", narrow)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert torch.equal(stock(ids(), use_cache=False).logits, Streamed(Walk(Checkpoint(folder)))(ids()).logits)
+
+
+def test_unknown_words_in_skip_are_refused(child):
+    config = AutoConfig.from_pretrained(child)
+    overrides = config._heterogeneity_spec.per_layer_overrides
+    overrides[0]["skip"] = ["router"]
+    with heterogeneous.installed(), pytest.raises(ValueError, match=r"layer 0: per_layer_config names \['router'\]"):
+        AutoModelForCausalLM.from_config(config)
+
+
+def test_a_skipped_block_keeps_no_cache_but_the_length():
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    out, _ = SkippedAttention(0)(torch.ones(2, 5, 8), past_key_values=cache)
+    assert not out.any()
+    assert cache.get_seq_length() == 5
+    assert kinds.names("families")

@@ -1,0 +1,252 @@
+"""The whole job on pico models: it keeps its budget, resumes to the same bytes, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pennyweight import job as stages
+from pennyweight import verify
+from pennyweight.checkpoint import Checkpoint, safetensors_bytes
+from pennyweight.config import FitConfig, merged
+from pennyweight.events import Silent
+from pennyweight.heterogeneous import load_model
+from pennyweight.search._problem import Infeasible
+from tests.conftest import SHAPES
+
+QUICK = merged(
+    FitConfig(),
+    {
+        "data": {"context": 64, "calibration_rows": 4, "score_rows": 2, "held_out_rows": 2, "rows_per_chunk": 2},
+        "heal": {"local_tokens": 512, "whole_tokens": 1024, "batch_rows": 4},
+        "workload": {"prompt": 32, "new": 16},
+        "machine": "m2-max",  # this machine would be measured anew by every run, and is never twice the same
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A little text of our own, so that tests do not read the whole standard library."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(8):
+        (folder / f"{i}.py").write_text(Path(__file__).read_text() + Path(stages.__file__).read_text()[i * 500 :][:9000])
+    return folder
+
+
+def config(text, **changes) -> FitConfig:
+    return merged(QUICK, {"data": {"text": str(text)}, **changes})
+
+
+def run(model, out, wanted, listen=None):
+    return stages.run(stages.open_job(model, out, wanted, listen=listen or Silent()))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))} | {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("config.json", "penny.json")
+    }
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def finished(request, pico, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fit") / "out"
+    wanted = config(text, budget={"weights": "30%"}, sweep=("weights=50%", "weights=1%"), solutions=2, min_different=2)
+    return pico(request.param), out, wanted, run(pico(request.param), out, wanted)
+
+
+def test_the_budget_is_kept_and_every_promise_checked(finished):
+    model, out, _, report = finished
+    assert safetensors_bytes(out) <= 0.30 * Checkpoint(model).weight_bytes
+    assert len(report["verified"]["checks"]) == 4
+    assert all(check["ok"] for check in report["verified"]["checks"])
+    predicted = report["chosen"]["solutions"][0]["predicted"]["file_bytes"]
+    assert predicted - 6000 <= safetensors_bytes(out) <= predicted
+
+
+def test_the_folder_is_an_ordinary_model_folder(finished):
+    from transformers import AutoTokenizer
+
+    _, out, _, report = finished
+    model = load_model(out)
+    tokens = AutoTokenizer.from_pretrained(out)("import torch", return_tensors="pt")
+    assert torch.isfinite(model(**tokens).logits).all()
+    assert {"config.json", "penny.json", "report.json", "tokenizer.json"} <= {p.name for p in out.iterdir()}
+    assert json.loads((out / "report.json").read_text())["slots"] == report["slots"]
+
+
+def test_runner_up_and_sweep_come_from_the_same_scores(finished):
+    *_, report = finished
+    first, second = report["chosen"]["solutions"]
+    assert first["predicted"]["score"] <= second["predicted"]["score"]
+    slots = first["layout"].keys() | second["layout"].keys()
+    assert sum(first["layout"].get(slot) != second["layout"].get(slot) for slot in slots) >= 2
+    wider, impossible = report["chosen"]["sweep"]
+    assert wider["predicted"]["score"] <= first["predicted"]["score"]
+    assert "weight_bytes" in impossible["infeasible"]
+
+
+def test_margins_are_monotone(finished):
+    *_, report = finished
+    found = report["margins"]["weight_bytes"]
+    assert found["5% looser"] <= found["as asked"] <= found["5% tighter"]
+
+
+def test_asking_again_gives_the_same_folder_without_work(finished):
+    model, out, wanted, _ = finished
+    before = digests(out)
+
+    class Nothing(Silent):
+        def begin(self, stage, **kwargs):
+            raise AssertionError(f"{stage} ran again")
+
+    run(model, out, wanted, listen=Nothing())
+    assert digests(out) == before
+
+
+def test_another_run_makes_the_same_bytes(finished, text, tmp_path):
+    model, out, wanted, _ = finished
+    run(model, tmp_path / "out", wanted)
+    assert digests(tmp_path / "out") == digests(out)
+
+
+def test_check_finds_a_flipped_bit(finished, tmp_path):
+    _, out, _, _ = finished
+    assert all(check.ok for check in verify.check_folder(out, 8))
+    broken = shutil.copytree(out, tmp_path / "broken")
+    card = json.loads((broken / "penny.json").read_text())
+    slot = next(iter(card["layout"]))
+    card["layout"][slot] = {"bits": {"bits": 8, "group": 32, "method": "rtn"}}
+    (broken / "penny.json").write_text(json.dumps(card))
+    assert not all(check.ok for check in verify.check_folder(broken, 8))
+
+
+@pytest.mark.parametrize("model_type", SHAPES)
+def test_a_budget_that_needs_nothing_changes_nothing(model_type, pico, text, tmp_path):
+    """The child of an ample budget is the parent: same tensors, byte for byte."""
+    model = pico(model_type)
+    report = run(model, tmp_path / "out", config(text, budget={"weights": "200%"}))
+    assert report["chosen"]["solutions"][0]["layout"] == {}
+    assert report["chosen"]["solutions"][0]["predicted"]["score"] == 0.0
+    parent, child = Checkpoint(model), Checkpoint(tmp_path / "out")
+    assert set(parent.entries) == set(child.entries)
+    assert all(torch.equal(parent.read(name), child.read(name)) for name in parent.entries)
+    quality = report["verified"]["quality"]
+    assert quality["agreement"]["kl"] == 0.0
+    assert quality["agreement"]["top1"] == 1.0
+    assert quality["parent"] == quality["child"]
+
+
+@pytest.mark.parametrize("stage", ["stats", "score", "build", "heal blocks", "heal model", "pack", "verify"])
+def test_stopped_in_any_stage_it_goes_on_to_the_same_bytes(stage, finished, tmp_path):
+    model, out, wanted, _ = finished
+    if "qwen3" not in str(model):
+        pytest.skip("one family is enough: stages do not depend on it")
+
+    class StopIn(Silent):
+        def begin(self, name, **kwargs):
+            self.name = name
+
+        def advance(self, done, **figures):
+            if self.name == stage:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "out", wanted, listen=StopIn())
+    assert not (tmp_path / "out").exists()
+    run(model, tmp_path / "out", wanted)
+    assert digests(tmp_path / "out") == digests(out)
+
+
+def test_another_config_model_or_text_is_refused_with_the_reason(finished, pico, text, tmp_path):
+    model, out, wanted, _ = finished
+    folder = out.with_name(out.name + ".run")
+    with pytest.raises(ValueError, match=r"config\.seed was 0, now it is 7"):
+        stages.open_job(model, out, merged(wanted, {"seed": 7}), run=folder)
+    other = shutil.copytree(text, tmp_path / "text")
+    (other / "0.py").write_text("x = 1\n" * 3000)
+    with pytest.raises(ValueError, match="text was"):
+        same = merged(wanted, {"data": {"text": str(text)}})
+        (text / "extra.py").write_text("y = 2\n")
+        try:
+            stages.open_job(model, out, same, run=folder)
+        finally:
+            (text / "extra.py").unlink()
+    changed = shutil.copytree(model, tmp_path / "model")
+    raw = bytearray((changed / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (changed / "model.safetensors").write_bytes(raw)
+    with pytest.raises(ValueError, match="model was"):
+        stages.open_job(changed, out, wanted, run=folder)
+
+
+def test_an_impossible_budget_is_refused_before_any_work(pico, text, tmp_path):
+    class Nothing(Silent):
+        def begin(self, stage, **kwargs):
+            raise AssertionError(f"{stage} began")
+
+    with pytest.raises(Infeasible) as caught:
+        run(pico("llama"), tmp_path / "out", config(text, budget={"weights": "2%"}), listen=Nothing())
+    nearest = caught.value.nearest
+    assert caught.value.bound == "weight_bytes"
+    assert nearest is not None
+    assert nearest > 0.02 * Checkpoint(pico("llama")).weight_bytes
+
+
+def test_a_result_that_breaks_a_promise_is_not_shipped(finished, tmp_path, monkeypatch):
+    model, _, wanted, _ = finished
+    bad = verify.Check("greedy tokens after reloading in transformers", False, 128, 3)
+    monkeypatch.setattr(verify, "check_reload", lambda *args: bad)
+    with pytest.raises(verify.VerificationFailed, match="expected 128, found 3"):
+        run(model, tmp_path / "out", wanted)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.rejected" / "config.json").exists()
+
+
+def test_too_large_for_memory_is_walked_instead(pico, text, tmp_path):
+    wanted = config(text, budget={"weights": "40%"}, axes=("bits",), max_ram="10kB", heal={"whole_tokens": 0, "local_tokens": 0})
+    report = run(pico("qwen2"), tmp_path / "out", wanted)
+    assert not report["verified"]["whole"]
+    assert "walked layer by layer" in report["verified"]["checks"][-1]["name"]
+    assert report["verified"]["quality"]["agreement"]["kl"] > 0
+
+
+def test_healing_beyond_memory_is_refused(pico, text, tmp_path):
+    with pytest.raises(ValueError, match="--heal-tokens 0"):
+        run(pico("qwen2"), tmp_path / "out", config(text, budget={"weights": "20%"}, max_ram="10kB"))
+
+
+def test_time_bounds_choose_faster_models(pico, text, tmp_path):
+    """Priced for a shipped machine: a bound on TPOT below the parent's own is met."""
+    base = dict(machine="m2-max", axes=("noop", "ffn_width"), heal={"whole_tokens": 0, "local_tokens": 0})
+    job = stages.open_job(pico("llama"), tmp_path / "a", config(text, budget={"weights": "100%"}, **base))
+    parent = stages.plan(job)["parent"]["tpot_seconds"]
+    bound = f"{parent * 0.8 * 1e6:.3f}us"
+    report = run(pico("llama"), tmp_path / "b", config(text, budget={"tpot": bound}, **base))
+    assert report["chosen"]["solutions"][0]["predicted"]["tpot_seconds"] <= 0.8 * parent
+    assert report["chosen"]["solutions"][0]["layout"]
+
+
+def test_text_from_the_parent_itself(pico, tmp_path):
+    wanted = merged(QUICK, {"data": {"text": "parent", "sampled_rows": 16}, "budget": {"weights": "35%"}, "axes": ("bits",)})
+    report = run(pico("llama"), tmp_path / "out", wanted)
+    assert all(check["ok"] for check in report["verified"]["checks"])
+
+
+def test_a_tokenizer_of_another_model_is_refused(pico, text, tmp_path):
+    wrong = shutil.copytree(pico("llama", vocab_size=200), tmp_path / "wrong")
+    with pytest.raises(ValueError, match="vocabulary ends at 199"):
+        run(wrong, tmp_path / "out", config(text, budget={"weights": "50%"}))
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(pico, text, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("three years of work")
+    with pytest.raises(ValueError, match="was not made by penny"):
+        stages.open_job(pico("llama"), tmp_path / "out", config(text, budget={"weights": "50%"}))
+    assert (tmp_path / "out" / "thesis.txt").exists()

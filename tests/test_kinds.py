@@ -1,0 +1,135 @@
+"""The folder is the registry: what lies in a room is found, loads, and keeps the room's contract."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+
+import pytest
+import torch
+
+from pennyweight import kinds, offers, stats
+from pennyweight.formats import packed_int
+from pennyweight.slots import Shape, Slot
+from tests.gpt_oss import PARENT
+
+ROOMS = ("families", "formats", "quantize", "search", "variants")
+
+
+def things(*rooms: str) -> list[tuple[str, str]]:
+    return [(room, name) for room in rooms for name in kinds.names(room)]
+
+
+def parameters_of(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_is_empty_and_its_things_are_sorted(room):
+    names = kinds.names(room)
+    assert names
+    assert list(names) == sorted(names)
+
+
+@pytest.mark.parametrize(("room", "name"), things(*ROOMS))
+def test_every_file_of_a_room_loads_under_its_name_and_says_what_it_is(room, name):
+    module = kinds.load(room, name)
+    assert module.__name__ == f"pennyweight.{room}.{name}"
+    assert module.__doc__
+    assert module.__doc__.strip()
+
+
+def test_a_new_file_is_found_and_helpers_are_not(tmp_path, monkeypatch):
+    room = tmp_path / "a_room_made_for_this_test"
+    room.mkdir()
+    for file in ("zebra.py", "ant.py", "_helper.py", "__init__.py", "notes.txt"):
+        (room / file).touch()
+    monkeypatch.setattr(kinds, "_ROOT", tmp_path)
+    assert kinds.names(room.name) == ("ant", "zebra")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_an_unknown_name_is_answered_with_what_there_is(room):
+    with pytest.raises(ValueError) as err:
+        kinds.load(room, "simplex")
+    assert str(err.value) == f"there is no {room} called 'simplex'; there are: {', '.join(kinds.names(room))}"
+
+
+def test_helpers_cannot_be_asked_for():
+    with pytest.raises(ValueError, match="there is no search called '_problem'"):
+        kinds.load("search", "_problem")
+
+
+@pytest.mark.parametrize("name", kinds.names("families"))
+def test_a_family_names_its_models_reads_slots_and_points_at_live_modules(name):
+    family = kinds.load("families", name)
+    assert family.MODEL_TYPES
+    assert all(kinds.family_of(model_type) is family for model_type in family.MODEL_TYPES)
+    assert parameters_of(family.slots) == ["config"]
+    shapes = family.slots({**PARENT, "model_type": family.MODEL_TYPES[0]})
+    assert [str(slot) for slot in shapes][:3] == ["embed", "0.mixer", "0.ffn"]
+    assert [str(slot) for slot in shapes][-2:] == ["norm", "head"]
+    assert all(isinstance(slot, Slot) and isinstance(shape, Shape) for slot, shape in shapes.items())
+    if family.MODULE is not None:  # None: planned from its config, not built
+        modeling = importlib.import_module(family.MODULE)
+        for suffix in ("DecoderLayer", "RMSNorm", "RotaryEmbedding", "ForCausalLM"):
+            assert hasattr(modeling, family.PREFIX + suffix)
+
+
+def test_no_two_families_claim_a_model_type():
+    claimed = [kind for _, name in things("families") for kind in kinds.load("families", name).MODEL_TYPES]
+    assert len(claimed) == len(set(claimed))
+
+
+def test_an_unknown_model_type_is_answered_with_all_that_are_supported():
+    with pytest.raises(ValueError) as err:
+        kinds.family_of("mamba")
+    supported = sorted(kind for _, name in things("families") for kind in kinds.load("families", name).MODEL_TYPES)
+    assert f"model_type 'mamba' is not supported; supported are: {', '.join(supported)}." in str(err.value)
+    assert "docs/adding.md" in str(err.value)
+
+
+@pytest.mark.parametrize("name", kinds.names("variants"))
+def test_a_variant_has_a_frozen_spec_and_four_ways_to_use_it(name):
+    variant = kinds.load("variants", name)
+    assert dataclasses.is_dataclass(variant.Spec)
+    assert variant.Spec.__dataclass_params__.frozen
+    assert "__str__" in vars(variant.Spec), "specs are shown to people: each words itself"
+    assert parameters_of(variant.options) == ["shape"]
+    assert parameters_of(variant.reshape) == ["shape", "spec"]
+    assert parameters_of(variant.apply) == ["parts", "spec", "stats"]
+    assert set(variant.STATS) <= set(stats.NAMES)
+
+
+def test_every_variant_has_its_place_in_the_order_of_application():
+    assert sorted(offers.ORDER) == list(kinds.names("variants"))
+
+
+@pytest.mark.parametrize("name", kinds.names("quantize"))
+def test_a_quantiser_prepares_once_and_quantises_with_that(name):
+    quantiser = kinds.load("quantize", name)
+    assert parameters_of(quantiser.prepare) == ["moment"]
+    spec = packed_int.Spec(4, 9)
+    codes, scale = quantiser.quantize(torch.ones(1, 63), quantiser.prepare(torch.eye(63)), spec)
+    assert (codes.dtype, codes.shape) == (torch.int8, (1, 63))
+    assert (scale.dtype, scale.shape) == (torch.bfloat16, (1, 7))
+
+
+@pytest.mark.parametrize("name", kinds.names("formats"))
+def test_a_format_packs_unpacks_slices_and_counts(name):
+    storage = kinds.load("formats", name)
+    assert dataclasses.is_dataclass(storage.Spec)
+    assert parameters_of(storage.pack) == ["codes", "scale", "spec"]
+    assert parameters_of(storage.unpack) == ["parts"]
+    assert parameters_of(storage.slice_rows) == ["parts", "rows"]
+    assert parameters_of(storage.nbytes) == ["rows", "columns", "spec"]
+
+
+@pytest.mark.parametrize("name", kinds.names("search"))
+def test_a_search_solves_with_a_seed_and_a_time_limit(name):
+    parameters = inspect.signature(kinds.load("search", name).solve).parameters
+    assert parameters["seed"].default == 0
+    assert parameters["time_limit_s"].default == 60.0
+    needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+    assert needed == ["problem"], "fit calls every search alike"

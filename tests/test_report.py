@@ -1,0 +1,299 @@
+"""The page and the model card, from hand-made reports: no model, no torch, no network."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from pennyweight.report import card, charts, html, write
+
+VOID = {"meta", "br"}
+
+
+def figures(**changes: float) -> dict[str, float]:
+    return {
+        "weight_bytes": 2.9e6,
+        "memory_bytes": 7e6,
+        "ttft_seconds": 0.01,
+        "tpot_seconds": 2e-4,
+        "tokens_per_second": 4000.0,
+        **changes,
+    }
+
+
+def solution(layout: dict[str, Any], *, file_bytes: int, score: float) -> dict[str, Any]:
+    return {
+        "layout": layout,
+        "workload": {"prompt": 256, "new": 128, "concurrency": 1, "context": 384},
+        "predicted": figures(file_bytes=file_bytes, score=score),
+        "optimal": True,
+        "seconds": 0.02,
+    }
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """Two layers; a sweep with two budgets that lead to one model and one that cannot be met."""
+    bits = {"bits": {"bits": 4, "group": 64, "method": "gptq"}}
+    layout = {"embed": bits, "0.ffn": {"ffn_width": {"width": 640}, **bits}, "1.mixer": {"noop": {}}}
+    other = {**layout, "1.ffn": bits}
+    return {
+        "model": "pico",
+        "out": "/somewhere/private/pico-small",
+        "budget": {"weight_bytes": 3_300_000, "memory_bytes": 8_000_000},
+        "plan": {
+            "prices": "computed from this machine's bandwidth",
+            "choices": 40,
+            "slots": 7,
+            "dtype": "torch.float32",
+        },
+        "parent": {"bytes": 15_000_000, "figures": figures(weight_bytes=15e6, memory_bytes=19e6)},
+        "chosen": {
+            "solutions": [
+                solution(layout, file_bytes=3_290_000, score=0.02),
+                solution(other, file_bytes=3_280_000, score=0.0203),
+            ],
+            "sweep": [
+                {"budget": {"weights": "18%"}, **solution(layout, file_bytes=2_700_000, score=0.04)},
+                {"budget": {"weights": "60%"}, **solution(layout, file_bytes=7_500_000, score=0.001)},
+                {"budget": {"weights": "80%"}, **solution(layout, file_bytes=7_500_000, score=0.001)},
+                {"budget": {"weights": "1%"}, "infeasible": "weight_bytes of 150000 cannot be met"},
+            ],
+        },
+        "slots": [
+            {"slot": "embed", "choice": "int4 g64", "axes": bits, "score": 0.012},
+            {"slot": "0.mixer", "choice": "parent", "axes": {}, "score": 0},
+            {"slot": "0.ffn", "choice": "ffn 640 + int4 g64 gptq", "axes": layout["0.ffn"], "score": 0.003},
+            {"slot": "1.mixer", "choice": "none", "axes": {"noop": {}}, "score": 0.005},
+            {"slot": "1.ffn", "choice": "parent", "axes": {}, "score": 0},
+            {"slot": "norm", "choice": "parent", "axes": {}, "score": 0},
+            {"slot": "head", "choice": "parent", "axes": {}, "score": 0},
+        ],
+        "metric": "kl",
+        "margins": {
+            "weight_bytes": {"5% tighter": None, "as asked": 0.02, "5% looser": 0.015},
+            "memory_bytes": {"5% tighter": 0.02, "as asked": 0.02, "5% looser": 0.02},
+        },
+        "verified": {
+            "checks": [{"name": "file bytes within budget", "ok": True, "expected": 3_300_000, "found": 3_280_000}],
+            "whole": True,
+            "quality": {
+                "parent": {"nats": 33420.0, "tokens": 8192, "nbytes": 25533},
+                "child": {"nats": 33540.0, "tokens": 8192, "nbytes": 25533},
+                "agreement": {"kl": 0.03, "top1": 0.9, "tokens": 8192},
+            },
+            "samples": {
+                "prompts": ["say <script>alert(1)</script>"],
+                "parent": ["hello & good day"],
+                "child": ["hello & goodbye"],
+            },
+            "speed": {
+                "parent": {"ttft": 0.039, "tpot": 0.0118, "tpot_p05": 0.008, "steps": 20},
+                "child": {"ttft": 0.037, "tpot": 0.0131, "tpot_p05": 0.009, "steps": 20},
+            },
+        },
+        "local_heal": {"0.ffn": [0.02, 0.01]},
+        "whole_heal": [0.05, 0.2, 0.04],
+        "file_bytes": 3_280_000,
+        "timings": {"plan": 3.2, "score": 88.8},
+        "config": {
+            "budget": {"memory": "8MB", "weights": "22%", "ttft": None, "tpot": None, "throughput": None},
+            "data": {"text": "builtin"},
+            "heal": {"local_tokens": 60_000, "whole_tokens": 300_000},
+            "axes": ["noop", "ffn_width", "bits"],
+            "search": "mip",
+            "prices": "computed",
+        },
+        "identity": {"model": "e5a6", "text": "240a", "torch": "2.13.0", "threads": 2, "compute": "torch.bfloat16"},
+    }
+
+
+@pytest.fixture
+def bare(report: dict[str, Any]) -> dict[str, Any]:
+    """The least a run can leave: one budget, nothing healed, a parent too large to be loaded whole."""
+    bare = copy.deepcopy(report)
+    bare["chosen"] = {"solutions": bare["chosen"]["solutions"][:1], "sweep": []}
+    bare["verified"] |= {"samples": {}, "speed": None, "whole": False}
+    bare |= {"local_heal": {}, "whole_heal": []}
+    bare["parent"]["bytes"] = 15_000_000_000
+    return bare
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order and gathers the text outside <style>."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(source)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def test_the_page_leads_with_the_verdict(report):
+    text = Page(html.render(report)).text
+    assert text.index("✓ budget kept") < text.index("What was chosen")
+    assert "weights ≤ 22% of the parent's" in text and "memory ≤ 8MB" in text
+    assert "21.9 %" in text and "+0.36 %" in text
+    assert "1.5 × the predicted 0.02" in text
+
+
+def test_the_page_stands_alone(report):
+    assert not re.search(r"https?://|<script|<link|@import|url\(", html.render(report))
+
+
+def test_text_of_models_is_escaped(report):
+    report["model"] = "<b>pico</b>"
+    page = html.render(report)
+    assert "<script>alert" not in page and "<b>pico" not in page
+    assert "say &lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_a_sample_is_marked_from_where_it_departs(report):
+    assert "hello &amp; good<mark>bye</mark>" in html.render(report)
+
+
+def test_the_map_shows_every_slot(report):
+    page = html.render(report)
+    assert page.count('class="cell') == len(report["slots"])
+    assert "<span>ffn 640</span><span>int4 g64</span>" in page
+    assert 'title="1.mixer: none\nscore 0.005, 25.0% of the sum"' in page
+
+
+def test_budgets_that_lead_to_one_model_share_a_mark(report):
+    page = html.render(report)
+    assert "60%…80%" in page and "60%, 80%: 50.0% of the bytes" in page
+    assert "weight_bytes of 150000 cannot be met" in page
+
+
+def test_margins_say_what_cannot_be_met_and_what_does_not_bind(report):
+    text = Page(html.render(report)).text
+    assert "cannot be met" in text and "0.015 (-25%)" in text
+    assert "memory · does not bind" in text
+
+
+def test_runners_up_name_the_slots_that_differ(report):
+    assert re.search(r"\+0\.0003 .* 1 1\.ffn", Page(html.render(report)).text)
+
+
+def test_computed_times_are_called_not_comparable(report):
+    assert "not comparable" in Page(html.render(report)).text
+    report["config"]["prices"] = "measured"
+    assert "not comparable" not in Page(html.render(report)).text
+
+
+def test_healing_that_did_harm_is_called_so(report):
+    assert "may have done harm" not in html.render(report)
+    report["whole_heal"] = [0.04, 0.05]
+    assert "may have done harm" in html.render(report)
+
+
+def test_a_bare_report_says_what_is_missing(bare):
+    text = Page(html.render(bare)).text
+    assert "No other budget was solved" in text
+    assert "Nothing was healed" in text
+    assert "No samples" in text
+    assert "Speed was not measured" in text
+    assert "Runners-up" not in text
+
+
+def test_only_small_parents_get_the_warning(report, bare):
+    assert all("fewer than 100 M parameters" in render(report) for render in (html.render, card.render))
+    assert not any("fewer than 100 M parameters" in render(bare) for render in (html.render, card.render))
+
+
+def test_a_broken_bound_is_called_broken(report):
+    report["budget"]["memory_bytes"] = 6_000_000
+    assert "✗ budget not kept" in html.render(report)
+    assert "**not kept**" in card.render(report)
+
+
+def test_throughput_is_a_lower_bound(report):
+    report["budget"] = {"tokens_per_second": 3000.0}
+    report["config"]["budget"] = {"throughput": "3000tok/s"}
+    report["margins"] = {"tokens_per_second": {"5% tighter": None, "as asked": 0.02, "5% looser": 0.02}}
+    assert "throughput ≥ 3,000 tok/s: 4,000 tok/s" in Page(html.render(report)).text
+    assert "throughput ≥ 3000tok/s: 4,000 tok/s" in card.render(report)
+
+
+@pytest.mark.parametrize("metric", ["lm", "cosine", "nmse"])
+def test_other_metrics_are_not_passed_off_as_kl(report, metric):
+    report["metric"] = metric
+    text = Page(html.render(report)).text
+    assert "the predicted 0.02" not in text and "Ring: measured" not in text
+    assert ("Loss added" in text) == (metric == "lm")
+
+
+def test_a_model_left_as_it_was_can_be_drawn(bare):
+    for slot in bare["slots"]:
+        slot |= {"choice": "parent", "axes": {}, "score": 0}
+    bare["chosen"]["solutions"] = [solution({}, file_bytes=15_000_000_000, score=0.0)]
+    bare["margins"] = {"weight_bytes": {"5% tighter": 0.1, "as asked": 0.0, "5% looser": 0.0}}
+    assert "predicted 0" in Page(html.render(bare)).text
+    assert "compressed-tensors" not in card.render(bare)
+
+
+def test_the_card_has_a_header_and_says_how_to_load(report):
+    text = card.render(report)
+    assert text.startswith("---\nbase_model: pico\nlibrary_name: transformers\n")
+    assert "model, tokenizer = pw.load(" in text
+    assert "| file size | 14.31 MiB | 3.13 MiB | at most 3.14 MiB |" in text
+    assert "| 0.ffn | ffn 640 + int4 g64 gptq | 0.003 |" in text
+    assert "60,000 tokens" in text and "/somewhere/private" not in text
+
+
+def test_the_card_of_a_bare_report(bare):
+    text = card.render(bare)
+    assert "Nothing was trained afterwards" in text
+    assert "| time to first token |  |  | 10.00 ms |" in text
+
+
+def test_write_leaves_a_whole_folder(report, tmp_path):
+    candidate = tmp_path / "candidate"
+    candidate.mkdir()
+    (candidate / "config.json").write_text("{}")
+    out = write(report, candidate, tmp_path / "out")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "report.html", "report.json"]
+    assert html.render(json.loads((out / "report.json").read_text())) == (out / "report.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["candidate", "out"]
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [-1.0, 3.0], [1e-7, 1e3], [5.0, 5.0001]])
+@pytest.mark.parametrize("log", [False, True])
+def test_plots_stay_inside_their_frame(values, log):
+    points = [charts.Point(index, value) for index, value in enumerate(values)]
+    axes = charts.Axis("x", whole=True), charts.Axis("y <units>", log=log)
+    drawn = charts.plot([charts.Series(points, "child", line=True)], *axes)
+    heights = [float(y) for y in re.findall(r'cy="([^"]+)"', drawn)]
+    assert len(heights) == len(values) and all(0 < y < 300 for y in heights)
+    assert heights == sorted(heights, reverse=True)
+    assert "y &lt;units&gt;" in drawn and 'class="tick' in drawn
+
+
+def test_bars_grow_with_their_values():
+    drawn = charts.bars([charts.Bar("a", 1.0, "1"), charts.Bar("b", 2.0, "2"), charts.Bar("c", None, "none")])
+    small, large = (float(width) for width in re.findall(r'rect [^>]*width="([^"]+)"', drawn))
+    assert large == pytest.approx(2 * small)

@@ -1,0 +1,147 @@
+"""Replace-1-block scores: the parent scores exactly zero, and starting from cached states is running it all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pennyweight import kinds, score, stats
+from pennyweight.checkpoint import Checkpoint
+from pennyweight.offers import single_choices
+from pennyweight.slots import PARENT, Choice, Slot
+from pennyweight.stats import SlotStats, of_slot
+from pennyweight.walk import Walk, apply, run_layer
+from tests.conftest import SHAPES
+
+ROWS, TOKENS = 3, 32
+
+
+def ids() -> np.ndarray:
+    return (np.arange(ROWS * (TOKENS + 1)) * 7919 % 300).reshape(ROWS, TOKENS + 1)
+
+
+def scored() -> np.ndarray:
+    mask = np.ones((ROWS, TOKENS), bool)
+    mask[0, 5] = False
+    return mask
+
+
+class Scored:
+    """A pico model, its statistics, and the scores of every single choice."""
+
+    def __init__(self, folder, work, dtype=torch.float32, max_pending=2**30) -> None:
+        self.folder = folder
+        self.walk = Walk(Checkpoint(folder), dtype=dtype)
+        stats.calibrate_chunk(folder, ids()[:, :-1], stats.NAMES, work, 0, dtype)
+        self.files = {}
+        for layer in range(self.walk.layers):
+            self.files[layer] = stats.partial_path(work, 0, layer)
+        axes = kinds.names("variants")
+        self.choices = {}
+        for slot, shape in self.walk.shapes.items():
+            found = single_choices(shape, axes, scored_tokens=TOKENS)
+            if found:
+                self.choices[slot] = [PARENT, *found]
+        score.parent_chunk(folder, ids(), work, 0, dtype)
+        hidden_bytes = ROWS * TOKENS * 64 * 4
+        self.groups = score.jobs(self.choices, hidden_bytes, max_pending)
+        self.out: dict = {}
+        for group in self.groups:
+            self.out |= score.score_chunk(folder, ids(), scored(), work, 0, group, self.files, dtype)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def run(request, pico, tmp_path_factory):
+    return Scored(pico(request.param), tmp_path_factory.mktemp("work"))
+
+
+def test_the_parents_choice_scores_exactly_zero(run):
+    for slot in run.choices:
+        assert score.mean(run.out[str(slot)][PARENT.key()]) == dict.fromkeys(score.METRICS, 0.0), slot
+
+
+def test_in_bfloat16_too(pico, tmp_path):
+    found = Scored(pico("qwen3"), tmp_path, dtype=torch.bfloat16)
+    for slot in found.choices:
+        assert score.mean(found.out[str(slot)][PARENT.key()]) == dict.fromkeys(score.METRICS, 0.0), slot
+
+
+@torch.no_grad()
+def test_cached_states_give_what_a_full_forward_gives(run):
+    """Each metric of every choice, against the whole model run from the tokens on with that one slot changed."""
+    walk = run.walk
+    positions = walk.positions(TOKENS)
+    mask = torch.from_numpy(scored())
+    targets = torch.from_numpy(ids()[:, 1:])
+
+    def whole(slot, choice):
+        embedding = walk.embedding()
+        head = walk.head()
+        if slot == Slot("embed"):
+            apply(score.Parts(embedding, "embed", walk.shapes[slot]), choice, SlotStats({}))
+            if walk.tied:
+                head.weight = embedding.weight
+        hidden = embedding(torch.from_numpy(ids()[:, :-1]))
+        for index in range(walk.layers):
+            layer = walk.layer(index)
+            if slot.layer == index:
+                tensors = score._load(run.files[index])
+                apply(walk.parts(layer, slot), choice, of_slot(tensors, slot.kind))
+            hidden = run_layer(layer, hidden, positions)
+        final = walk.norm()(hidden)
+        if slot == Slot("head"):
+            apply(score.Parts(head, "head", walk.shapes[slot]), choice, SlotStats({}))
+        return final, head(final)[mask].double().log_softmax(dim=-1)
+
+    parent_state, parent = whole(Slot("embed"), PARENT)
+    for slot in map(Slot.parse, ("embed", "0.mixer", "1.ffn", "head")):
+        for choice in run.choices.get(slot, (PARENT,))[1:]:
+            state, child = whole(slot, choice)
+            kl = (parent.exp() * (parent - child)).sum(dim=-1).mean()
+            lm = (parent - child).gather(1, targets[mask][:, None]).mean()
+            nmse = ((state - parent_state).square().mean((1, 2)) / (parent_state.square().mean((1, 2)) + 1e-6)).mean()
+            cosine = 1 - torch.nn.functional.cosine_similarity(state.flatten(1), parent_state.flatten(1)).mean()
+            found = score.mean(run.out[str(slot)][choice.key()])
+            name = f"{slot} {choice}"
+            assert found["kl"] == pytest.approx(float(kl), rel=2e-3, abs=2e-6), name
+            assert found["lm"] == pytest.approx(float(lm), rel=2e-3, abs=2e-5), name
+            assert found["nmse"] == pytest.approx(float(nmse), rel=1e-3, abs=1e-7), name
+            assert found["cosine"] == pytest.approx(float(cosine), rel=1e-2, abs=1e-6), name
+
+
+def test_groups_of_layers_give_the_same_scores(run, tmp_path):
+    apart = Scored(run.folder, tmp_path, max_pending=1)
+    assert len(apart.groups) == len(apart.choices) > len(run.groups) == 1
+    assert apart.out == run.out
+
+
+def test_more_is_cut_the_worse_it_gets(run):
+    for layer in range(3):
+        found = run.out[f"{layer}.ffn"]
+        widths = [c for c in run.choices[Slot("ffn", layer)] if "ffn_width" in c]
+        scores = [found[c.key()]["kl"] for c in sorted(widths, key=lambda c: -c["ffn_width"].width)]
+        assert scores[0] < scores[-1]
+        assert 0 < scores[0]
+    assert run.out["0.mixer"][Choice((("noop", kinds.load("variants", "noop").Spec()),)).key()]["kl"] > 0
+
+
+def test_divergence_keeps_its_digits():
+    """Differences of 1e-4 in logits give a KL of 1e-9 nats; two float32 softmaxes could not even give its sign."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(64, 1000, generator=generator)
+    difference = 1e-4 * torch.randn(64, 1000, generator=generator)
+    targets = torch.randint(1000, (64, 1), generator=generator)
+    p = logits.double().log_softmax(-1)
+    q = (logits.double() + difference.double()).log_softmax(-1)
+    kl, lm = score.divergence(logits.softmax(-1), difference, targets)
+    torch.testing.assert_close(kl.double(), (p.exp() * (p - q)).sum(-1), rtol=2e-2, atol=1e-10)
+    torch.testing.assert_close(lm.double(), (p - q).gather(1, targets).squeeze(1), rtol=1e-2, atol=1e-9)
+
+
+def test_divergence_survives_huge_differences():
+    p = torch.tensor([[0.5, 0.5, 0.0]])
+    kl, lm = score.divergence(p, torch.tensor([[0.0, 0.0, 200.0]]), torch.tensor([[0]]))
+    assert torch.isfinite(kl).all()
+    assert float(kl) > 50
+    assert torch.isfinite(lm).all()
