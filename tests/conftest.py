@@ -36,15 +36,21 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SHAPES: dict[str, dict[str, Any]] = {
     # head_dim differs from hidden_size / heads where the family allows, heads share KV heads, one tied, one with biases
-    "llama": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=24, attention_bias=True, mlp_bias=True),
-    "qwen2": dict(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True),
-    "qwen3": dict(num_attention_heads=8, num_key_value_heads=4, head_dim=32),
+    "llama": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "qwen3": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
 }
 
 
 @pytest.fixture(scope="session")
 def pico(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """pico("llama", num_hidden_layers=2, ...) -> folder of a random model in bfloat16, made once per set of arguments."""
+    """pico("llama", num_hidden_layers=2, ...) -> folder of a random bfloat16 model, made once per set of arguments."""
     made: dict[str, Path] = {}
 
     def make(model_type: str, **changes: Any) -> Path:
@@ -82,7 +88,9 @@ def _make(model_type: str, changes: dict[str, Any], tokenizer_file: Path, folder
             elif "embed" not in name:
                 parameter.mul_(4.0)  # random models are too tame: blocks should matter
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_file), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
     tokenizer.save_pretrained(folder)
     return folder
 

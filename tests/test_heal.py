@@ -30,14 +30,22 @@ def pair(pico, tmp_path_factory):
     return parent, build(parent, tmp_path_factory.mktemp("heal") / "child", LAYOUT)
 
 
-def ids(rows=16, tokens=32):
+def ids(rows=64, tokens=32):
     return torch.randint(300, (rows, tokens), generator=torch.Generator().manual_seed(3))
 
 
-def heal_blocks(pair, store, listen=None):
+def heal_blocks(pair, store, lr=1e-3):
     parent, child = (Walk(Checkpoint(folder)) for folder in pair)
     return local.heal(
-        parent, child, list(LAYOUT), ids(), tokens=30 * 4 * 32, lr=3e-3, batch_rows=4, store=store, listen=listen or Silent()
+        parent,
+        child,
+        list(LAYOUT),
+        ids(),
+        tokens=60 * 4 * 32,
+        lr=lr,
+        batch_rows=4,
+        store=store,
+        listen=Silent(),
     )
 
 
@@ -47,8 +55,8 @@ def test_blocks_learn_what_the_parents_blocks_do(pair, tmp_path):
     assert set(healed) == {Slot("ffn", 0), Slot("mixer", 1)}  # a block that is gone has nothing to learn
     for slot in healed:
         first, last = store.get(f"heal/local-loss/{slot}")
-        assert last < 0.8 * first, slot
-    assert {name for name in healed[Slot("mixer", 1)]} == {"self_attn.linear_attn.weight", "input_layernorm.weight"}
+        assert last < 0.95 * first, slot
+    assert set(healed[Slot("mixer", 1)]) == {"self_attn.linear_attn.weight", "input_layernorm.weight"}
 
 
 def test_finished_blocks_are_not_trained_again(pair, tmp_path):
@@ -74,20 +82,32 @@ class Stop(Silent):
             raise KeyboardInterrupt
 
 
-def heal_whole(pair, store, listen):
+def heal_whole(pair, store, listen, lr=3e-4):
     parent = load_model(pair[0], dtype=torch.float32).requires_grad_(False)
     child = load_model(pair[1], dtype=torch.float32)
     whole.heal(
-        parent, child, ids(), tokens=12 * 4 * 32, lr=3e-3, batch_rows=4, dtype=torch.float32, store=store, listen=listen
+        parent, child, ids(), tokens=12 * 4 * 32, lr=lr, batch_rows=4, dtype=torch.float32, store=store, listen=listen
     )
     return {name: p.detach().clone() for name, p in child.named_parameters()}
 
 
 def test_the_whole_child_comes_closer(pair, tmp_path):
-    listen = Stop(after=10**9)
-    heal_whole(pair, Store(tmp_path, {}), listen)
+    listen, store = Stop(after=10**9), Store(tmp_path, {})
+    heal_whole(pair, store, listen)
     assert len(listen.seen) == 12
-    assert listen.seen[-1] < 0.8 * listen.seen[0]
+    first, last = store.get("heal/whole/judged")
+    assert last < 0.95 * first
+
+
+def test_training_that_does_harm_is_thrown_away(pair, tmp_path):
+    child = load_model(pair[1], dtype=torch.float32)
+    healed = heal_whole(pair, Store(tmp_path / "whole", {}), Silent(), lr=30.0)
+    assert all(torch.equal(healed[name], p) for name, p in child.named_parameters())
+    blocks = heal_blocks(pair, Store(tmp_path / "blocks", {}), lr=30.0)
+    walk = Walk(Checkpoint(pair[1]))
+    for slot, tensors in blocks.items():
+        layer = walk.layer(slot.layer)
+        assert all(torch.equal(layer.get_parameter(name).bfloat16(), tensor) for name, tensor in tensors.items())
 
 
 def test_a_stopped_run_ends_with_the_same_weights(pair, tmp_path, monkeypatch):

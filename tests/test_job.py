@@ -35,7 +35,9 @@ def text(tmp_path_factory) -> Path:
     """A little text of our own, so that tests do not read the whole standard library."""
     folder = tmp_path_factory.mktemp("text")
     for i in range(8):
-        (folder / f"{i}.py").write_text(Path(__file__).read_text() + Path(stages.__file__).read_text()[i * 500 :][:9000])
+        (folder / f"{i}.py").write_text(
+            Path(__file__).read_text() + Path(stages.__file__).read_text()[i * 500 :][:9000]
+        )
     return folder
 
 
@@ -209,7 +211,9 @@ def test_a_result_that_breaks_a_promise_is_not_shipped(finished, tmp_path, monke
 
 
 def test_too_large_for_memory_is_walked_instead(pico, text, tmp_path):
-    wanted = config(text, budget={"weights": "40%"}, axes=("bits",), max_ram="10kB", heal={"whole_tokens": 0, "local_tokens": 0})
+    wanted = config(
+        text, budget={"weights": "40%"}, axes=("bits",), max_ram="10kB", heal={"whole_tokens": 0, "local_tokens": 0}
+    )
     report = run(pico("qwen2"), tmp_path / "out", wanted)
     assert not report["verified"]["whole"]
     assert "walked layer by layer" in report["verified"]["checks"][-1]["name"]
@@ -223,7 +227,7 @@ def test_healing_beyond_memory_is_refused(pico, text, tmp_path):
 
 def test_time_bounds_choose_faster_models(pico, text, tmp_path):
     """Priced for a shipped machine: a bound on TPOT below the parent's own is met."""
-    base = dict(machine="m2-max", axes=("noop", "ffn_width"), heal={"whole_tokens": 0, "local_tokens": 0})
+    base = {"machine": "m2-max", "axes": ("noop", "ffn_width"), "heal": {"whole_tokens": 0, "local_tokens": 0}}
     job = stages.open_job(pico("llama"), tmp_path / "a", config(text, budget={"weights": "100%"}, **base))
     parent = stages.plan(job)["parent"]["tpot_seconds"]
     bound = f"{parent * 0.8 * 1e6:.3f}us"
@@ -233,7 +237,9 @@ def test_time_bounds_choose_faster_models(pico, text, tmp_path):
 
 
 def test_text_from_the_parent_itself(pico, tmp_path):
-    wanted = merged(QUICK, {"data": {"text": "parent", "sampled_rows": 16}, "budget": {"weights": "35%"}, "axes": ("bits",)})
+    wanted = merged(
+        QUICK, {"data": {"text": "parent", "sampled_rows": 16}, "budget": {"weights": "35%"}, "axes": ("bits",)}
+    )
     report = run(pico("llama"), tmp_path / "out", wanted)
     assert all(check["ok"] for check in report["verified"]["checks"])
 

@@ -122,7 +122,7 @@ def test_more_is_cut_the_worse_it_gets(run):
         widths = [c for c in run.choices[Slot("ffn", layer)] if "ffn_width" in c]
         scores = [found[c.key()]["kl"] for c in sorted(widths, key=lambda c: -c["ffn_width"].width)]
         assert scores[0] < scores[-1]
-        assert 0 < scores[0]
+        assert scores[0] > 0
     assert run.out["0.mixer"][Choice((("noop", kinds.load("variants", "noop").Spec()),)).key()]["kl"] > 0
 
 

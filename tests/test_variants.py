@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -110,7 +111,7 @@ def test_widths_are_nested_and_keep_the_largest_contributions(bench):
     contribution = mean_abs * down.norm(dim=0)
     assert (contribution[ranked].diff() <= 1e-6).all()
     kept = [set(ranked[: spec.width].tolist()) for spec in ffn_width.options(shape)]
-    assert all(narrow < wide for wide, narrow in zip(kept, kept[1:], strict=False))
+    assert all(narrow < wide for wide, narrow in itertools.pairwise(kept))
 
 
 def test_ffn_width_computes_the_kept_channels(bench):

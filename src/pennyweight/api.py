@@ -95,7 +95,7 @@ def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder:
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder made by `fit`, or of any supported model: heterogeneous layers built, packed
     matrices dequantised to bfloat16. Raises ValueError if the folder is not complete."""
-    from pennyweight.job import load_tokenizer
     from pennyweight.heterogeneous import load_model
+    from pennyweight.job import load_tokenizer
 
     return load_model(Path(folder)), load_tokenizer(Path(folder))

@@ -27,7 +27,9 @@ class SkippedAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
         _keep_length(past_key_values, hidden_states, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
@@ -40,7 +42,9 @@ class LinearAttention(nn.Module):
         self.layer_idx = layer
         self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
         _keep_length(past_key_values, hidden_states, self.layer_idx)
         return self.linear_attn(hidden_states), None
 
@@ -73,7 +77,9 @@ def set_window(attention: nn.Module, window: int) -> None:
     attention.register_forward_pre_hook(_narrow_mask, with_kwargs=True)
 
 
-def _narrow_mask(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _narrow_mask(
+    attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = kwargs.get("past_key_values")
     past = cache.get_seq_length(attention.layer_idx) if cache is not None else 0

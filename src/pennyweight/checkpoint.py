@@ -74,7 +74,9 @@ def read_header(path: Path) -> dict[str, Entry]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ValueError(f"{path}: header says {length} bytes but the file has {size}; truncated or not safetensors")
+            raise ValueError(
+                f"{path}: header says {length} bytes but the file has {size}; truncated or not safetensors"
+            )
         raw = file.read(length)
     try:
         header = json.loads(raw)
@@ -107,7 +109,7 @@ def read_entry(name: str, entry: Entry) -> torch.Tensor:
     out = torch.empty(entry.shape, dtype=getattr(torch, _TORCH[entry.dtype]))
     if not entry.nbytes:
         return out
-    view = memoryview(out.view(-1).view(torch.uint8).numpy())
+    view = memoryview(out.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     with entry.file.open("rb", buffering=0) as file:
         file.seek(entry.start)
         got = 0
@@ -135,10 +137,14 @@ class Checkpoint:
                 raise ValueError(f"{index} is not a safetensors index: {err!r}") from err
             missing = sorted({file for file in named.values() if not (folder / file).is_file()})
             if missing:
-                raise FileNotFoundError(f"{folder}: the index names {missing[0]}, which is not there ({len(missing)} missing)")
+                raise FileNotFoundError(
+                    f"{folder}: the index names {missing[0]}, which is not there ({len(missing)} missing)"
+                )
             files = [folder / file for file in sorted(set(named.values()))]
         if not files:
-            raise FileNotFoundError(f"{folder} holds no *.safetensors; convert other weights with save_pretrained first")
+            raise FileNotFoundError(
+                f"{folder} holds no *.safetensors; convert other weights with save_pretrained first"
+            )
         self.files = files
         self.entries: dict[str, Entry] = {}
         for file in files:
@@ -164,7 +170,15 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.entries.values())
 
 
-_COPIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt", "*.model", "chat_template*")
+_COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
 
 
 class Writer:
@@ -182,7 +196,10 @@ class Writer:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         nbytes = tensor.numel() * tensor.element_size()
-        if self.pending and sum(t.numel() * t.element_size() for t in self.pending.values()) + nbytes > self.shard_bytes:
+        if (
+            self.pending
+            and sum(t.numel() * t.element_size() for t in self.pending.values()) + nbytes > self.shard_bytes
+        ):
             self._flush()
         self.pending[name] = tensor.detach().contiguous()
         self.total += nbytes
@@ -194,7 +211,9 @@ class Writer:
         self.shards.append(list(self.pending))
         self.pending = {}
 
-    def finish(self, config: Mapping[str, Any], *, like: Path | None = None, files: Mapping[str, Any] | None = None) -> Path:
+    def finish(
+        self, config: Mapping[str, Any], *, like: Path | None = None, files: Mapping[str, Any] | None = None
+    ) -> Path:
         """Write config.json, the index, JSON `files`, and tokenizer files copied from folder `like`; then rename."""
         if self.pending:
             self._flush()
@@ -208,7 +227,7 @@ class Writer:
                 {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))},
             )
         for i, name in enumerate(names):
-            os.replace(self.partial / f"shard-{i}", self.partial / name)
+            (self.partial / f"shard-{i}").replace(self.partial / name)
         for pattern in _COPIED if like else ():
             for source in like.glob(pattern):  # type: ignore[union-attr]
                 if source.is_file():
@@ -219,7 +238,7 @@ class Writer:
         for path in self.partial.iterdir():
             _sync(path)
         shutil.rmtree(self.folder, ignore_errors=True)
-        os.replace(self.partial, self.folder)
+        self.partial.replace(self.folder)
         return self.folder
 
 
@@ -239,7 +258,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def safetensors_bytes(folder: Path) -> int:

@@ -35,7 +35,7 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except Infeasible as err:
-        _say(_infeasible(err))
+        _say(f"infeasible budget: {err}")
         raise typer.Exit(3) from err
     except KeyboardInterrupt as err:
         _say("interrupted; the same command goes on where it stopped")
@@ -53,17 +53,6 @@ def _errors() -> Iterator[None]:
 
 def _say(message: str) -> None:
     print(f"penny: {message}", file=sys.stderr)
-
-
-def _infeasible(err: Any) -> str:
-    from pennyweight.units import show_bytes, show_seconds
-
-    if err.bound is None:
-        return f"infeasible budget: {err}"
-    show = show_bytes if err.bound.endswith("bytes") else show_seconds
-    if err.bound == "tokens_per_second":
-        return f"infeasible budget: this rate needs a sequence batch in {show_seconds(err.limit)}; the fastest choice takes {show_seconds(err.nearest)}"
-    return f"infeasible budget: {err.bound} leaves {show(err.limit)} for the blocks, the least possible is {show(err.nearest)}; raise that bound"
 
 
 @app.command()
@@ -93,7 +82,9 @@ def plan(
 
         config = read_config(model)
         shapes = planning.slots(config)
-        load = Workload(prompt=parse_count(prompt), new=parse_count(new), concurrency=concurrency, context=parse_count(context))
+        load = Workload(
+            prompt=parse_count(prompt), new=parse_count(new), concurrency=concurrency, context=parse_count(context)
+        )
         budget = BudgetConfig(memory=memory, weights=weights, ttft=ttft, tpot=tpot, throughput=throughput)
         device = Machine.load(machine)
         found = planning.plan(
@@ -112,19 +103,26 @@ def plan(
             print(json.dumps(result))
             return
         print(f"parameters   {found.parameters / 1e9:.3f} B")
-        print("weights      " + "   ".join(f"{bits} bits {show_bytes(count)}" for bits, count in found.weight_bytes.items()))
+        print(
+            "weights      "
+            + "   ".join(f"{bits} bits {show_bytes(count)}" for bits, count in found.weight_bytes.items())
+        )
         print(f"smallest     {show_bytes(found.smallest_bytes)} with every axis at its cheapest")
         for tokens, count in found.kv_bytes.items():
             line = f"KV cache     {tokens:>7} tokens  {count / 2**20:10.1f} MiB"
             if against is not None:
-                line += f"   parent {result['against']['kv_bytes'][tokens] / 2**20:10.1f} MiB   saved {result['against']['kv_saving'][tokens]:6.1%}"
+                beside = result["against"]
+                line += f"   parent {beside['kv_bytes'][tokens] / 2**20:10.1f} MiB"
+                line += f"   saved {beside['kv_saving'][tokens]:6.1%}"
             print(line)
         if against is not None:
-            print(f"KV cache     mean over {load.prompt}+{load.new} tokens: saved {result['against']['mean_kv_saving']:.1%} of the parent's")
+            saved = result["against"]["mean_kv_saving"]
+            print(f"KV cache     mean over {load.prompt}+{load.new} tokens: saved {saved:.1%} of the parent's")
         print(f"work space   {show_bytes(found.workspace_bytes)}")
+        spent = found.figures
         print(
-            f"on {device.name:<9} memory {show_bytes(found.figures['memory_bytes'])}   TTFT {show_seconds(found.figures['ttft_seconds'])}   "
-            f"TPOT {show_seconds(found.figures['tpot_seconds'])}   {found.figures['tokens_per_second']:.0f} tok/s   (computed, not measured)"
+            f"on {device.name}   memory {show_bytes(spent['memory_bytes'])}   TTFT {show_seconds(spent['ttft_seconds'])}   "
+            f"TPOT {show_seconds(spent['tpot_seconds'])}   {spent['tokens_per_second']:.0f} tok/s   (computed)"
         )
         print(f"verdict      {found.verdict}")
 
@@ -154,7 +152,9 @@ def machine(
         if as_json:
             print(json.dumps(dataclasses.asdict(found)))
         else:
-            print(f"{found.name}\nmemory     {found.memory_bytes / 2**30:.1f} GiB\nbandwidth  {found.bandwidth / 1e9:.1f} GB/s")
+            print(found.name)
+            print(f"memory     {found.memory_bytes / 2**30:.1f} GiB")
+            print(f"bandwidth  {found.bandwidth / 1e9:.1f} GB/s")
             print(f"bfloat16   {found.flops / 1e9:.0f} GFLOP/s")
             if save is not None:
                 print(save)
@@ -165,7 +165,9 @@ def fit(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder of the result.")],
     memory: Annotated[str | None, typer.Option(help="Weights + KV cache + work space, e.g. 3GiB.")] = None,
-    weights: Annotated[str | None, typer.Option(help="Bytes of the weight files, e.g. 700MB, or a share of the parent: 22%.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Bytes of the weight files, e.g. 700MB, or a share of the parent: 22%.")
+    ] = None,
     ttft: Annotated[str | None, typer.Option(help="Time to first token, e.g. 800ms.")] = None,
     tpot: Annotated[str | None, typer.Option(help="Time per output token, e.g. 40ms.")] = None,
     throughput: Annotated[str | None, typer.Option(help="Generated tokens per second, e.g. 500tok/s.")] = None,
@@ -173,7 +175,9 @@ def fit(
     new: Annotated[str | None, typer.Option(help="Generated tokens of the workload.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Sequences at once.")] = None,
     context: Annotated[str | None, typer.Option(help="Tokens that memory is reserved for, per sequence.")] = None,
-    axes: Annotated[str | None, typer.Option(help="Comma-separated: noop, linear, kv_heads, ffn_width, window, bits.")] = None,
+    axes: Annotated[
+        str | None, typer.Option(help="Comma-separated: noop, linear, kv_heads, ffn_width, window, bits.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help='"builtin", "parent", or a text file or folder.')] = None,
     context_tokens: Annotated[int | None, typer.Option(help="Tokens per row of calibration text.")] = None,
     calibration_rows: int | None = None,
@@ -183,9 +187,13 @@ def fit(
     search: Annotated[str | None, typer.Option(help="mip, greedy, uniform, random or evolve.")] = None,
     solutions: Annotated[int | None, typer.Option(help="How many different solutions to list.")] = None,
     min_different: Annotated[int | None, typer.Option(help="Slots in which solutions must differ.")] = None,
-    sweep: Annotated[list[str] | None, typer.Option(help="Solve also for BOUND=VALUE, e.g. weights=30%. Repeatable.")] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="Solve also for BOUND=VALUE, e.g. weights=30%. Repeatable.")
+    ] = None,
     heal_tokens: Annotated[int | None, typer.Option(help="Tokens of whole-model distillation; 0 for none.")] = None,
-    local_tokens: Annotated[int | None, typer.Option(help="Tokens per block of local distillation; 0 for none.")] = None,
+    local_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per block of local distillation; 0 for none.")
+    ] = None,
     machine: Annotated[str | None, typer.Option(help='"this", a shipped machine or a JSON file.')] = None,
     prices: Annotated[str | None, typer.Option(help="computed or measured.")] = None,
     max_ram: Annotated[str | None, typer.Option(help="Memory the job may plan with, e.g. 8GiB or 50%.")] = None,
@@ -210,7 +218,12 @@ def fit(
             base,
             {
                 "budget": {"memory": memory, "weights": weights, "ttft": ttft, "tpot": tpot, "throughput": throughput},
-                "workload": {"prompt": count(prompt), "new": count(new), "concurrency": concurrency, "context": count(context)},
+                "workload": {
+                    "prompt": count(prompt),
+                    "new": count(new),
+                    "concurrency": concurrency,
+                    "context": count(context),
+                },
                 "data": {
                     "text": text,
                     "context": context_tokens,
@@ -239,7 +252,9 @@ def fit(
         _fit(model, out, effective, run=run, engine=engine, dry_run=dry_run, as_json=as_json)
 
 
-def _fit(model: Path, out: Path, config: FitConfig, *, run: Path | None, engine: str, dry_run: bool, as_json: bool) -> None:
+def _fit(
+    model: Path, out: Path, config: FitConfig, *, run: Path | None, engine: str, dry_run: bool, as_json: bool
+) -> None:
     _quiet_libraries()
     from pennyweight import allocator
     from pennyweight import job as stages
@@ -274,11 +289,11 @@ def _summary(report: dict[str, Any]) -> None:
     quality = report["verified"]["quality"]
     parent, child = (quality[name]["nats"] / math.log(2) / quality[name]["nbytes"] for name in ("parent", "child"))
     agreement = quality["agreement"]
-    share = report["file_bytes"] / report["parent"]["bytes"]
-    print(f"size       {show_bytes(report['file_bytes'])}, {share:.1%} of the parent's {show_bytes(report['parent']['bytes'])}")
+    size, whole, checks = report["file_bytes"], report["parent"]["bytes"], report["verified"]["checks"]
+    print(f"size       {show_bytes(size)}, {size / whole:.1%} of the parent's {show_bytes(whole)}")
     print(f"quality    {child:.4f} bits per byte on held-out text, parent {parent:.4f} ({child / parent - 1:+.2%})")
     print(f"agreement  KL {agreement['kl']:.4f} nats per token, same first choice {agreement['top1']:.1%}")
-    print(f"checks     {sum(check['ok'] for check in report['verified']['checks'])} of {len(report['verified']['checks'])} passed")
+    print(f"checks     {sum(check['ok'] for check in checks)} of {len(checks)} passed")
 
 
 @app.command()
@@ -291,7 +306,10 @@ def demo(
         from pennyweight.config import FitConfig, merged
 
         parent = Path(__file__).parent / "data" / "reference-dense"
-        settings = {"budget": {"weights": weights}, "sweep": tuple(f"weights={share}%" for share in (18, 25, 30, 40, 60))}
+        settings = {
+            "budget": {"weights": weights},
+            "sweep": tuple(f"weights={share}%" for share in (18, 25, 30, 40, 60)),
+        }
         print(f"fitting the shipped model to {weights} of its bytes", file=sys.stderr)
         _fit(parent, out, merged(FitConfig(), settings), run=None, engine="local", dry_run=False, as_json=False)
 
@@ -304,7 +322,9 @@ def evaluate(
     rows: Annotated[int, typer.Option(help="Rows to measure.")] = 32,
     context_tokens: int = 512,
     tasks: Annotated[str | None, typer.Option(help="lm_eval tasks, comma-separated (extra: eval).")] = None,
-    task_file: Annotated[list[Path] | None, typer.Option(help="Local multiple-choice or completion files (.jsonl, .jsonl.gz).")] = None,
+    task_file: Annotated[
+        list[Path] | None, typer.Option(help="Local multiple-choice or completion files (.jsonl, .jsonl.gz).")
+    ] = None,
     task_items: Annotated[int, typer.Option(help="Items per task file.")] = 200,
     as_json: Json = False,
 ) -> None:
@@ -315,20 +335,26 @@ def evaluate(
 
         from pennyweight import texts
         from pennyweight.evals import agree, loss
-        from pennyweight.job import load_tokenizer
         from pennyweight.heterogeneous import load_model
+        from pennyweight.job import load_tokenizer
 
         child, tokenizer = load_model(model), load_tokenizer(model)
         documents = texts.stdlib(held_out=True) if text == "builtin" else texts.from_path(Path(text))
         measured = texts.rows(documents, tokenizer, context_tokens).take(rows)
         found = loss.loss(child, measured)
-        result: dict[str, Any] = {"bits_per_byte": found.bits_per_byte, "perplexity": found.perplexity, "tokens": found.tokens}
+        result: dict[str, Any] = {
+            "bits_per_byte": found.bits_per_byte,
+            "perplexity": found.perplexity,
+            "tokens": found.tokens,
+        }
         if against is not None:
             result["agreement"] = asdict(agree.agree(load_model(against), child, measured))
         if tasks or task_file:
             from pennyweight.evals import tasks as task_room
 
-            result["tasks"] = {path.name: asdict(task_room.local(child, tokenizer, path, items=task_items)) for path in task_file or []}
+            result["tasks"] = {
+                path.name: asdict(task_room.local(child, tokenizer, path, items=task_items)) for path in task_file or []
+            }
             if tasks:
                 result["tasks"] |= task_room.harness(child, tokenizer, tasks.split(","), items=task_items)
         if as_json:

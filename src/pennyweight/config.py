@@ -53,22 +53,22 @@ class DataConfig(_Strict):
     itself, `sampled_rows` of them), or a file or folder. Rows are stretches of `context` tokens."""
 
     text: str = "builtin"
-    context: int = Field(512, ge=16)
-    calibration_rows: int = Field(16, ge=1)
-    score_rows: int = Field(8, ge=1)
-    held_out_rows: int = Field(16, ge=1)
-    rows_per_chunk: int = Field(4, ge=1)
-    sampled_rows: int = Field(256, ge=1)
+    context: int = Field(default=512, ge=16)
+    calibration_rows: int = Field(default=16, ge=1)
+    score_rows: int = Field(default=8, ge=1)
+    held_out_rows: int = Field(default=16, ge=1)
+    rows_per_chunk: int = Field(default=4, ge=1)
+    sampled_rows: int = Field(default=256, ge=1)
 
 
 class HealConfig(_Strict):
     """Distillation after building. Tokens are per slot for `local`, in all for `whole`; 0 leaves a stage out."""
 
-    local_tokens: int = Field(60_000, ge=0)
-    whole_tokens: int = Field(300_000, ge=0)
+    local_tokens: int = Field(default=60_000, ge=0)
+    whole_tokens: int = Field(default=300_000, ge=0)
     local_lr: float = 1e-3
     whole_lr: float = 1e-3
-    batch_rows: int = Field(8, ge=1)
+    batch_rows: int = Field(default=8, ge=1)
 
 
 class FitConfig(_Strict):
@@ -85,8 +85,8 @@ class FitConfig(_Strict):
     axes: tuple[str, ...] = ("noop", "linear", "kv_heads", "ffn_width", "window", "bits")
     metric: Literal["kl", "lm", "cosine", "nmse"] = "kl"
     search: str = "mip"
-    solutions: int = Field(1, ge=1)
-    min_different: int = Field(1, ge=1)
+    solutions: int = Field(default=1, ge=1)
+    min_different: int = Field(default=1, ge=1)
     sweep: tuple[str, ...] = ()
     machine: str = "this"
     prices: Literal["computed", "measured"] = "computed"

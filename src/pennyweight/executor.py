@@ -23,7 +23,7 @@ def run(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], engine: 
 
 def _ray(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as err:
         raise RuntimeError("--engine ray needs the extra: pip install 'pennyweight[ray]'") from err
     import torch

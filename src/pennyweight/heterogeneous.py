@@ -109,20 +109,28 @@ def edit_layer(layer: Any, own: Any, layer_idx: int, differing: Collection[str])
     skip, linear = set(getattr(own, "skip", None) or ()), set(getattr(own, "replace_with_linear", None) or ())
     unknown = (skip | linear) - set(SKIPPED.values())
     if unknown:
-        raise ValueError(f"layer {layer_idx}: per_layer_config names {sorted(unknown)}; known are {sorted(SKIPPED.values())}")
+        raise ValueError(
+            f"layer {layer_idx}: per_layer_config names {sorted(unknown)}; known are {sorted(SKIPPED.values())}"
+        )
     for kind, word in SKIPPED.items():
         if word in skip:
             setattr(layer, BLOCK[kind], blocks.SkippedAttention(layer_idx) if kind == "mixer" else blocks.SkippedMLP())
             setattr(layer, NORM[kind], nn.Identity())
         elif word in linear:
             hidden = own.hidden_size
-            setattr(layer, BLOCK[kind], blocks.LinearAttention(hidden, layer_idx) if kind == "mixer" else blocks.LinearMLP(hidden))
+            setattr(
+                layer,
+                BLOCK[kind],
+                blocks.LinearAttention(hidden, layer_idx) if kind == "mixer" else blocks.LinearMLP(hidden),
+            )
     window = getattr(own, "sliding_window", None) if "sliding_window" in differing else None
     if window is not None and not skip & {"attention"} and not linear & {"attention"}:
         blocks.set_window(layer.self_attn, window)
 
 
-def _convert_by_own_scheme(original: Any, operation: Any, input_dict: Any, *args: Any, full_layer_name: str | None = None, **kwargs: Any) -> Any:
+def _convert_by_own_scheme(
+    original: Any, operation: Any, input_dict: Any, *args: Any, full_layer_name: str | None = None, **kwargs: Any
+) -> Any:
     if operation.scheme is None and full_layer_name is not None:
         from compressed_tensors.utils.match import match_name
 
@@ -146,9 +154,10 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
     if getattr(config, "quantization_config", None):
         config.quantization_config["dequantize"] = True
     with installed(), _quiet_progress():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
+    model, info = loaded
     wrong = {kind: sorted(info.get(kind) or ())[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise ValueError(f"{folder} does not fit the model its config describes: {wrong}")

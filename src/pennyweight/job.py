@@ -35,13 +35,13 @@ from pennyweight.cost import Budget, Machine, Seconds, Workload, computed, figur
 from pennyweight.evals.agree import agree
 from pennyweight.evals.loss import loss
 from pennyweight.events import Listener, Silent
-from pennyweight.families._decoder import tensor_names, with_shapes
+from pennyweight.families._decoder import Parts, tensor_names, with_shapes
 from pennyweight.heterogeneous import load_model
 from pennyweight.offers import Offer
 from pennyweight.search._problem import Infeasible, Solution
 from pennyweight.slots import PARENT, Choice, Shape, Slot, layout_from_json, layout_to_json, reshape_all
 from pennyweight.store import Store
-from pennyweight.walk import Walk, apply
+from pennyweight.walk import Walk, apply, run_layer
 
 STAGES = ("plan", "stats", "score", "solve", "build", "heal", "pack", "verify", "report")
 
@@ -113,7 +113,13 @@ def compute_dtype(wanted: str) -> torch.dtype:
 
 
 def open_job(
-    model: Path, out: Path, config: FitConfig, *, run: Path | None = None, engine: executor.Engine = "local", listen: Listener | None = None
+    model: Path,
+    out: Path,
+    config: FitConfig,
+    *,
+    run: Path | None = None,
+    engine: executor.Engine = "local",
+    listen: Listener | None = None,
 ) -> Job:
     """Check every input that can be checked without work and open the run folder.
 
@@ -122,7 +128,9 @@ def open_job(
     config.check()
     checkpoint = Checkpoint(model)
     if "quantization_config" in checkpoint.config:
-        raise ValueError(f"{model} is quantised already; start from its 16-bit original, so that every slot can choose its bits")
+        raise ValueError(
+            f"{model} is quantised already; start from its 16-bit original, so that every slot can choose its bits"
+        )
     if out.exists() and not (out / "penny.json").exists():
         raise ValueError(f"{out} exists and was not made by penny; choose another --out or move it away")
     walk_check = Walk(checkpoint)
@@ -154,7 +162,9 @@ def load_tokenizer(model: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as err:
-        raise ValueError(f"{model} has no tokenizer that transformers can load ({err}); copy tokenizer.json beside the weights") from err
+        raise ValueError(
+            f"{model} has no tokenizer that transformers can load ({err}); copy tokenizer.json beside the weights"
+        ) from err
 
 
 def read_text(job: Job) -> Text:
@@ -174,12 +184,15 @@ def read_text(job: Job) -> Text:
     vocabulary = job.checkpoint.config["vocab_size"]
     highest = max(int(seen.ids.max()), int(held.ids.max()) if len(held.ids) else 0)
     if highest >= vocabulary:
-        raise ValueError(f"the tokenizer gives token {highest}, the model's vocabulary ends at {vocabulary - 1}; they do not belong together")
+        raise ValueError(
+            f"the tokenizer gives token {highest}, the model's vocabulary ends at {vocabulary - 1}; "
+            "they do not belong together"
+        )
     need = data.calibration_rows + data.score_rows + 1
     if len(seen.ids) < need or not len(held.ids):
         raise ValueError(
-            f"the text gives {len(seen.ids)} rows of {context} tokens for calibration and scoring and {len(held.ids)} held out; "
-            f"{need} and 1 are needed. Give more text or a smaller --context-tokens"
+            f"the text gives {len(seen.ids)} rows of {context} tokens for calibration and scoring and {len(held.ids)} "
+            f"held out; {need} and 1 are needed. Give more text or a smaller --context-tokens"
         )
     order = np.random.default_rng(seed).permutation(len(seen.ids))
     cuts = np.cumsum([data.calibration_rows, data.score_rows])
@@ -208,12 +221,22 @@ def _sampled(job: Job, context: int) -> texts.Rows:
 
 def plan(job: Job) -> dict[str, Any]:
     """Check that the budget can be met and say what the job will do. Raises Infeasible before any work."""
-    context = min(job.config.data.context, job.checkpoint.config.get("max_position_embeddings", job.config.data.context))
-    singles = {slot: offers.single_choices(shape, job.config.axes, scored_tokens=context) for slot, shape in job.shapes.items()}
+    context = min(
+        job.config.data.context, job.checkpoint.config.get("max_position_embeddings", job.config.data.context)
+    )
+    singles = {
+        slot: offers.single_choices(shape, job.config.axes, scored_tokens=context) for slot, shape in job.shapes.items()
+    }
     seconds, how = prices(job)
     free = {slot: {choice.key(): 0.0 for choice in found} for slot, found in singles.items()}
-    offered = {slot: offers.undominated(offers.offers(slot, shape, free[slot], job.workload, seconds)) for slot, shape in job.shapes.items()}
-    kinds.load("search", "mip").solve(offers.problem(offered, job.shapes, job.budget, job.workload))
+    offered = {
+        slot: offers.undominated(offers.offers(slot, shape, free[slot], job.workload, seconds))
+        for slot, shape in job.shapes.items()
+    }
+    try:
+        kinds.load("search", "mip").solve(offers.problem(offered, job.shapes, job.budget, job.workload))
+    except Infeasible as err:
+        raise offers.in_users_words(err, job.shapes, job.budget, job.workload) from None
     parent = figures(total(job.shapes, job.workload, seconds), job.workload, workspace_bytes(job.shapes, job.workload))
     return {
         "parent": parent,
@@ -267,7 +290,8 @@ def gather_stats(job: Job) -> None:
     wanted = {name for axis in job.config.axes for name in kinds.load("variants", axis).STATS}
     chunks = _chunks(job, job.text.calibration)
     tasks = [
-        (job.model, chunk.ids[:, :-1], tuple(sorted(wanted)), job.scratch, index, job.dtype) for index, chunk in enumerate(chunks)
+        (job.model, chunk.ids[:, :-1], tuple(sorted(wanted)), job.scratch, index, job.dtype)
+        for index, chunk in enumerate(chunks)
     ]
     job.listen.begin("stats", total=len(tasks), unit="chunks")
     tokens = 0
@@ -293,15 +317,23 @@ def _chunks(job: Job, rows: texts.Rows) -> list[texts.Rows]:
 def score_choices(job: Job) -> None:
     """All replace-1-block scores, `score/<chunk>/<group>` in the store: {slot: {choice key: sums}}."""
     context = job.text.score.ids.shape[1] - 1
-    singles = {slot: offers.single_choices(shape, job.config.axes, scored_tokens=context) for slot, shape in job.shapes.items()}
+    singles = {
+        slot: offers.single_choices(shape, job.config.axes, scored_tokens=context) for slot, shape in job.shapes.items()
+    }
     chunks = _chunks(job, job.text.score)
     hidden_bytes = 4 * job.config.data.rows_per_chunk * context * job.checkpoint.config["hidden_size"]
-    groups = score.jobs({slot: found for slot, found in singles.items() if found}, hidden_bytes, units.parse_bytes(job.config.max_pending))
+    groups = score.jobs(
+        {slot: found for slot, found in singles.items() if found},
+        hidden_bytes,
+        units.parse_bytes(job.config.max_pending),
+    )
     todo = [(c, g) for c in range(len(chunks)) for g in range(len(groups)) if job.store.get(f"score/{c}/{g}") is None]
     if not todo:
         return
     needed = sorted({c for c, _ in todo})
-    for _ in executor.run(score.parent_chunk, [(job.model, chunks[c].ids, job.scratch, c, job.dtype) for c in needed], job.engine):
+    for _ in executor.run(
+        score.parent_chunk, [(job.model, chunks[c].ids, job.scratch, c, job.dtype) for c in needed], job.engine
+    ):
         pass
     files = {layer: job.store.path(f"stats/{layer}") for layer in range(job.checkpoint.config["num_hidden_layers"])}
     tasks = [(job.model, chunks[c].ids, chunks[c].scored, job.scratch, c, groups[g], files, job.dtype) for c, g in todo]
@@ -386,7 +418,9 @@ def offered(job: Job, workload: Workload, seconds: Seconds) -> dict[Slot, list[O
     scored = scores(job)
     return {
         slot: offers.undominated(
-            offers.offers(slot, shape, {k: v[job.config.metric] for k, v in scored.get(slot, {}).items()}, workload, seconds)
+            offers.offers(
+                slot, shape, {k: v[job.config.metric] for k, v in scored.get(slot, {}).items()}, workload, seconds
+            )
         )
         for slot, shape in job.shapes.items()
     }
@@ -408,10 +442,10 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
         )
         try:
             solution = search.solve(problem, seed=job.config.seed)
-        except Infeasible:
+        except Infeasible as err:
             if found:
                 break
-            raise
+            raise offers.in_users_words(err, job.shapes, budget, workload) from None
         picked = {slot: row[v] for (slot, row), v in zip(table.items(), solution.choice, strict=True)}
         shapes = {slot: offer.shape for slot, offer in picked.items()}
         predicted = figures(total(shapes, workload, seconds), workload, workspace_bytes(job.shapes, workload))
@@ -420,6 +454,35 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
         layout = {slot: offer.choice for slot, offer in picked.items() if offer.choice}
         found.append(Chosen(layout, workload, solution, predicted))
     return found
+
+
+@torch.no_grad()
+def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float]:
+    """What the scores predicted a sum of, measured together: the parent with every choice applied as it was when it
+    was scored, on the same rows. {metric: mean}; all zero for the parent's layout."""
+    rows = job.text.score
+    ids, scored = torch.from_numpy(rows.ids), torch.from_numpy(rows.scored)
+    positions = job.walk.positions(ids.shape[1] - 1)
+    walk, embed = job.walk, Slot("embed")
+    with stats.autocast(job.dtype):
+        embedding = walk.embedding()
+        parent = embedding(ids[:, :-1]).float()
+        apply(Parts(embedding, "embed", job.shapes[embed]), layout.get(embed, PARENT), stats.SlotStats({}))
+        child = embedding(ids[:, :-1]).float()
+        del embedding
+        job.listen.begin("measure child", total=walk.layers, unit="layers")
+        for index in range(walk.layers):
+            layer = walk.layer(index)
+            parent = torch.cat([run_layer(layer, part, positions) for part in parent.split(4)])
+            tensors = job.store.tensors(f"stats/{index}")
+            for slot in (Slot("mixer", index), Slot("ffn", index)):
+                apply(walk.parts(layer, slot), layout.get(slot, PARENT), stats.of_slot(tensors, slot.kind))
+            child = torch.cat([run_layer(layer, part, positions) for part in child.split(4)])
+            job.listen.advance(index + 1)
+        job.listen.end()
+        last = embed if walk.tied else Slot("head")
+        sums = score.compare(walk, parent, [(last, layout.get(last, PARENT), child)], ids[:, 1:], scored)
+    return score.mean(next(iter(sums[str(last)].values())))
 
 
 # --------------------------------------------------------------------------------------------------------- build
@@ -444,7 +507,7 @@ def build(job: Job, layout: Mapping[Slot, Choice], folder: Path) -> Path:
             for name in tensor_names(slot, shapes[slot]).values():
                 writer.add(name, layer.get_parameter(name.removeprefix(prefix)).bfloat16())
         job.listen.advance(index + 1)
-    writer.add("model.norm.weight", walk.norm().weight.bfloat16())
+    writer.add("model.norm.weight", walk.norm().get_parameter("weight").bfloat16())
     if not walk.tied:
         writer.add("lm_head.weight", walk.head().weight.bfloat16())
     job.listen.end()
@@ -473,12 +536,22 @@ def _heal_local(job: Job, changed: list[Slot], ids: torch.Tensor, built: Path, f
     from pennyweight.heal import local
 
     plan = job.config.heal
-    rows = ids[: max(plan.batch_rows, -(-plan.local_tokens // ids.shape[1]))]
+    rows = ids[: plan.batch_rows + max(plan.batch_rows, -(-plan.local_tokens // ids.shape[1]))]
     child = Walk(Checkpoint(built), dtype=job.dtype)
     new = local.heal(
-        job.walk, child, changed, rows, tokens=plan.local_tokens, lr=plan.local_lr, batch_rows=plan.batch_rows, store=job.store, listen=job.listen
+        job.walk,
+        child,
+        changed,
+        rows,
+        tokens=plan.local_tokens,
+        lr=plan.local_lr,
+        batch_rows=plan.batch_rows,
+        store=job.store,
+        listen=job.listen,
     )
-    replaced = {f"model.layers.{slot.layer}.{name}": tensor for slot, tensors in new.items() for name, tensor in tensors.items()}
+    replaced = {
+        f"model.layers.{slot.layer}.{name}": tensor for slot, tensors in new.items() for name, tensor in tensors.items()
+    }
     writer = Writer(folder)
     for name in child.checkpoint.entries:
         writer.add(name, replaced[name] if name in replaced else child.checkpoint.read(name))
@@ -498,7 +571,15 @@ def _heal_whole(job: Job, ids: torch.Tensor, built: Path, folder: Path) -> Path:
     parent = load_model(job.model, dtype=job.dtype).requires_grad_(False)
     child = load_model(built, dtype=torch.float32)
     whole.heal(
-        parent, child, ids, tokens=plan.whole_tokens, lr=plan.whole_lr, batch_rows=plan.batch_rows, dtype=job.dtype, store=job.store, listen=job.listen
+        parent,
+        child,
+        ids,
+        tokens=plan.whole_tokens,
+        lr=plan.whole_lr,
+        batch_rows=plan.batch_rows,
+        dtype=job.dtype,
+        store=job.store,
+        listen=job.listen,
     )
     checkpoint = Checkpoint(built)
     state = child.state_dict()
@@ -534,6 +615,8 @@ def run(job: Job) -> dict[str, Any]:
         job.store.put("chosen", stage("solve", lambda: _solve_all(job)))
     chosen = job.store.get("chosen")
     layout = layout_from_json(chosen["solutions"][0]["layout"])
+    if job.store.get("unhealed") is None:
+        job.store.put("unhealed", stage("solve", lambda: measure_unhealed(job, layout)))
     folders = job.store.folder
     built = _kept(job, "built", folders / "built", lambda to: stage("build", lambda: build(job, layout, to)))
     healed = job.store.get("healed")
@@ -546,7 +629,18 @@ def run(job: Job) -> dict[str, Any]:
     child = Walk(Checkpoint(Path(healed)), dtype=job.dtype)
     if job.store.get("packed") is None or not candidate.exists():
         calibration = torch.from_numpy(job.text.calibration.ids[:, :-1])
-        stage("pack", lambda: pack(child, layout, calibration, candidate, files={"penny.json": _card(job, chosen)}, store=job.store, listen=job.listen))
+        stage(
+            "pack",
+            lambda: pack(
+                child,
+                layout,
+                calibration,
+                candidate,
+                files={"penny.json": _card(job, chosen)},
+                store=job.store,
+                listen=job.listen,
+            ),
+        )
         job.store.put("packed", True)
     if job.store.get("verified") is None:
         job.store.put("verified", stage("verify", lambda: _verify(job, layout, chosen, Path(healed), candidate)))
@@ -579,7 +673,9 @@ def _solve_all(job: Job) -> dict[str, Any]:
     for bounds in job.config.sweep:
         name, _, text = bounds.partition("=")
         if name not in type(job.config.budget).model_fields:
-            raise ValueError(f"--sweep {bounds!r}: write BOUND=VALUE with one of {', '.join(type(job.config.budget).model_fields)}")
+            raise ValueError(
+                f"--sweep {bounds!r}: write BOUND=VALUE with one of {', '.join(type(job.config.budget).model_fields)}"
+            )
         changed = job.config.budget.model_copy(update={name: text}).resolve(parent_bytes=job.checkpoint.weight_bytes)
         try:
             sweep.append({"budget": {name: text}, **solve(job, changed)[0].to_json()})
@@ -596,14 +692,20 @@ def _card(job: Job, chosen: Mapping[str, Any]) -> dict[str, Any]:
         "pennyweight": pennyweight.__version__,
         "layout": chosen["solutions"][0]["layout"],
         "predicted": chosen["solutions"][0]["predicted"],
-        "parent": {"sha256": job.store.get("identity")["model"], "name": job.model.resolve().name, "config": job.checkpoint.config},
+        "parent": {
+            "sha256": job.store.get("identity")["model"],
+            "name": job.model.resolve().name,
+            "config": job.checkpoint.config,
+        },
         "text_sha256": job.store.get("identity")["text"],
         "config": job.config.model_dump(mode="json"),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
 
 
-def _verify(job: Job, layout: Mapping[Slot, Choice], chosen: Mapping[str, Any], healed: Path, candidate: Path) -> dict[str, Any]:
+def _verify(
+    job: Job, layout: Mapping[Slot, Choice], chosen: Mapping[str, Any], healed: Path, candidate: Path
+) -> dict[str, Any]:
     from pennyweight.pack import dequantised
     from pennyweight.walk import Streamed
 
@@ -625,7 +727,14 @@ def _verify(job: Job, layout: Mapping[Slot, Choice], chosen: Mapping[str, Any], 
         expected = Streamed(Walk(Checkpoint(candidate)))(short).logits.argmax(dim=-1)
         again = verify.stored_tokens(Walk(Checkpoint(healed)), job.store, short)
         same = int((expected == again).sum())
-        checks.append(verify.Check("next tokens of the written folder, walked layer by layer", same == expected.numel(), expected.numel(), same))
+        checks.append(
+            verify.Check(
+                "next tokens of the written folder, walked layer by layer",
+                same == expected.numel(),
+                expected.numel(),
+                same,
+            )
+        )
     job.listen.advance(2)
 
     def model(folder: Path) -> Any:
@@ -644,15 +753,30 @@ def _verify(job: Job, layout: Mapping[Slot, Choice], chosen: Mapping[str, Any], 
         from pennyweight.evals.speed import speed as measure_speed
 
         texts_of = lambda m: [job.tokenizer.decode(row) for row in verify.generate(m, prompts[:, :24], 48)]  # noqa: E731
-        samples = {"prompts": [job.tokenizer.decode(row) for row in prompts[:, :24]], "parent": texts_of(parent), "child": texts_of(child)}
+        samples = {
+            "prompts": [job.tokenizer.decode(row) for row in prompts[:, :24]],
+            "parent": texts_of(parent),
+            "child": texts_of(child),
+        }
         if job.config.machine == "this":
-            speed = {name: asdict(measure_speed(load_model(folder), job.workload, steps=20)) for name, folder in (("parent", job.model), ("child", candidate))}
+            speed = {
+                name: asdict(measure_speed(load_model(folder), job.workload, steps=20))
+                for name, folder in (("parent", job.model), ("child", candidate))
+            }
     job.listen.advance(4)
     job.listen.end()
-    return {"checks": [check.to_json() for check in checks], "whole": whole, "quality": quality, "samples": samples, "speed": speed}
+    return {
+        "checks": [check.to_json() for check in checks],
+        "whole": whole,
+        "quality": quality,
+        "samples": samples,
+        "speed": speed,
+    }
 
 
-def _report(job: Job, chosen: Mapping[str, Any], verified: Mapping[str, Any], timings: Mapping[str, float]) -> dict[str, Any]:
+def _report(
+    job: Job, chosen: Mapping[str, Any], verified: Mapping[str, Any], timings: Mapping[str, float]
+) -> dict[str, Any]:
     """Everything worth knowing about the run, as data; report/ turns it into pages."""
     layout = layout_from_json(chosen["solutions"][0]["layout"])
     scored = scores(job)
@@ -669,15 +793,19 @@ def _report(job: Job, chosen: Mapping[str, Any], verified: Mapping[str, Any], ti
                 "slot": str(slot),
                 "choice": str(layout.get(slot, PARENT)),
                 "axes": layout.get(slot, PARENT).to_json(),
-                "score": sum(scored[slot][Choice((spec,)).key()][job.config.metric] for spec in layout.get(slot, PARENT).specs),
+                "score": sum(
+                    scored[slot][Choice((spec,)).key()][job.config.metric] for spec in layout.get(slot, PARENT).specs
+                ),
             }
             for slot in job.shapes
         ],
         "metric": job.config.metric,
         "margins": margins(job),
+        "unhealed": job.store.get("unhealed"),
         "verified": verified,
         "local_heal": {key.rsplit("/", 1)[1]: job.store.get(key) for key in job.store.keys("heal/local-loss/")},
         "whole_heal": job.store.get("heal/whole/losses") or [],
+        "whole_heal_judged": job.store.get("heal/whole/judged"),
         "file_bytes": verify.safetensors_bytes(job.store.folder / "candidate"),
         "timings": dict(timings),
         "config": job.config.model_dump(mode="json"),

@@ -34,21 +34,16 @@ _PREFILLS = 5
 
 
 def machine(*, seconds: float = 2.0) -> Machine:
-    """This computer, measured for about `seconds`. Peaks are what large operations reached, so shares are 1."""
-    words = 2**26
+    """This computer, measured for about `seconds`. Peaks are the best that large operations reached."""
+    words, size = 2**26, 2048
     source, target = torch.ones(words), torch.zeros(words)
-    copy = _best(lambda: target.copy_(source), seconds / 2)
-    bandwidth = 2 * 4 * words / copy
-    del source, target
-    size = 2048
     a, b = torch.randn(size, size, dtype=torch.bfloat16), torch.randn(size, size, dtype=torch.bfloat16)
-    flops = 2 * size**3 / _best(lambda: a @ b, seconds / 2)
     cpu = platform.processor() or platform.machine()
     return Machine(
         name=f"{cpu}, {torch.get_num_threads()} threads",
         memory_bytes=psutil.virtual_memory().total,
-        bandwidth=bandwidth,
-        flops=flops,
+        bandwidth=2 * 4 * words / _best(lambda: target.copy_(source), seconds / 2),
+        flops=2 * size**3 / _best(lambda: a @ b, seconds / 2),
         bandwidth_share=0.8,
         flops_share=0.8,
         source="measured: best of repeated copies of 256 MiB and 2048-cubed bfloat16 products",
@@ -151,7 +146,8 @@ def _slope(config: Mapping[str, Any], shapes: Shapes, shape: Shape, workload: Wo
 
 def _interleaved(first: Any, second: Any, repeats: int, *, best: bool = False) -> tuple[float, float]:
     """Typical times of two calls made in turn, so that a drifting machine drifts for both."""
-    first(), second()
+    first()
+    second()
     gc.collect()
     pairs = [(first(), second()) for _ in range(repeats)]
     pick = min if best else statistics.median

@@ -6,6 +6,7 @@ each measured alone. Combinations that another one beats on every count are drop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from pennyweight import kinds
 from pennyweight.checkpoint import header_bytes
 from pennyweight.cost import Budget, Cost, Seconds, Workload, price, workspace_bytes
 from pennyweight.families._decoder import tensor_names
-from pennyweight.search._problem import Problem
+from pennyweight.search._problem import Infeasible, Problem
 from pennyweight.slots import BFLOAT16, PARENT, Choice, MoE, Shape, Shapes, Slot
+from pennyweight.units import show_bytes, show_seconds
 
 ORDER = ("noop", "linear", "kv_heads", "ffn_width", "window", "bits")
 """Axes in the order their specs are applied: what removes a block first, what stores it last."""
@@ -41,7 +43,9 @@ def combinations(shape: Shape, scored: Mapping[str, float]) -> Iterator[tuple[Ch
     `scored` maps Choice.key() of single choices to scores. The parent's own comes first, with score 0.
     """
 
-    def extend(choice: Choice, current: Shape, score: float, axes: Sequence[str]) -> Iterator[tuple[Choice, Shape, float]]:
+    def extend(
+        choice: Choice, current: Shape, score: float, axes: Sequence[str]
+    ) -> Iterator[tuple[Choice, Shape, float]]:
         if not axes:
             yield choice, current, score
             return
@@ -111,6 +115,11 @@ FILE_OVERHEAD = 4096
 """Bytes set aside for what is written once per file: length words, metadata, padding (up to 40 shards)."""
 
 
+def fixed_spending(shapes: Shapes, workload: Workload) -> dict[str, float]:
+    """What is spent under each bound whatever is chosen."""
+    return {"weight_bytes": FILE_OVERHEAD, "memory_bytes": FILE_OVERHEAD + workspace_bytes(shapes, workload)}
+
+
 def problem(
     offered: Mapping[Slot, Sequence[Offer]],
     shapes: Shapes,
@@ -125,7 +134,7 @@ def problem(
     A throughput bound becomes a bound on time: sequences * new tokens / rate >= prefill + new * decode seconds.
     """
     bounds = budget.bounds()
-    fixed = {"weight_bytes": FILE_OVERHEAD, "memory_bytes": FILE_OVERHEAD + workspace_bytes(shapes, workload)}
+    fixed = fixed_spending(shapes, workload)
     if "tokens_per_second" in bounds:
         bounds["tokens_per_second"] = workload.concurrency * workload.new / bounds["tokens_per_second"]
     spent = {
@@ -138,11 +147,34 @@ def problem(
     names = tuple(bounds)
     return Problem(
         scores=tuple(np.array([o.score for o in row]) for row in offered.values()),
-        costs=tuple(np.array([[float(spent[name](o)) for name in names] for o in row]).reshape(len(row), len(names)) for row in offered.values()),
+        costs=tuple(
+            np.array([[float(spent[name](o)) for name in names] for o in row]).reshape(len(row), len(names))
+            for row in offered.values()
+        ),
         limits=np.array([float(bounds[name] - fixed.get(name, 0)) for name in names]),
         names=names,
         different_from=tuple(different_from),
         min_different=min_different,
         labels=tuple(tuple(str(o.choice) for o in row) for row in offered.values()),
         groups=tuple(slot.kind for slot in offered),
+    )
+
+
+def in_users_words(err: Infeasible, shapes: Shapes, budget: Budget, workload: Workload) -> Infeasible:
+    """The same failure as numbers of the budget: the bound as asked, and the nearest one that could be met."""
+    if err.bound is None or err.nearest is None:
+        return err
+    asked = budget.bounds()[err.bound]
+    if err.bound == "tokens_per_second":
+        nearest = workload.concurrency * workload.new / err.nearest
+        message = f"tokens_per_second of {asked:.4g} cannot be met; the most possible is {nearest:.4g}"
+    else:
+        nearest = err.nearest + fixed_spending(shapes, workload).get(err.bound, 0)
+        show = show_bytes if err.bound.endswith("bytes") else show_seconds
+        message = f"{err.bound} of {show(asked)} cannot be met; the least possible is {show(nearest)}"
+        if err.bound.endswith("bytes"):
+            nearest = math.ceil(nearest)
+            message += f" ({nearest} bytes)"
+    return Infeasible(
+        err.bound, asked, nearest, message + (", given the other bounds" if len(budget.bounds()) > 1 else "")
     )

@@ -41,7 +41,10 @@ def pack(
     positions = child.positions(calibration.shape[1])
     slot, embedding = Slot("embed"), child.embedding()
     if store.get("pack/embed") is None:
-        store.put_tensors("pack/embed", _packed(slot, Parts(embedding, "embed", child.shapes[slot]), layout.get(slot, PARENT), SlotStats({})))
+        store.put_tensors(
+            "pack/embed",
+            _packed(slot, Parts(embedding, "embed", child.shapes[slot]), layout.get(slot, PARENT), SlotStats({})),
+        )
     else:
         put_in(embedding, store.tensors("pack/embed"), "model.embed_tokens.")
     hidden = None
@@ -50,7 +53,9 @@ def pack(
         if store.get(key) is None:
             if hidden is None:
                 with autocast(child.dtype):
-                    hidden = store.tensors(f"pack/hidden-{index}")["hidden"] if index else embedding(calibration).float()
+                    hidden = (
+                        store.tensors(f"pack/hidden-{index}")["hidden"] if index else embedding(calibration).float()
+                    )
             layer = child.layer(index)
             tensors = _pack_layer(child, layer, index, layout, hidden, positions)
             with autocast(child.dtype):
@@ -60,10 +65,12 @@ def pack(
             store.drop(f"pack/hidden-{index}")
         listen.advance(index + 1)
     if store.get("pack/head") is None:
-        tensors = {"model.norm.weight": child.norm().weight.detach().bfloat16()}
+        tensors = {"model.norm.weight": child.norm().get_parameter("weight").detach().bfloat16()}
         if not child.tied:
             slot = Slot("head")
-            tensors |= _packed(slot, Parts(child.head(), "head", child.shapes[slot]), layout.get(slot, PARENT), SlotStats({}))
+            tensors |= _packed(
+                slot, Parts(child.head(), "head", child.shapes[slot]), layout.get(slot, PARENT), SlotStats({})
+            )
         store.put_tensors("pack/head", tensors)
     listen.end()
     writer = Writer(out)
@@ -81,7 +88,9 @@ def _pack_layer(
     fitted = [slot for slot in slots if "bits" in layout.get(slot, PARENT) and layout[slot]["bits"].method == "gptq"]
     means: dict[str, torch.Tensor] = {}
     if fitted:
-        collector = Collector(layer, {slot.kind: child.shapes[slot] for slot in fitted}, ("input_moment", "output_moment", "down_moment"))
+        collector = Collector(
+            layer, {slot.kind: child.shapes[slot] for slot in fitted}, ("input_moment", "output_moment", "down_moment")
+        )
         with collector, autocast(child.dtype):
             for rows in hidden.split(8):
                 run_layer(layer, rows, positions)

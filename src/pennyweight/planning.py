@@ -48,7 +48,10 @@ def plan(config: dict[str, Any], workload: Workload, machine: Machine, budget: B
         offered[slot] = offers.undominated(offers.offers(slot, shape, free, workload, seconds))
     smallest = sum(min(offer.file_bytes for offer in row) for row in offered.values())
     limits = budget.bounds() or {"memory_bytes": machine.memory_bytes}
-    if all(parent[name] <= bound if name != "tokens_per_second" else parent[name] >= bound for name, bound in limits.items()):
+    if all(
+        parent[name] <= bound if name != "tokens_per_second" else parent[name] >= bound
+        for name, bound in limits.items()
+    ):
         verdict = "fits as it is"
     else:
         try:

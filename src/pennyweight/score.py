@@ -45,9 +45,11 @@ class Job:
 
     @property
     def first_layer(self) -> int:
-        return min((slot.layer if slot.layer is not None else 0) for slot, _ in self.slots if slot.kind != "head") if any(
-            slot.kind != "head" for slot, _ in self.slots
-        ) else -1
+        return (
+            min((slot.layer if slot.layer is not None else 0) for slot, _ in self.slots if slot.kind != "head")
+            if any(slot.kind != "head" for slot, _ in self.slots)
+            else -1
+        )
 
 
 def jobs(choices: Mapping[Slot, Sequence[Choice]], hidden_bytes: int, max_pending_bytes: int) -> list[Job]:
@@ -128,7 +130,7 @@ def score_chunk(
                         pending.append((slot, choice, run_layer(fork, hidden, positions)))
         final = _load(hidden_path(folder, chunk, walk.layers))["hidden"]
         pending += [(Slot("head"), choice, final) for choice in wanted.get(Slot("head"), ())]
-        return _compare(walk, final, pending, torch.from_numpy(ids[:, 1:]), torch.from_numpy(scored))
+        return compare(walk, final, pending, torch.from_numpy(ids[:, 1:]), torch.from_numpy(scored))
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
@@ -144,20 +146,31 @@ def _fork(layer: Any, kind: str) -> Any:
     return fork
 
 
-def _compare(
+def compare(
     walk: Walk,
     final: torch.Tensor,
     pending: list[tuple[Slot, Choice, torch.Tensor]],
     targets: torch.Tensor,
     scored: torch.Tensor,
 ) -> dict[str, dict[str, dict[str, float]]]:
+    """Sums of every metric, {slot: {choice key: sums}}, from the states leaving the last layer.
+
+    final: the parent's (rows, tokens, hidden); pending: (slot, choice, child's states of that shape). A choice for the
+    head, or for an embedding that is tied to it, also changes the matrix that makes the child's logits.
+    """
     norm, head = walk.norm(), walk.head()
     parent = norm(final)
     out: dict[str, dict[str, dict[str, float]]] = {}
     rows: list[tuple[dict[str, float], torch.Tensor, nn.Linear | None]] = []
     for slot, choice, hidden in pending:
         child = norm(hidden)
-        sums = {**_hidden_sums(parent, child), "kl": 0.0, "lm": 0.0, "tokens": float(scored.sum()), "rows": float(len(final))}
+        sums = {
+            **_hidden_sums(parent, child),
+            "kl": 0.0,
+            "lm": 0.0,
+            "tokens": float(scored.sum()),
+            "rows": float(len(final)),
+        }
         out.setdefault(str(slot), {})[choice.key()] = sums
         own_head = choice if slot.kind == "head" or (slot.kind == "embed" and walk.tied) else None
         if own_head is None or not own_head:

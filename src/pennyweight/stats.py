@@ -115,7 +115,9 @@ def partial_path(folder: Path, chunk: int, layer: int) -> Path:
 
 
 @torch.no_grad()
-def calibrate_chunk(model: Path, ids: np.ndarray, wanted: tuple[str, ...], folder: Path, chunk: int, dtype: torch.dtype) -> int:
+def calibrate_chunk(
+    model: Path, ids: np.ndarray, wanted: tuple[str, ...], folder: Path, chunk: int, dtype: torch.dtype
+) -> int:
     """Task: walk the rows `ids` (rows, tokens) through the model, write one file of sums per layer into `folder`.
 
     Returns the number of tokens. Layers whose file exists are not gathered again.

@@ -23,7 +23,7 @@ class Store:
     """Results by key. Keys are paths like `score/3/7.ffn`; values are JSON or files."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Open or create. Raises ValueError if the folder belongs to another run, RuntimeError if it cannot be written."""
+        """Open or create. Raises ValueError if it belongs to another run, RuntimeError if it cannot be written."""
         self.folder = folder
         try:
             (folder / "files").mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,9 @@ class Store:
         if known is None:
             self.put("identity", wanted)
         elif known != wanted:
-            raise ValueError(f"{folder} belongs to another run: {_difference(known, wanted)}. Choose another --run folder")
+            raise ValueError(
+                f"{folder} belongs to another run: {_difference(known, wanted)}. Choose another --run folder"
+            )
 
     def close(self) -> None:
         self._db.close()
@@ -54,7 +56,9 @@ class Store:
             raise RuntimeError(f"cannot write to {self.folder / 'run.sqlite'}: {err}") from err
 
     def keys(self, prefix: str) -> list[str]:
-        rows = self._db.execute("select key from results where key >= ? and key < ? order by key", (prefix, prefix + "\uffff"))
+        rows = self._db.execute(
+            "select key from results where key >= ? and key < ? order by key", (prefix, prefix + "\uffff")
+        )
         return [row[0] for row in rows]
 
     def put_tensors(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -79,7 +83,7 @@ class Store:
 
     def tensors(self, key: str) -> dict[str, torch.Tensor]:
         """Raises KeyError if nothing is kept under the key, ValueError if its file is gone or damaged."""
-        from pennyweight.checkpoint import Entry, read_header, read_entry
+        from pennyweight.checkpoint import Entry, read_entry, read_header
 
         path = self.path(key)
         if path is None:
@@ -97,7 +101,12 @@ class Store:
         for key in self.keys(prefix):
             path = self.path(key) if isinstance(self.get(key), dict) and "file" in self.get(key) else None
             self._db.execute("delete from results where key = ?", (key,))
-            if path is not None and not self._db.execute("select 1 from results where value = ?", (json.dumps({"file": path.name}),)).fetchone():
+            if (
+                path is not None
+                and not self._db.execute(
+                    "select 1 from results where value = ?", (json.dumps({"file": path.name}),)
+                ).fetchone()
+            ):
                 path.unlink(missing_ok=True)
 
     def free_bytes(self) -> int:

@@ -23,12 +23,16 @@ from typing import Any
 import numpy as np
 
 HELD_OUT_MODULES = frozenset(
-    "bdb bisect calendar cmd configparser contextlib copy fractions graphlib heapq json mimetypes netrc operator "
-    "queue sched shelve shlex shutil smtplib statistics tabnanny textwrap tokenize wsgiref zipapp".split()
+    """
+    bdb bisect calendar cmd configparser contextlib copy fractions graphlib heapq json mimetypes netrc operator
+    queue sched shelve shlex shutil smtplib statistics tabnanny textwrap tokenize wsgiref zipapp
+    """.split()  # noqa: SIM905
 )
 """Top-level standard-library modules that neither training nor calibration reads."""
 
-_SKIPPED_PARTS = frozenset("test tests idle_test site-packages dist-packages __pycache__ encodings pydoc_data".split())
+_SKIPPED_PARTS = frozenset(
+    ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data")
+)
 _HELD_OUT_TOPICS_OF = 5  # one topic in five is held out, by the CRC of its name
 
 
@@ -103,7 +107,7 @@ _GUTENBERG_END = re.compile(r"^\s*(\*\*\* ?END OF TH|End of (the |this )?Project
 
 
 def strip_gutenberg(raw: str) -> str:
-    """The book between Project Gutenberg's own header and licence, with plain line ends; all of `raw` if it has none."""
+    """The book between Project Gutenberg's header and licence, with plain line ends; all of `raw` if it has none."""
     text = raw.removeprefix("\ufeff").replace("\r\n", "\n")
     start, end = _GUTENBERG_START.search(text), _GUTENBERG_END.search(text)
     return text[start.end() if start else 0 : end.start() if end else len(text)].strip() + "\n"

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import lzma
-import os
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +33,9 @@ from pennyweight.events import Listener
 
 END_OF_TEXT = "<|endoftext|>"
 # Words with one leading blank, single digits, punctuation, line ends, runs of blanks: prose and code alike.
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class _Strict(BaseModel):
@@ -218,7 +219,7 @@ def _token_file(tokenizer: Any, documents: list[texts.Document], out: Path, cont
             parts.append(np.asarray(encoded.ids, np.uint16))
         temporary = path.with_name("partial.tokens.npy")
         np.save(temporary, np.concatenate(parts))
-        os.replace(temporary, path)
+        temporary.replace(path)
     return np.load(path, mmap_mode="r")
 
 
@@ -263,7 +264,7 @@ def _checkpoint(out: Path, model: Any, optimizers: list[torch.optim.Optimizer], 
             tensors |= {f"optimizer.{number}.{index}.{k}": torch.as_tensor(v).clone() for k, v in state.items()}
     temporary = out / "checkpoint.partial"
     save_file(tensors, temporary, metadata={"step": str(step)})
-    os.replace(temporary, out / "checkpoint.safetensors")
+    temporary.replace(out / "checkpoint.safetensors")
 
 
 def _resume(out: Path, model: Any, optimizers: list[torch.optim.Optimizer]) -> int:
@@ -274,7 +275,7 @@ def _resume(out: Path, model: Any, optimizers: list[torch.optim.Optimizer]) -> i
         step = int(file.metadata()["step"])
         named = dict(model.named_parameters())
         states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
-        for key in file.keys():
+        for key in file:
             kind, rest = key.split(".", 1)
             if kind == "model":
                 named[rest].data.copy_(file.get_tensor(key))

@@ -1,4 +1,4 @@
-"""Open the finished folder again and hold it against what was promised. Anything that fails ends the job with exit 4."""
+"""Open the finished folder again and hold it against what was promised. What fails ends the job with exit 4."""
 
 from __future__ import annotations
 
@@ -50,7 +50,12 @@ def check_bytes(folder: Path, limit: float | None, predicted: float) -> list[Che
 def generate(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
     """Greedy continuation through transformers' generate and its KV cache. (rows, tokens)."""
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
     )
     return out[:, ids.shape[1] :]
 
@@ -68,7 +73,12 @@ def check_shapes(folder: Path, expected: Shapes) -> Check:
             same = type(found[slot]) is type(shape) and walk.stored(slot) == {stored}
         if not same:
             wrong.append(str(slot))
-    return Check("slots as chosen", not wrong, "every slot", f"{len(expected) - len(wrong)} of {len(expected)}, wrong: {wrong[:5]}" if wrong else "every slot")
+    return Check(
+        "slots as chosen",
+        not wrong,
+        "every slot",
+        f"{len(expected) - len(wrong)} of {len(expected)}, wrong: {wrong[:5]}" if wrong else "every slot",
+    )
 
 
 def check_reload(folder: Path, memory_child: Any, prompts: torch.Tensor, tokens: int) -> Check:
@@ -95,7 +105,11 @@ def stored_tokens(child: Walk, store: Any, ids: torch.Tensor) -> torch.Tensor:
         put_in(layer, store.tensors(f"pack/{index}"), f"model.layers.{index}.")
         hidden = run_layer(layer, hidden, positions)
     head = child.head()
-    put_in(head, store.tensors("pack/embed" if child.tied else "pack/head"), "model.embed_tokens." if child.tied else "lm_head.")
+    put_in(
+        head,
+        store.tensors("pack/embed" if child.tied else "pack/head"),
+        "model.embed_tokens." if child.tied else "lm_head.",
+    )
     return head(child.norm()(hidden)).argmax(dim=-1)
 
 

@@ -18,8 +18,8 @@ from transformers import AutoConfig
 
 from pennyweight import heterogeneous, kinds
 from pennyweight.checkpoint import Checkpoint
-from pennyweight.formats import packed_int
 from pennyweight.families._decoder import BLOCK, NORM, Parts, tensor_names
+from pennyweight.formats import packed_int
 from pennyweight.slots import BFLOAT16, Choice, Shape, Slot, Stored
 
 
@@ -73,7 +73,9 @@ class Walk:
         found = set()
         for name in tensor_names(slot, self.shapes[slot]).values():
             if f"{name}_packed" in self.checkpoint.entries:
-                parts = {f"weight_{part}": self.checkpoint.read(f"{name}_{part}") for part in ("packed", "scale", "shape")}
+                parts = {
+                    f"weight_{part}": self.checkpoint.read(f"{name}_{part}") for part in ("packed", "scale", "shape")
+                }
                 found.add(packed_int.spec_of(parts))
             elif len(self.checkpoint.entries[name].shape) > 1:
                 found.add(BFLOAT16)
@@ -112,7 +114,9 @@ class Walk:
         return nn.Embedding.from_pretrained(weight, freeze=True)
 
     def norm(self) -> nn.Module:
-        norm = getattr(self._modeling, f"{self.family.PREFIX}RMSNorm")(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        norm = getattr(self._modeling, f"{self.family.PREFIX}RMSNorm")(
+            self.config.hidden_size, eps=self.config.rms_norm_eps
+        )
         norm.weight = nn.Parameter(self._read("model.norm.weight"), requires_grad=False)
         return norm.eval()
 

@@ -21,16 +21,20 @@ class Agreement:
 
 @torch.no_grad()
 def agree(parent: Any, child: Any, rows: Rows, *, batch_size: int = 8) -> Agreement:
-    """Run two transformers causal LMs over the same rows, in float32 logits. Raises ValueError if vocabularies differ."""
+    """Run two causal LMs over the same rows, logits in float32. Raises ValueError if their vocabularies differ."""
     kl, same, tokens = 0.0, 0, 0
     for start in range(0, len(rows.ids), batch_size):
         ids = torch.from_numpy(rows.ids[start : start + batch_size, :-1])
         scored = torch.from_numpy(rows.scored[start : start + batch_size])
         p, q = (model(ids, use_cache=False).logits[scored].float() for model in (parent, child))
         if p.shape != q.shape:
-            raise ValueError(f"parent has {p.shape[-1]} tokens in its vocabulary, child {q.shape[-1]}; they cannot be compared")
+            raise ValueError(
+                f"parent has {p.shape[-1]} tokens in its vocabulary, child {q.shape[-1]}; they cannot be compared"
+            )
         log_p, log_q = p.log_softmax(dim=-1), q.log_softmax(dim=-1)
-        kl += float(torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1).double().sum())
+        kl += float(
+            torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1).double().sum()
+        )
         same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
         tokens += len(p)
     return Agreement(kl / tokens, same / tokens, tokens)

@@ -11,7 +11,9 @@ from pennyweight.texts import Rows, separator_id
 
 
 @torch.inference_mode()
-def rows(model: Any, tokenizer: Any, count: int, context: int, *, seed: int, temperature: float = 1.0, batch: int = 64) -> Rows:
+def rows(
+    model: Any, tokenizer: Any, count: int, context: int, *, seed: int, temperature: float = 1.0, batch: int = 64
+) -> Rows:
     """`count` rows of `context` + 1 tokens drawn from the model's own distribution, each after a separator.
 
     Equal seeds give equal rows on one machine. nbytes is what the tokens decode to.

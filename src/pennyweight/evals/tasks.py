@@ -41,14 +41,18 @@ def local(model: Any, tokenizer: Any, path: Path, *, items: int) -> Accuracy:
             chances.append(1 / len(scores))
         elif {"context_options", "continuation", "gold"} <= item.keys():
             continuation = " " + item["continuation"].strip()
-            scores = [_score(model, tokenizer, context.rstrip(), continuation)[0] for context in item["context_options"]]
+            scores = [
+                _score(model, tokenizer, context.rstrip(), continuation)[0] for context in item["context_options"]
+            ]
             right.append(scores.index(max(scores)) == item["gold"])
             chances.append(1 / len(scores))
         elif {"context", "continuation"} <= item.keys():
             right.append(_score(model, tokenizer, item["context"], item["continuation"])[1])
             chances.append(0.0)
         else:
-            raise ValueError(f"{path}, line {number}: keys {sorted(item)} are no known task layout; docs/formats.md lists them")
+            raise ValueError(
+                f"{path}, line {number}: keys {sorted(item)} are no known task layout; docs/formats.md lists them"
+            )
     if not right:
         raise ValueError(f"{path} holds no items")
     accuracy = sum(right) / len(right)
@@ -57,8 +61,7 @@ def local(model: Any, tokenizer: Any, path: Path, *, items: int) -> Accuracy:
 
 
 def _lines(path: Path, items: int) -> Iterator[dict[str, Any]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         for number, line in enumerate(file):
             if number >= items:
                 return
@@ -85,8 +88,8 @@ def _score(model: Any, tokenizer: Any, context: str, continuation: str) -> tuple
 def harness(model: Any, tokenizer: Any, tasks: list[str], *, items: int) -> dict[str, Any]:
     """lm_eval's own results by task. Raises RuntimeError if the extra is not installed."""
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     except ImportError as err:
         raise RuntimeError("--tasks needs the extra: pip install 'pennyweight[eval]'") from err
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer)

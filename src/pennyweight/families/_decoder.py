@@ -29,7 +29,9 @@ def need(config: Config, key: str) -> int:
     """An integer key of config.json that has no default. Raises ValueError if it is missing or not positive."""
     value = config.get(key)
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json: {key} is {value!r}; a {config.get('model_type')} model needs a positive integer")
+        raise ValueError(
+            f"config.json: {key} is {value!r}; a {config.get('model_type')} model needs a positive integer"
+        )
     return value
 
 
@@ -73,7 +75,8 @@ def decoder(config: Config, mixer: Any, ffn: Any) -> dict[Slot, Shape]:
     shapes: dict[Slot, Shape] = {Slot("embed"): Embedding(vocab_size=vocab, hidden_size=hidden, tied=tied)}
     for layer in range(need(config, "num_hidden_layers")):
         own = layer_config(config, layer)
-        for kind, make in (("mixer", mixer), ("ffn", ffn)):
+        blocks: tuple[tuple[Kind, Any], ...] = (("mixer", mixer), ("ffn", ffn))
+        for kind, make in blocks:
             if SKIPPED[kind] in own.get("skip", ()):
                 shapes[Slot(kind, layer)] = Noop(hidden_size=hidden)
             elif SKIPPED[kind] in own.get("replace_with_linear", ()):
@@ -196,7 +199,11 @@ def with_shapes(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
         out["replace_with_linear"] = []
     per_layer: dict[str, dict[str, Any]] = {}
     for layer, entry in enumerate(own):
-        differs = {key: value for key, value in entry.items() if key in ("skip", "replace_with_linear") or value != out.get(key)}
+        differs = {
+            key: value
+            for key, value in entry.items()
+            if key in ("skip", "replace_with_linear") or value != out.get(key)
+        }
         if differs:
             per_layer[str(layer)] = differs
     if per_layer:

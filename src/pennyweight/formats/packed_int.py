@@ -102,7 +102,11 @@ def slice_rows(parts: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.
     """The first `rows` rows, without unpacking."""
     shape = parts["weight_shape"].clone()
     shape[0] = rows
-    return {"weight_packed": parts["weight_packed"][:rows], "weight_scale": parts["weight_scale"][:rows], "weight_shape": shape}
+    return {
+        "weight_packed": parts["weight_packed"][:rows],
+        "weight_scale": parts["weight_scale"][:rows],
+        "weight_shape": shape,
+    }
 
 
 def nbytes(rows: int, columns: int, spec: Spec) -> int:

@@ -34,13 +34,25 @@ def heal(
 ) -> None:
     """Train `child` (float32 weights) in place on `tokens` tokens of `ids` (rows, tokens); both transformers models.
 
+    The last `batch_rows` rows are not trained on: if the loss there has not fallen, the child is left as it came.
     Goes on from the last checkpoint in `store`, to the same weights as a run that was never stopped. AdamW, cosine
     decay to a tenth.
     """
     steps = max(1, tokens // (batch_rows * ids.shape[1]))
-    named = {name: p for name, p in child.named_parameters()}
+    named = dict(child.named_parameters())
     child.requires_grad_(True)
     optimizer = torch.optim.AdamW(named.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in named.items()}
+    seen, judges = max(batch_rows, len(ids) - batch_rows), ids[-batch_rows:]
+
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        with autocast(dtype):
+            with torch.no_grad():
+                taught = parent(batch, use_cache=False, output_hidden_states=True)
+            return distillation_loss(child(batch, use_cache=False, output_hidden_states=True), taught)
+
+    with torch.no_grad():
+        first = float(forward(judges))
     step = _resume(store, named, optimizer)
     losses = store.get("heal/whole/losses") or []
     losses = losses[:step]
@@ -49,12 +61,8 @@ def heal(
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine(step, steps)
-        batch = ids[torch.arange(step * batch_rows, (step + 1) * batch_rows) % len(ids)]
-        with autocast(dtype):
-            with torch.no_grad():
-                taught = parent(batch, use_cache=False, output_hidden_states=True)
-            learned = child(batch, use_cache=False, output_hidden_states=True)
-            loss = distillation_loss(learned, taught)
+        batch = ids[torch.arange(step * batch_rows, (step + 1) * batch_rows) % seen]
+        loss = forward(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(named.values(), 1.0)
@@ -65,6 +73,12 @@ def heal(
         if step == steps or time.monotonic() - saved_at > _CHECKPOINT_S:
             _save(store, named, optimizer, step, losses)
             saved_at = time.monotonic()
+    with torch.no_grad():
+        last = float(forward(judges))
+        if last >= first:
+            for name, p in named.items():
+                p.copy_(before[name])
+    store.put("heal/whole/judged", [first, last])
     child.requires_grad_(False)
     listen.end()
 
@@ -78,7 +92,9 @@ def distillation_loss(child: Any, parent: Any) -> torch.Tensor:
     return loss + nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1).mean()
 
 
-def _save(store: Store, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int, losses: list[float]) -> None:
+def _save(
+    store: Store, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int, losses: list[float]
+) -> None:
     tensors = {f"model.{name}": p.detach() for name, p in named.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}

@@ -40,7 +40,9 @@ class Problem:
 
     def spent(self, choice: tuple[int, ...]) -> np.ndarray:
         """Sum of costs per bound."""
-        return np.sum([cost[v] for cost, v in zip(self.costs, choice, strict=True)], axis=0) + np.zeros(len(self.limits))
+        return np.sum([cost[v] for cost, v in zip(self.costs, choice, strict=True)], axis=0) + np.zeros(
+            len(self.limits)
+        )
 
     def score(self, choice: tuple[int, ...]) -> float:
         return float(sum(score[v] for score, v in zip(self.scores, choice, strict=True)))

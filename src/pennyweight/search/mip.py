@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
@@ -60,6 +61,7 @@ class _Program:
     rows: csr_matrix
     upper: np.ndarray
     slot_of: np.ndarray
+    slots: int
 
 
 def _program(
@@ -77,7 +79,9 @@ def _program(
     offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     cuts = [(old, problem.min_different) for old in problem.different_from] + [(old, 1) for old in excluded]
     for old, min_different in cuts:
-        row = csr_matrix((np.ones(len(sizes)), (np.zeros(len(sizes), int), offsets + np.asarray(old))), (1, len(columns)))
+        row = csr_matrix(
+            (np.ones(len(sizes)), (np.zeros(len(sizes), int), offsets + np.asarray(old))), (1, len(columns))
+        )
         rows.append(row)
         upper.append(np.array([float(len(sizes) - min_different)]))
     span = np.abs(objective).max(initial=0)
@@ -87,17 +91,18 @@ def _program(
         rows=csr_matrix(vstack(rows)),
         upper=np.concatenate(upper),
         slot_of=slot_of,
+        slots=len(sizes),
     )
 
 
 def _solve(program: _Program, time_limit_s: float) -> tuple[np.ndarray, bool] | None:
     """(chosen columns, proven optimal), or None if infeasible."""
-    relaxed = linprog(
+    relaxed: Any = linprog(
         program.objective,
         A_ub=program.rows if len(program.upper) else None,
         b_ub=program.upper if len(program.upper) else None,
         A_eq=program.one_each,
-        b_eq=np.ones(program.one_each.shape[0]),
+        b_eq=np.ones(program.slots),
         bounds=(0, None),
         method="highs",
     )
@@ -108,17 +113,17 @@ def _solve(program: _Program, time_limit_s: float) -> tuple[np.ndarray, bool] | 
     reduced = program.objective - relaxed.eqlin.marginals[program.slot_of]
     if len(program.upper):
         reduced = reduced - program.rows.T @ relaxed.ineqlin.marginals
-    gap = float(np.sort(reduced)[min(len(reduced) - 1, _CORE_COLUMNS_PER_SLOT * program.one_each.shape[0])])
+    gap = float(np.sort(reduced)[min(len(reduced) - 1, _CORE_COLUMNS_PER_SLOT * program.slots)])
     deadline = time.perf_counter() + time_limit_s
     while True:
         core = np.flatnonzero(reduced <= gap * (1 + 1e-9) + 1e-6)
         whole = len(core) == len(reduced)
         with _quiet_stdout():
-            result = milp(
+            result: Any = milp(
                 program.objective[core],
                 constraints=[
                     LinearConstraint(program.one_each[:, core], 1, 1),
-                    LinearConstraint(program.rows[:, core], -np.inf, program.upper),
+                    LinearConstraint(program.rows[:, core], -np.inf, program.upper),  # pyright: ignore[reportArgumentType]
                 ],
                 integrality=np.ones(len(core)),
                 bounds=Bounds(0, 1),

@@ -58,7 +58,9 @@ def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
     block = parts.block
     kept = ranking(block.down_proj.weight.detach(), stats["activation_mean_abs"])[: spec.width].sort().values
     for linear in (block.gate_proj, block.up_proj):
-        set_linear(linear, linear.weight.detach()[kept], linear.bias.detach()[kept] if linear.bias is not None else None)
+        set_linear(
+            linear, linear.weight.detach()[kept], linear.bias.detach()[kept] if linear.bias is not None else None
+        )
     down = block.down_proj
     set_linear(down, down.weight.detach()[:, kept], down.bias)
     block.intermediate_size = spec.width

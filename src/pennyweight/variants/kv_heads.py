@@ -48,7 +48,9 @@ def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
     assert isinstance(shape, Attention)
     block = parts.block
     if spec.heads < shape.num_kv_heads:
-        _mean(block, shape, spec.heads) if spec.init == "mean" else _best(block, shape, spec.heads, stats["output_moment"])
+        _mean(block, shape, spec.heads) if spec.init == "mean" else _best(
+            block, shape, spec.heads, stats["output_moment"]
+        )
     block.num_key_value_groups = shape.num_heads // spec.heads
     return with_shape(parts, reshape(shape, spec))
 
@@ -61,7 +63,11 @@ def _heads(tensor: Any, count: int) -> Any:
 def _mean(block: Any, shape: Attention, heads: int) -> None:
     for linear in (block.k_proj, block.v_proj):
         pooled = [
-            _heads(t, shape.num_kv_heads).float().view(heads, -1, shape.head_dim, *t.shape[1:]).mean(dim=1).flatten(0, 1)
+            _heads(t, shape.num_kv_heads)
+            .float()
+            .view(heads, -1, shape.head_dim, *t.shape[1:])
+            .mean(dim=1)
+            .flatten(0, 1)
             if t is not None
             else None
             for t in (linear.weight, linear.bias)
@@ -77,7 +83,10 @@ def _best(block: Any, shape: Attention, heads: int, output_moment: Any) -> None:
     ranked = torch.argsort(energy, descending=True, stable=True).tolist()
     kept, removed = sorted(ranked[:heads]), sorted(ranked[heads:])
     for linear in (block.k_proj, block.v_proj):
-        taken = [_heads(t, shape.num_kv_heads)[kept].flatten(0, 1) if t is not None else None for t in (linear.weight, linear.bias)]
+        taken = [
+            _heads(t, shape.num_kv_heads)[kept].flatten(0, 1) if t is not None else None
+            for t in (linear.weight, linear.bias)
+        ]
         set_linear(linear, *taken)
     orphans = [g * per_group + i for g in removed for i in range(per_group)]
     share = len(orphans) // heads

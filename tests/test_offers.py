@@ -1,0 +1,241 @@
+"""What a slot can become: combinations that make sense, priced by the shape that results, none lost that could win."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pennyweight import offers, planning
+from pennyweight.checkpoint import safetensors_bytes
+from pennyweight.cost import Budget, Machine, Workload, computed, price
+from pennyweight.families._decoder import tensor_names
+from pennyweight.formats import packed_int
+from pennyweight.offers import ORDER, combinations, single_choices, undominated
+from pennyweight.search import mip
+from pennyweight.slots import (
+    BFLOAT16,
+    PARENT,
+    Attention,
+    Choice,
+    Embedding,
+    GatedMLP,
+    Head,
+    Norm,
+    Shape,
+    Slot,
+    Stored,
+    reshape,
+)
+
+ATTENTION = Attention(hidden_size=256, num_heads=8, num_kv_heads=4, head_dim=32, qkv_bias=True)
+MLP = GatedMLP(hidden_size=256, intermediate_size=1024)
+WORKLOAD = Workload(prompt=63, new=257, concurrency=3)
+SECONDS = computed(Machine.load("m2-max"))
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def scored(shape: Shape, seed: int = 0, axes=ORDER) -> dict[str, float]:
+    """Random scores of all single choices; what shrinks more tends to hurt more."""
+    rng = np.random.default_rng(seed)
+    singles = single_choices(shape, axes, scored_tokens=512)
+    return {choice.key(): float(rng.random() * len(str(choice))) for choice in singles}
+
+
+# --------------------------------------------------------------------------------------------------- combinations
+
+
+@pytest.mark.parametrize("shape", [ATTENTION, MLP], ids=["mixer", "ffn"])
+def test_a_combination_has_one_spec_per_axis_in_order_and_the_parent_comes_first(shape):
+    found = list(combinations(shape, scored(shape)))
+    assert found[0] == (PARENT, shape, 0.0)
+    for choice, _, _ in found:
+        axes = [axis for axis, _ in choice.specs]
+        assert axes == [axis for axis in ORDER if axis in axes]
+    assert len({choice for choice, _, _ in found}) == len(found)
+
+
+@pytest.mark.parametrize("shape", [ATTENTION, MLP], ids=["mixer", "ffn"])
+def test_a_block_taken_out_has_nothing_left_to_change_and_a_linear_one_only_its_bits(shape):
+    found = [{axis for axis, _ in choice.specs} for choice, _, _ in combinations(shape, scored(shape))]
+    assert {"noop"} in found
+    assert {"linear", "bits"} in found
+    assert all(axes == {"noop"} for axes in found if "noop" in axes)
+    assert all(axes <= {"linear", "bits"} for axes in found if "linear" in axes)
+
+
+def test_axes_that_leave_each_other_alone_multiply():
+    axes = ("kv_heads", "window", "bits")
+    counts = [1 + len(single_choices(ATTENTION, (axis,), scored_tokens=512)) for axis in axes]
+    assert counts == [1 + 4, 1 + 3, 1 + 4]  # 2 or 1 heads, made in 2 ways; 256, 128, 64; int8, int4 of 3 groups
+    assert len(list(combinations(ATTENTION, scored(ATTENTION, axes=axes)))) == 5 * 4 * 5
+
+
+def test_only_what_was_scored_is_combined():
+    width, narrower = single_choices(MLP, ("ffn_width",), scored_tokens=512)[:2]
+    found = [choice for choice, _, _ in combinations(MLP, {width.key(): 1.0})]
+    assert found == [PARENT, width]
+    assert narrower not in found
+    assert [choice for choice, _, _ in combinations(MLP, {})] == [PARENT]
+
+
+@pytest.mark.parametrize("shape", [ATTENTION, MLP], ids=["mixer", "ffn"])
+def test_costs_are_those_of_the_resulting_shape_and_scores_add_up(shape):
+    slot = Slot("mixer" if shape is ATTENTION else "ffn", 7)
+    scores = scored(shape)
+    for offer in offers.offers(slot, shape, scores, WORKLOAD, SECONDS):
+        resulting = reshape(shape, offer.choice)
+        assert offer.shape == resulting
+        assert offer.cost == price(resulting, WORKLOAD, SECONDS)
+        assert offer.file_bytes == offers.file_bytes(slot, resulting)
+        assert offer.score == pytest.approx(sum(scores[Choice((item,)).key()] for item in offer.choice.specs))
+
+
+@pytest.mark.parametrize(
+    ("scored_tokens", "windows"), [(1024, [512, 256, 128, 64]), (512, [256, 128, 64]), (511, [128, 64]), (127, [])]
+)
+def test_a_window_longer_than_half_the_scored_text_is_not_offered(scored_tokens, windows):
+    found = single_choices(ATTENTION, ("window",), scored_tokens=scored_tokens)
+    assert [choice["window"].tokens for choice in found] == windows
+
+
+def test_only_the_axes_asked_for_are_offered_in_their_order():
+    found = single_choices(MLP, ("bits", "noop"), scored_tokens=512)
+    assert [axis for choice in found for axis, _ in choice.specs] == ["noop"] + ["bits"] * 4
+    assert single_choices(MLP, (), scored_tokens=512) == []
+    assert single_choices(Norm(hidden_size=256), ORDER, scored_tokens=512) == []
+
+
+# ------------------------------------------------------------------------------------------------------ dominated
+
+
+def offer(*numbers: float) -> offers.Offer:
+    score, file_bytes, state, prefill, decode = numbers
+    cost = dataclasses.replace(
+        price(MLP, WORKLOAD, SECONDS), state_bytes=state, prefill_seconds=prefill, decode_seconds=decode
+    )
+    return offers.Offer(PARENT, MLP, score, cost, int(file_bytes))
+
+
+def test_an_offer_that_another_beats_on_every_count_is_dropped():
+    best = offer(1, 5, 5, 5, 5)
+    assert undominated([offer(2, 6, 6, 6, 6), best]) == [best]
+    assert undominated([offer(1, 5, 5, 5, 6), best]) == [best]
+    for axis in range(5):  # better on a single count is enough to stay
+        numbers = [2.0, 6.0, 6.0, 6.0, 6.0]
+        numbers[axis] = 0.5
+        assert undominated([best, offer(*numbers)]) == [best, offer(*numbers)]
+
+
+def test_of_equal_offers_the_first_stays_and_the_order_is_kept():
+    first, second = offer(1, 5, 5, 5, 5), offer(1, 5, 5, 5, 5)
+    cheaper = offer(9, 1, 1, 1, 1)
+    kept = undominated([first, cheaper, second])
+    assert kept[0] is first
+    assert kept[1] is cheaper
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_dropping_the_dominated_drops_no_optimum(seed):
+    rng = np.random.default_rng(seed)
+    shapes = planning.slots(CONFIG)
+    whole = {
+        slot: offers.offers(slot, shape, scored(shape, seed=seed + 100 * i), WORKLOAD, SECONDS)
+        for i, (slot, shape) in enumerate(shapes.items())
+    }
+    kept = {slot: undominated(row) for slot, row in whole.items()}
+    assert sum(map(len, kept.values())) < sum(map(len, whole.values()))
+
+    def between(count) -> float:
+        least, most = (sum(extreme(count(o) for o in row) for row in whole.values()) for extreme in (min, max))
+        return least + rng.uniform(0.2, 0.7) * (most - least)
+
+    overhead = offers.FILE_OVERHEAD
+    memory = overhead + offers.workspace_bytes(shapes, WORKLOAD)
+    budgets = [
+        Budget(weight_bytes=int(overhead + between(lambda o: o.file_bytes))),
+        Budget(memory_bytes=int(memory + between(lambda o: o.file_bytes + o.cost.state_bytes))),
+        Budget(
+            weight_bytes=int(overhead + between(lambda o: o.file_bytes)),
+            ttft_seconds=between(lambda o: o.cost.prefill_seconds),
+            tpot_seconds=between(lambda o: o.cost.decode_seconds),
+        ),
+    ]
+    for budget in budgets:
+        solved = [mip.solve(offers.problem(table, shapes, budget, WORKLOAD)).score for table in (whole, kept)]
+        assert solved[0] == pytest.approx(solved[1], rel=1e-9, abs=1e-12)
+        assert solved[0] > 0, "the budget should bite"
+
+
+# ---------------------------------------------------------------------------------------------------------- bytes
+
+
+def written(slot: Slot, shape: Shape) -> dict[str, torch.Tensor]:
+    """Tensors of a slot as they are shipped: bfloat16, or packed with the scale and the shape beside."""
+    names, tensors = tensor_names(slot, shape), {}
+    for weight in shape.weights():
+        name = names[weight.name]
+        if len(weight.shape) == 1 or weight.stored == BFLOAT16:
+            tensors[name] = torch.zeros(weight.shape, dtype=torch.bfloat16)
+        else:
+            rows, columns = weight.shape
+            scale = torch.ones(rows, columns // weight.stored.group)
+            parts = packed_int.pack(torch.zeros(rows, columns, dtype=torch.int8), scale, weight.stored)
+            tensors |= {name.removesuffix("weight") + suffix: part for suffix, part in parts.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("stored", [BFLOAT16, Stored(8, 128), Stored(4, 128), Stored(4, 32)], ids=str)
+@pytest.mark.parametrize(
+    ("slot", "shape"),
+    [
+        (
+            Slot("mixer", 0),
+            Attention(hidden_size=384, num_heads=6, num_kv_heads=2, head_dim=128, qkv_bias=True, qk_norm=True),
+        ),
+        (Slot("ffn", 257), GatedMLP(hidden_size=384, intermediate_size=896)),
+        (Slot("embed"), Embedding(vocab_size=1001, hidden_size=384)),
+        (Slot("head"), Head(vocab_size=1001, hidden_size=384)),
+    ],
+    ids=["mixer", "ffn", "embed", "head"],
+)
+def test_file_bytes_are_at_least_what_is_written_and_not_much_more(tmp_path, slot, shape, stored):
+    shape = dataclasses.replace(shape, stored=stored)
+    save_file({}, tmp_path / "empty", metadata={"format": "pt"})
+    save_file(written(slot, shape), tmp_path / "slot", metadata={"format": "pt"})
+    actual = (tmp_path / "slot").stat().st_size - (tmp_path / "empty").stat().st_size
+    promised = offers.file_bytes(slot, shape)
+    assert actual <= promised <= 1.03 * actual
+
+
+@pytest.mark.parametrize("shape", [Norm(hidden_size=63), Norm(hidden_size=1)])
+def test_small_slots_are_not_promised_too_few_bytes_either(tmp_path, shape):
+    save_file({}, tmp_path / "empty", metadata={"format": "pt"})
+    save_file(written(Slot("norm"), shape), tmp_path / "slot", metadata={"format": "pt"})
+    actual = (tmp_path / "slot").stat().st_size - (tmp_path / "empty").stat().st_size
+    assert actual <= offers.file_bytes(Slot("norm"), shape)
+    tied = Head(vocab_size=257, hidden_size=63, tied=True)
+    assert offers.file_bytes(Slot("head"), tied) == 0, "a tied head writes nothing"
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+def test_a_whole_model_s_files_keep_to_the_sum_and_the_overhead(tmp_path, shards):
+    shapes = planning.slots(CONFIG)
+    tensors = {name: t for slot, shape in shapes.items() for name, t in written(slot, shape).items()}
+    for i in range(shards):
+        part = {name: tensors[name] for name in list(tensors)[i::shards]}
+        save_file(part, tmp_path / f"model-{i}.safetensors", metadata={"format": "pt"})
+    promised = sum(offers.file_bytes(slot, shape) for slot, shape in shapes.items())
+    assert safetensors_bytes(tmp_path) <= promised + offers.FILE_OVERHEAD
