@@ -13,6 +13,7 @@ import json
 import operator
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def data_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def work_folder(name: str) -> Path:
+    """A folder outside the repository for what a script makes once and keeps: $PENNY_CACHE/<name>, else in ~/.cache."""
+    root = Path(os.environ.get("PENNY_CACHE", Path.home() / ".cache" / "pennyweight"))
+    folder = root / "benchmarks" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def cached(script: str, inputs_hash: str) -> dict[str, Any] | None:
     """What `remember` kept for this script, or None if there is nothing or code or inputs have changed since."""
     path = _KEPT / f"{script}.json"
@@ -85,8 +94,17 @@ def remember(script: str, inputs_hash: str, result: dict[str, Any]) -> None:
 
 def _key(script: str, inputs_hash: str) -> str:
     """SHA-256 over the inputs, the script, its helpers and every file of the package."""
-    package = (path for path in _PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    digest = hashlib.sha256(inputs_hash.encode())
-    for path in (_BENCHMARKS / f"{script}.py", *sorted(_BENCHMARKS.glob("_*.py")), *sorted(package)):
+    own = (_BENCHMARKS / f"{script}.py", *sorted(_BENCHMARKS.glob("_*.py")))
+    return hashlib.sha256(f"{inputs_hash} {_hash(own)} {package_hash()}".encode()).hexdigest()
+
+
+def package_hash() -> str:
+    """SHA-256 over every file of the package."""
+    return _hash(sorted(path for path in _PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts))
+
+
+def _hash(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
         digest.update(f"\n{path.relative_to(REPOSITORY)} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
     return digest.hexdigest()

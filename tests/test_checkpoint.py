@@ -86,6 +86,14 @@ def test_a_model_larger_than_a_shard_is_cut_and_indexed(sharded):
         assert name in load_file(sharded / names[i // 2])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_shards_reads_back(tmp_path, count):
+    folder = write(tmp_path / "model", some_tensors(count), shard_bytes=1)
+    assert_holds(folder, some_tensors(count))
+    assert len(list(folder.glob("*.safetensors"))) == count
+    assert (folder / "model.safetensors.index.json").exists() == (count > 1)
+
+
 def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(tmp_path):
     tensors = {
         "small": random_tensor(torch.int8, 1),

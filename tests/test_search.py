@@ -218,6 +218,15 @@ def test_a_choice_exactly_at_the_bound_is_inside():
         assert mip.solve(problem).choice == (0, 0, 0)
 
 
+def test_columns_that_the_relaxation_has_no_use_for_are_still_considered():
+    """Slot one holds more free columns than the first core; the best of slot two lies outside it."""
+    scores = (np.zeros(63), np.array([0.0, 10.0, 6.0]))
+    costs = (np.zeros((63, 1)), np.array([[10.0], [0.0], [5.0]]))
+    found = mip.solve(Problem(scores, costs, np.array([5.0]), ("weights",)))
+    assert found.choice[1] == 2  # half of 0 and half of 1 would score 5
+    assert found.optimal
+
+
 def by_dynamic_programming(problem: Problem) -> float:
     """The least score under one bound in whole numbers: best[c] is the least score that spends at most c."""
     best = np.zeros(int(problem.limits[0]) + 1)
@@ -278,6 +287,20 @@ def test_the_nth_best_under_diversity_equals_brute_force(seed, min_different):
     assert all(a <= b + 1e-9 for a, b in itertools.pairwise(scores))
     for one, other in itertools.combinations(found, 2):
         assert sum(a != b for a, b in zip(one.choice, other.choice, strict=True)) >= min_different
+
+
+def test_no_search_returns_what_is_too_close_to_an_earlier_choice():
+    problem = layers(3, 7, 5, share=0.5)
+    earlier = greedy.solve(problem).choice
+    apart = dataclasses.replace(problem, different_from=(earlier,), min_different=3)
+    assert problem.allows(earlier)
+    assert not apart.allows(earlier)
+    assert not apart.allows((*[1 - min(v, 1) for v in earlier[:2]], *earlier[2:]))
+    for search in (mip, random, evolve):
+        choice = search.solve(apart, seed=1).choice
+        assert sum(a != b for a, b in zip(choice, earlier, strict=True)) >= 3
+    with pytest.raises(Infeasible, match="greedy search ended on a choice too close to an earlier one"):
+        greedy.solve(apart)
 
 
 def test_when_every_choice_is_used_up_no_bound_is_blamed():
@@ -360,7 +383,9 @@ def test_random_spends_the_budget_without_looking_at_scores():
     problem = layers(2, 20, 6)
     other_scores = dataclasses.replace(problem, scores=tuple(-score for score in problem.scores))
     assert random.solve(problem, seed=1).choice == random.solve(other_scores, seed=1).choice
-    assert (random.solve(problem, seed=1).spent > 0.9 * problem.limits).any()
+    for share in (0.25, 0.5, 0.9):
+        bounded = layers(2, 20, 6, share=share)
+        assert (random.solve(bounded, seed=1).spent > 0.9 * bounded.limits).any()
 
 
 def test_random_gives_up_after_its_time_limit():
@@ -399,6 +424,14 @@ def test_greedy_takes_the_best_where_the_budget_is_loose_and_says_so_where_it_ge
     impossible = dataclasses.replace(problem, limits=problem.limits * 0.01)
     with pytest.raises(Infeasible, match="greedy search found nothing payable for slot"):
         greedy.solve(impossible)
+
+
+def test_greedy_keeps_enough_for_the_slots_still_to_come_and_rolls_leftovers_over():
+    scores = (np.array([0.0, 1.0]), np.array([5.0]), np.array([6.0, 7.0]))
+    costs = (np.array([[2.0], [0.0]]), np.array([[8.0]]), np.array([[1.0], [0.0]]))
+    problem = Problem(scores, costs, np.array([9.0]), ("a",))  # the first slot's share is 3, the second needs 8
+    assert greedy.solve(problem).choice == (1, 0, 0)
+    assert greedy.solve(dataclasses.replace(problem, limits=np.array([10.0]))).choice == (0, 0, 1)
 
 
 def test_evolve_follows_the_measured_loss_instead_of_the_scores():

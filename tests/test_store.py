@@ -149,6 +149,7 @@ def test_long_values_are_cut_in_the_difference(folder, store):
 def test_tuples_in_an_identity_equal_their_lists(tmp_path):
     Store(tmp_path / "run", {"axes": ("noop", "bits")}).close()
     Store(tmp_path / "run", {"axes": ["noop", "bits"]}).close()
+    Store(tmp_path / "run", {"axes": ("noop", "bits")}).close()
 
 
 # --------------------------------------------------------------------------------------------------------- damage

@@ -236,6 +236,7 @@ class Writer:
             _write_json(self.partial / name, content)
         _write_json(self.partial / "config.json", config)
         for path in self.partial.iterdir():
+            path.chmod(0o644)  # safetensors writes files that only their owner can read
             _sync(path)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.partial.replace(self.folder)

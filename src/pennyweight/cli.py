@@ -120,10 +120,9 @@ def plan(
             print(f"KV cache     mean over {load.prompt}+{load.new} tokens: saved {saved:.1%} of the parent's")
         print(f"work space   {show_bytes(found.workspace_bytes)}")
         spent = found.figures
-        print(
-            f"on {device.name}   memory {show_bytes(spent['memory_bytes'])}   TTFT {show_seconds(spent['ttft_seconds'])}   "
-            f"TPOT {show_seconds(spent['tpot_seconds'])}   {spent['tokens_per_second']:.0f} tok/s   (computed)"
-        )
+        times = f"TTFT {show_seconds(spent['ttft_seconds'])}   TPOT {show_seconds(spent['tpot_seconds'])}"
+        rate = f"{spent['tokens_per_second']:.0f} tok/s"
+        print(f"on {device.name}   memory {show_bytes(spent['memory_bytes'])}   {times}   {rate}   (computed)")
         print(f"verdict      {found.verdict}")
 
 
@@ -300,17 +299,18 @@ def _summary(report: dict[str, Any]) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path(".demo/model"),
     weights: Annotated[str, typer.Option(help="Budget as a share of the parent's bytes.")] = "22%",
+    model: Annotated[Path | None, typer.Option(help="Another model folder; default: the shipped one.")] = None,
 ) -> None:
     """The whole job on the model that ships with pennyweight: about 4 minutes on 2 cores, offline."""
     with _errors():
         from pennyweight.config import FitConfig, merged
 
-        parent = Path(__file__).parent / "data" / "reference-dense"
+        parent = model or Path(__file__).parent / "data" / "reference-dense"
         settings = {
             "budget": {"weights": weights},
             "sweep": tuple(f"weights={share}%" for share in (18, 25, 30, 40, 60)),
         }
-        print(f"fitting the shipped model to {weights} of its bytes", file=sys.stderr)
+        print(f"fitting {parent.name} to {weights} of its bytes", file=sys.stderr)
         _fit(parent, out, merged(FitConfig(), settings), run=None, engine="local", dry_run=False, as_json=False)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from pennyweight.evals.loss import loss
 from pennyweight.events import Listener, Silent
 from pennyweight.families._decoder import Parts, tensor_names, with_shapes
 from pennyweight.heterogeneous import load_model
+from pennyweight.library import Library
 from pennyweight.offers import Offer
 from pennyweight.search._problem import Infeasible, Solution
 from pennyweight.slots import PARENT, Choice, Shape, Slot, layout_from_json, layout_to_json, reshape_all
@@ -428,7 +429,7 @@ def offered(job: Job, workload: Workload, seconds: Seconds) -> dict[Slot, list[O
 
 def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> list[Chosen]:
     seconds, _ = prices(job)
-    table = offered(job, workload, seconds)
+    table, scored = offered(job, workload, seconds), scores(job)
     search = kinds.load("search", job.config.search)
     found: list[Chosen] = []
     for _ in range(solutions):
@@ -441,7 +442,8 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
             min_different=job.config.min_different,
         )
         try:
-            solution = search.solve(problem, seed=job.config.seed)
+            extra = {"evaluate": _true_kl(job, table)} if job.config.search == "evolve" else {}
+            solution = search.solve(problem, seed=job.config.seed, **extra)
         except Infeasible as err:
             if found:
                 break
@@ -451,9 +453,34 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
         predicted = figures(total(shapes, workload, seconds), workload, workspace_bytes(job.shapes, workload))
         predicted["file_bytes"] = sum(offer.file_bytes for offer in picked.values()) + offers.FILE_OVERHEAD
         predicted["score"] = solution.score
+        predicted["lm"] = sum(
+            scored[slot][Choice((spec,)).key()]["lm"] for slot, offer in picked.items() for spec in offer.choice.specs
+        )
         layout = {slot: offer.choice for slot, offer in picked.items() if offer.choice}
         found.append(Chosen(layout, workload, solution, predicted))
     return found
+
+
+def library(job: Job, rows: texts.Rows) -> Library:
+    """Children of the job's parent in memory, measured on `rows`. Needs the stats stage. Raises ValueError if the
+    parent does not fit --max-ram."""
+    if 5 * job.checkpoint.weight_bytes > job.max_ram:
+        raise ValueError(
+            f"trying whole children needs the model in memory, {units.show_bytes(5 * job.checkpoint.weight_bytes)}; "
+            f"--max-ram allows {units.show_bytes(job.max_ram)}"
+        )
+    return Library(job.walk, lambda layer: job.store.tensors(f"stats/{layer}"), rows)
+
+
+def _true_kl(job: Job, table: Mapping[Slot, Sequence[Offer]]) -> Callable[[tuple[int, ...]], float]:
+    """What the evolutionary search minimises: the child's measured KL on the scored rows."""
+    made = library(job, job.text.score)
+
+    def evaluate(choice: tuple[int, ...]) -> float:
+        picked = {slot: row[v].choice for (slot, row), v in zip(table.items(), choice, strict=True)}
+        return made.measure(picked)["kl"]
+
+    return evaluate
 
 
 @torch.no_grad()

@@ -54,12 +54,12 @@ def plan(config: dict[str, Any], workload: Workload, machine: Machine, budget: B
     ):
         verdict = "fits as it is"
     else:
+        bounded = Budget(**{k: int(v) if k.endswith("bytes") else v for k, v in limits.items()})  # type: ignore[arg-type]
         try:
-            bounded = Budget(**{k: int(v) if k.endswith("bytes") else v for k, v in limits.items()})  # type: ignore[arg-type]
             kinds.load("search", "mip").solve(offers.problem(offered, shapes, bounded, workload))
             verdict = "fits after shrinking"
         except Infeasible as err:
-            verdict = f"does not fit: {err}"
+            verdict = f"does not fit: {offers.in_users_words(err, shapes, bounded, workload)}"
     return Plan(
         parameters=parameters(shapes),
         weight_bytes={bits: stored_bytes(shapes, bits) for bits in (16, 8, 4)},

@@ -125,9 +125,9 @@ def score_chunk(
                 for slot in here:
                     of = of_slot(tensors, slot.kind)
                     for choice in wanted[slot]:
-                        fork = _fork(layer, slot.kind)
-                        apply(walk.parts(fork, slot), choice, of)
-                        pending.append((slot, choice, run_layer(fork, hidden, positions)))
+                        edited = fork(layer, slot.kind)
+                        apply(walk.parts(edited, slot), choice, of)
+                        pending.append((slot, choice, run_layer(edited, hidden, positions)))
         final = _load(hidden_path(folder, chunk, walk.layers))["hidden"]
         pending += [(Slot("head"), choice, final) for choice in wanted.get(Slot("head"), ())]
         return compare(walk, final, pending, torch.from_numpy(ids[:, 1:]), torch.from_numpy(scored))
@@ -137,13 +137,13 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     return {name: read_entry(name, entry) for name, entry in read_header(path).items()}
 
 
-def _fork(layer: Any, kind: str) -> Any:
+def fork(layer: Any, kind: str) -> Any:
     """The layer with copies of one slot's modules; the other slot is shared."""
-    fork = copy.copy(layer)
-    fork._modules = dict(layer._modules)
+    edited = copy.copy(layer)
+    edited._modules = dict(layer._modules)
     for name in (BLOCK[kind], NORM[kind]):
-        fork._modules[name] = copy.deepcopy(layer._modules[name])
-    return fork
+        edited._modules[name] = copy.deepcopy(layer._modules[name])
+    return edited
 
 
 def compare(

@@ -97,9 +97,12 @@ def _read(file: Path, root: Path) -> Iterator[Document]:
         if not line.strip():
             continue
         try:
-            yield Document(f"{name}:{number}", json.loads(line)["text"])
+            text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError(f"text is a {type(text).__name__}")
         except (json.JSONDecodeError, KeyError, TypeError) as err:
             raise ValueError(f'{file}:{number}: expected a JSON object with a "text" key, got {line[:60]!r}') from err
+        yield Document(f"{name}:{number}", text)
 
 
 _GUTENBERG_START = re.compile(r"^\s*\*\*\* ?START OF TH(E|IS) PROJECT GUTENBERG.*$", re.M)

@@ -24,7 +24,7 @@ def solve(
     evaluations: int = 400,
     start: tuple[int, ...] | None = None,
 ) -> Solution:
-    """The best of `evaluations` children, starting from `start` (default: the exact search's choice of least cost).
+    """The best of `evaluations` children, starting from `start` (default: the exact search's choice).
 
     `evaluate(choice)` is what is minimised; None means the sum of scores. Equal seeds give equal choices as long as
     the time limit does not cut in. Raises Infeasible as the exact search does.

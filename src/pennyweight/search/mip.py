@@ -181,4 +181,6 @@ def _explain(problem: Problem, time_limit_s: float) -> Infeasible:
     alone = np.array([sum(cost[:, k].min() for cost in problem.costs) for k in range(len(problem.limits))])
     for k in np.flatnonzero(alone > problem.limits + slack):
         return Infeasible(problem.names[k], float(problem.limits[k]), float(alone[k]))
+    if problem.different_from:
+        return Infeasible(None, None, None, "no further choice differs enough from the earlier ones within the bounds")
     return Infeasible(None, None, None, "the bounds cannot be met together; loosen at least two of them")

@@ -1,0 +1,97 @@
+"""The reference model, scored once and shared by the scripts that ask what searches and healing make of it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import lzma
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+import _bench
+from pennyweight import job as stages
+from pennyweight import offers, texts
+from pennyweight.config import FitConfig, merged
+from pennyweight.cost import Budget, Machine, computed
+from pennyweight.job import Job
+from pennyweight.offers import Offer
+from pennyweight.progress import Terminal
+from pennyweight.search._problem import Problem
+from pennyweight.slots import Layout, Slot
+
+MODEL = _bench.REPOSITORY / "src" / "pennyweight" / "data" / "reference-dense"
+RECIPE = _bench.REPOSITORY / "recipes" / "reference-dense.yaml"
+STRUCTURAL = ("noop", "linear", "kv_heads", "ffn_width", "window")
+ALL = (*STRUCTURAL, "bits")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """--quick and --model."""
+    made = _bench.parser(description)
+    made.add_argument("--model", type=Path, default=MODEL, help="a model folder (default: the shipped model)")
+    return made
+
+
+def scored(model: Path, *, score_rows: int = 8) -> Job:
+    """A job on the model whose statistics and scores (all axes) exist; made once per version of package and model."""
+    config = merged(
+        FitConfig(),
+        {"data": {"score_rows": score_rows, "rows_per_chunk": 2}, "budget": {"weights": "100%"}, "machine": "m2-max"},
+    )
+    version = hashlib.sha256(f"{_bench.package_hash()} {model.resolve()} {score_rows}".encode()).hexdigest()[:12]
+    folder = _bench.work_folder("scored") / version
+    made = stages.open_job(model, folder / "out", config, run=folder, listen=Terminal())
+    stages.gather_stats(made)
+    stages.score_choices(made)
+    return made
+
+
+def held_out(job: Job, rows: int) -> texts.Rows:
+    """Rows that neither training nor calibration saw: half code, half books where the data folder has them."""
+    code = job_rows(job, list(texts.stdlib(held_out=True)))
+    data = _bench.data_folder()
+    if data is None:
+        return code.take(rows)
+    documents = []
+    for book in yaml.safe_load(RECIPE.read_text())["books"]:
+        if book["split"] == "held_out":
+            raw = lzma.decompress((data / "text" / "gutenberg" / f"{book['title']}.txt.xz").read_bytes())
+            documents.append(texts.Document(book["title"], texts.strip_gutenberg(raw.decode())))
+    books = job_rows(job, documents)
+    halves = (code.take(rows // 2), books.take(rows - rows // 2))
+    return texts.Rows(*(np.concatenate(parts) for parts in zip(*(vars(h).values() for h in halves), strict=True)))
+
+
+def job_rows(job: Job, documents: list[texts.Document]) -> texts.Rows:
+    """The documents as rows of the job's context."""
+    return texts.rows(documents, job.tokenizer, job.text.score.ids.shape[1] - 1)
+
+
+def budget_problem(job: Job, axes: tuple[str, ...], share: float) -> tuple[Problem, dict[Slot, list[Offer]]]:
+    """The search problem of a bound on file bytes, `share` of the parent's, over some of the scored axes."""
+    seconds = computed(Machine.load("m2-max"))
+    scores = {
+        slot: {key: values["kl"] for key, values in found.items() if next(iter(json.loads(key)), None) in axes}
+        for slot, found in stages.scores(job).items()
+    }
+    table = {
+        slot: offers.offers(slot, shape, scores.get(slot, {}), job.workload, seconds)
+        for slot, shape in job.shapes.items()
+    }
+    budget = Budget(weight_bytes=int(share * job.checkpoint.weight_bytes))
+    return offers.problem(table, job.shapes, budget, job.workload), table
+
+
+def layout(table: dict[Slot, list[Offer]], choice: tuple[int, ...]) -> Layout:
+    """A search's answer as a layout."""
+    picked = {slot: row[v].choice for (slot, row), v in zip(table.items(), choice, strict=True)}
+    return {slot: chosen for slot, chosen in picked.items() if chosen}
+
+
+def share_of_bytes(job: Job, table: dict[Slot, list[Offer]], choice: tuple[int, ...]) -> float:
+    """File bytes of a choice over the parent's bytes."""
+    spent = sum(row[v].file_bytes for row, v in zip(table.values(), choice, strict=True)) + offers.FILE_OVERHEAD
+    return spent / job.checkpoint.weight_bytes

@@ -1,0 +1,74 @@
+"""How much of what a smaller child lost does distillation win back?
+
+The exact search's child at 65 % of the parent's bytes, structural axes only, healed block by block, whole, and both.
+Lost = child's bits per byte before healing minus the parent's, on rows that nothing saw (half code, half books where
+the books are there); won back = the share of it that healing removes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import _bench
+import _reference
+from pennyweight import job as stages
+from pennyweight.config import merged
+from pennyweight.evals.loss import loss
+from pennyweight.heterogeneous import load_model
+from pennyweight.progress import Terminal
+from pennyweight.search import mip
+from pennyweight.slots import Layout
+
+SHARE = 0.65
+TOKENS = {"quick": {"local": 8_192, "whole": 40_960}, "full": {"local": 200_000, "whole": 1_000_000}}
+
+
+def healed(job: stages.Job, layout: Layout, built: Path, tokens: dict[str, int], ways: tuple[str, ...]) -> Path:
+    """The child healed in the given ways, in a run folder of its own."""
+    name = "-".join(ways)
+    config = merged(
+        job.config, {"heal": {f"{way}_tokens": tokens[way] if way in ways else 0 for way in ("local", "whole")}}
+    )
+    folder = built.parent / name
+    own = stages.open_job(job.model, folder / "out", config, run=folder, listen=Terminal())
+    return stages.heal(own, layout, built, folder / "healed")
+
+
+def main() -> int:
+    options = _reference.parser(__doc__).parse_args()
+    tokens = TOKENS["quick" if options.quick else "full"]
+    inputs = f"{options.model.resolve()} {SHARE} {tokens} {options.quick}"
+    found = _bench.cached("healing", inputs)
+    if found is None or not options.quick:
+        found = measure(options.model, tokens, rows=16 if options.quick else 64)
+        _bench.remember("healing", inputs, found)
+    bars = [_bench.bar("share won back by both", found["won_back"]["both"], ">=", 0.5)]
+    return _bench.finish("healing", options.quick, found, bars)
+
+
+def measure(model: Path, tokens: dict[str, int], rows: int) -> dict[str, dict[str, float]]:
+    """Bits per byte of parent and children, and the shares won back."""
+    job = _reference.scored(model)
+    problem, table = _reference.budget_problem(job, _reference.STRUCTURAL, SHARE)
+    layout = _reference.layout(table, mip.solve(problem).choice)
+    work = _bench.work_folder("healing") / "run"
+    shutil.rmtree(work, ignore_errors=True)
+    built = stages.build(job, layout, work / "built")
+    measured = _reference.held_out(job, rows)
+
+    def bits(folder: Path) -> float:
+        return loss(load_model(folder), measured).bits_per_byte
+
+    bpb = {"parent": bits(model), "unhealed": bits(built)}
+    for name, ways in (("local", ("local",)), ("whole", ("whole",)), ("both", ("local", "whole"))):
+        bpb[name] = bits(healed(job, layout, built, tokens, ways))
+        print(f"{name:<8} {bpb[name]:.4f} bits per byte (parent {bpb['parent']:.4f}, unhealed {bpb['unhealed']:.4f})")
+    lost = bpb["unhealed"] - bpb["parent"]
+    won = {name: (bpb["unhealed"] - bpb[name]) / lost for name in ("local", "whole", "both")}
+    return {"bits_per_byte": bpb, "won_back": won, "tokens": {k: float(v) for k, v in tokens.items()}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""`python -m pennyweight` is `penny`."""
+
+from pennyweight.cli import main
+
+main()

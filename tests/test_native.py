@@ -1,0 +1,31 @@
+"""The native module, where a compiler was there to build it; everything else works without."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BUILT = importlib.util.find_spec("pennyweight._native") is not None
+
+
+@pytest.mark.skipif(not BUILT, reason="the native module was not built: no C++ compiler at install time")
+def test_features_are_those_of_this_processor():
+    from pennyweight import _native
+
+    found = _native.cpu_features()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+        assert set(found) <= set(flags.split())
+
+
+def test_the_package_works_without_it():
+    code = (
+        "import sys; sys.modules['pennyweight._native'] = None\n"
+        "import pennyweight, pennyweight.job, pennyweight.planning, pennyweight.cli\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
