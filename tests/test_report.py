@@ -297,3 +297,11 @@ def test_bars_grow_with_their_values():
     drawn = charts.bars([charts.Bar("a", 1.0, "1"), charts.Bar("b", 2.0, "2"), charts.Bar("c", None, "none")])
     small, large = (float(width) for width in re.findall(r'rect [^>]*width="([^"]+)"', drawn))
     assert large == pytest.approx(2 * small)
+
+
+def test_what_the_choices_do_together_before_healing_is_shown(report):
+    assert "Before healing" not in html.render(report)
+    report["unhealed"] = {"kl": 0.0271, "lm": 0.02, "cosine": 0.01, "nmse": 0.01}
+    page = html.render(report)
+    assert "Before healing, on the scored text" in page
+    assert "0.0271" in page

@@ -261,8 +261,9 @@ def _fit(
 
     if not any(config.budget.model_dump().values()):
         raise ValueError("a budget is needed: at least one of --memory, --weights, --ttft, --tpot, --throughput")
-    allocator.keep_freed_memory()
     job = stages.open_job(model, out, config, run=run, engine=engine, listen=Terminal())  # type: ignore[arg-type]
+    if stages.fits_whole(job):  # otherwise memory is what is short, not time
+        allocator.keep_freed_memory()
     if dry_run:
         print(json.dumps(stages.plan(job), indent=None if as_json else 1))
         return

@@ -40,7 +40,17 @@ from pennyweight.heterogeneous import load_model
 from pennyweight.library import Library
 from pennyweight.offers import Offer
 from pennyweight.search._problem import Infeasible, Solution
-from pennyweight.slots import PARENT, Choice, Shape, Slot, layout_from_json, layout_to_json, reshape_all
+from pennyweight.slots import (
+    PARENT,
+    Attention,
+    Choice,
+    GatedMLP,
+    Shape,
+    Slot,
+    layout_from_json,
+    layout_to_json,
+    reshape_all,
+)
 from pennyweight.store import Store
 from pennyweight.walk import Walk, apply, run_layer
 
@@ -176,7 +186,9 @@ def read_text(job: Job) -> Text:
         rows, count = _sampled(job, context), job.config.data.sampled_rows
         held, seen = rows.pick(np.arange(data.held_out_rows)), rows.pick(np.arange(data.held_out_rows, count))
     elif data.text == "builtin":
-        seen = texts.rows(texts.stdlib(held_out=False), job.tokenizer, context)
+        documents = list(texts.stdlib(held_out=False))
+        shuffled = [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
+        seen = texts.rows(shuffled, job.tokenizer, context, most=_rows_needed(job.config, context))
         held = texts.rows(texts.stdlib(held_out=True), job.tokenizer, context).take(data.held_out_rows)
     else:
         rows = texts.rows(texts.from_path(Path(data.text)), job.tokenizer, context)
@@ -199,6 +211,13 @@ def read_text(job: Job) -> Text:
     cuts = np.cumsum([data.calibration_rows, data.score_rows])
     calibration, scoring, healing = (seen.pick(part) for part in np.split(order, cuts))
     return Text(calibration, scoring, healing, held)
+
+
+def _rows_needed(config: FitConfig, context: int) -> int:
+    """Rows for calibration, scoring and healing, the ones that judge healing included."""
+    heal, data = config.heal, config.data
+    healing = -(-max(heal.local_tokens, heal.whole_tokens) // context) + heal.batch_rows
+    return data.calibration_rows + data.score_rows + healing + 1
 
 
 def _sampled(job: Job, context: int) -> texts.Rows:
@@ -239,13 +258,34 @@ def plan(job: Job) -> dict[str, Any]:
     except Infeasible as err:
         raise offers.in_users_words(err, job.shapes, job.budget, job.workload) from None
     parent = figures(total(job.shapes, job.workload, seconds), job.workload, workspace_bytes(job.shapes, job.workload))
+    disk = _disk_bytes(job, context)
+    if disk > job.store.free_bytes():
+        raise ValueError(
+            f"the run folder {job.store.folder} needs about {units.show_bytes(disk)}, its disk has "
+            f"{units.show_bytes(job.store.free_bytes())} left; free some or choose another --run"
+        )
     return {
+        "disk_bytes": disk,
         "parent": parent,
         "prices": how,
         "choices": sum(len(found) for found in singles.values()),
         "slots": len(job.shapes),
         "dtype": str(job.dtype),
     }
+
+
+def _disk_bytes(job: Job, context: int) -> int:
+    """About what the run folder grows to: statistics (twice while they are merged), cached states, child folders."""
+    wanted = {name for axis in job.config.axes for name in kinds.load("variants", axis).STATS}
+    moments = 0
+    for shape in job.shapes.values():
+        if isinstance(shape, Attention):
+            moments += 2 * shape.hidden_size**2 + (shape.num_heads * shape.head_dim) ** 2
+        elif isinstance(shape, GatedMLP):
+            moments += 2 * shape.hidden_size**2 + (shape.intermediate_size**2 if "down_moment" in wanted else 0)
+    rows = job.config.data.score_rows + job.config.data.calibration_rows
+    states = rows * context * job.checkpoint.config["hidden_size"] * (job.checkpoint.config["num_hidden_layers"] + 1)
+    return 4 * (2 * moments + states) + 3 * job.checkpoint.weight_bytes
 
 
 def prices(job: Job) -> tuple[Seconds, str]:
@@ -461,13 +501,17 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
     return found
 
 
+def fits_whole(job: Job) -> bool:
+    """Whether whole models may be loaded: two of them in float32 and room to work, 5 times the parent's bytes."""
+    return 5 * job.checkpoint.weight_bytes < job.max_ram
+
+
 def library(job: Job, rows: texts.Rows) -> Library:
     """Children of the job's parent in memory, measured on `rows`. Needs the stats stage. Raises ValueError if the
     parent does not fit --max-ram."""
-    if 5 * job.checkpoint.weight_bytes > job.max_ram:
+    if not fits_whole(job):
         raise ValueError(
-            f"trying whole children needs the model in memory, {units.show_bytes(5 * job.checkpoint.weight_bytes)}; "
-            f"--max-ram allows {units.show_bytes(job.max_ram)}"
+            f"trying whole children needs the model in memory; --max-ram {job.config.max_ram} is too small"
         )
     return Library(job.walk, lambda layer: job.store.tensors(f"stats/{layer}"), rows)
 
@@ -742,7 +786,7 @@ def _verify(
     shapes = reshape_all(job.shapes, layout)
     checks.append(verify.check_shapes(candidate, shapes))
     job.listen.advance(1)
-    whole = 10 * Checkpoint(candidate).weight_bytes < job.max_ram and 5 * job.checkpoint.weight_bytes < job.max_ram
+    whole = fits_whole(job)
     rows = job.text.held_out
     prompts = torch.from_numpy(rows.ids[: min(4, len(rows.ids)), :32])
     if whole:

@@ -150,8 +150,10 @@ class Rows:
         return Rows(self.ids[rows], self.scored[rows], self.nbytes[rows])
 
 
-def rows(documents: Iterable[Document], tokenizer: Any, context: int) -> Rows:
-    """Tokenise and cut. `tokenizer` is a fast transformers tokenizer; a last stretch shorter than `context` is dropped.
+def rows(documents: Iterable[Document], tokenizer: Any, context: int, *, most: int | None = None) -> Rows:
+    """Tokenise and cut; with `most`, stop reading documents once they give that many rows.
+
+    `tokenizer` is a fast transformers tokenizer; a last stretch shorter than `context` is dropped.
 
     Raises ValueError if the tokenizer cannot tell offsets (slow tokenizers) or the text is shorter than one row.
     """
@@ -166,7 +168,9 @@ def rows(documents: Iterable[Document], tokenizer: Any, context: int) -> Rows:
         nbytes.append(-1)
         ids += encoded["input_ids"]
         nbytes += _byte_lengths(document.text, encoded["offset_mapping"])
-    count = (len(ids) - 1) // context
+        if most is not None and len(ids) > most * context:
+            break
+    count = (len(ids) - 1) // context if most is None else min(most, (len(ids) - 1) // context)
     if count < 1:
         raise ValueError(f"the text holds {len(ids)} tokens, less than one stretch of {context + 1}; give more text")
     flat = np.asarray(ids, np.int64)

@@ -141,6 +141,10 @@ def _comparison(report: Mapping[str, Any]) -> list[list[str]]:
     before, after = report["parent"]["figures"], best(report)["predicted"]
     speed, metric, score = report["verified"]["speed"], report["metric"], _number(after["score"])
     rows = [["File size", "", *map(show_bytes, (after["file_bytes"], report["parent"]["bytes"], report["file_bytes"]))]]
+    unhealed = report.get("unhealed")
+    if unhealed is not None:
+        name = f"Before healing, on the scored text: {_facts.METRICS[metric]}"
+        rows.append([name, "0", score, "0", _number(unhealed[metric])])
     if metric == "lm":
         added = (child["nats"] - parent["nats"]) / child["tokens"]
         rows.append(["Loss added, nats per token", "0", score, "0", _number(added)])
