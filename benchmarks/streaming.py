@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import _bench
+import _random_model
 
 SHAPE = {
     "model_type": "llama",
@@ -60,38 +61,6 @@ SETTINGS = (
 )
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """The random model, made once: weights of standard deviation 0.02, norms 1, and a byte-level tokenizer."""
-    if folder.exists():
-        return folder
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from pennyweight.checkpoint import Writer
-    from pennyweight.families import _decoder
-    from pennyweight.planning import slots
-
-    generator = torch.Generator().manual_seed(0)
-    writer = Writer(folder, shard_bytes=600 * 10**6)
-    for slot, shape in slots(SHAPE).items():
-        names = _decoder.tensor_names(slot, shape)
-        for weight in shape.weights():
-            tensor = torch.empty(weight.shape, dtype=torch.bfloat16)
-            tensor.fill_(1.0) if len(weight.shape) == 1 else tensor.normal_(0.0, 0.02, generator=generator)
-            writer.add(names[weight.name], tensor)
-    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
-    staged = folder.with_name(folder.name + "-tokenizer")
-    fast.save_pretrained(staged)
-    writer.finish(SHAPE, like=staged)
-    shutil.rmtree(staged)
-    return folder
-
-
 def fit(model: Path, out: Path, *, kill_when: str | None = None) -> tuple[int, int, float]:
     """(exit code, peak resident bytes, seconds) of one `penny fit`; killed when the log first says `kill_when`."""
     started = time.monotonic()
@@ -113,7 +82,7 @@ def measure(work: Path) -> dict[str, Any]:
     """Kill once, resume, finish; what the bars are about."""
     from pennyweight.checkpoint import Checkpoint, safetensors_bytes
 
-    model = write_checkpoint(work / "llama-1b-random")
+    model = _random_model.write(SHAPE, work / "llama-1b-random", shard_bytes=600 * 10**6)
     shutil.rmtree(work / "run", ignore_errors=True)
     (work / "run").mkdir()
     out = work / "run" / "small"

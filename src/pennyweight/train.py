@@ -102,7 +102,7 @@ def train(recipe: Recipe, *, books: Path, out: Path, listen: Listener, checkpoin
     rows_per_epoch = (len(ids) - 1) // recipe.context
     tokens_per_step = plan.batch_rows * recipe.context
     steps = plan.tokens // tokens_per_step
-    curve = (out / "curve.jsonl").open("a")
+    curve = [point for point in _curve(out) if point["step"] <= step]  # a point may be younger than the checkpoint
     saved_at = time.monotonic()
     listen.begin("train", total=steps, done=step, unit="steps")
     model.train()
@@ -126,8 +126,8 @@ def train(recipe: Recipe, *, books: Path, out: Path, listen: Listener, checkpoin
         if step % 250 == 0 or step == steps:
             point = {"step": step, "tokens": step * tokens_per_step, "train_nats": float(nats.detach())}
             point |= {f"{name}_bits_per_byte": _bits_per_byte(model, rows) for name, rows in held_out.items()}
-            curve.write(json.dumps(point) + "\n")
-            curve.flush()
+            curve.append(point)
+            write_atomic(out / "curve.jsonl", "".join(json.dumps(each) + "\n" for each in curve).encode())
             listen.advance(step, **{k: v for k, v in point.items() if k.endswith("byte")})
         if step == steps or time.monotonic() - saved_at > checkpoint_s:
             _checkpoint(out, model, optimizers, step)
@@ -275,7 +275,7 @@ def _resume(out: Path, model: Any, optimizers: list[torch.optim.Optimizer]) -> i
         step = int(file.metadata()["step"])
         named = dict(model.named_parameters())
         states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
-        for key in file:
+        for key in list(file.keys()):
             kind, rest = key.split(".", 1)
             if kind == "model":
                 named[rest].data.copy_(file.get_tensor(key))
@@ -287,13 +287,18 @@ def _resume(out: Path, model: Any, optimizers: list[torch.optim.Optimizer]) -> i
     return step
 
 
+def _curve(out: Path) -> list[dict[str, Any]]:
+    path = out / "curve.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def _finish(
     out: Path, recipe: Recipe, documents: dict[str, list[texts.Document]], model: Any, tokenizer: Any, epoch_tokens: int
 ) -> Path:
     folder = out / "model"
     model.to(torch.bfloat16).eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    curve = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    curve = _curve(out)
     provenance = {
         "recipe": recipe.model_dump(mode="json"),
         "parameters": sum(p.numel() for p in model.parameters()),
