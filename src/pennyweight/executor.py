@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -29,8 +31,10 @@ def _ray(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iter
     import torch
 
     threads = torch.get_num_threads()  # sums depend on the split among threads: workers use the same
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, object_store_memory=512 * 2**20)
+    if not ray.is_initialized():  # a user's own cluster is joined by `ray.init` before, or by RAY_ADDRESS
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
+        os.environ.setdefault("RAY_worker_niceness", "0")  # as the local engine; Ray's 15 starves beside other work
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
     def call(*task: Any) -> Any:
         import torch
