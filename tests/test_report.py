@@ -66,13 +66,69 @@ def report() -> dict[str, Any]:
             ],
         },
         "slots": [
-            {"slot": "embed", "choice": "int4 g64", "axes": bits, "score": 0.012},
-            {"slot": "0.mixer", "choice": "parent", "axes": {}, "score": 0},
-            {"slot": "0.ffn", "choice": "ffn 640 + int4 g64 gptq", "axes": layout["0.ffn"], "score": 0.003},
-            {"slot": "1.mixer", "choice": "none", "axes": {"noop": {}}, "score": 0.005},
-            {"slot": "1.ffn", "choice": "parent", "axes": {}, "score": 0},
-            {"slot": "norm", "choice": "parent", "axes": {}, "score": 0},
-            {"slot": "head", "choice": "parent", "axes": {}, "score": 0},
+            {
+                "slot": "embed",
+                "choice": "int4 g64",
+                "axes": bits,
+                "score": 0.012,
+                "bytes": 1000,
+                "parent_bytes": 4096,
+                "runners_up": ["int4 g64"],
+            },
+            {
+                "slot": "0.mixer",
+                "choice": "parent",
+                "axes": {},
+                "score": 0,
+                "bytes": 1000,
+                "parent_bytes": 4096,
+                "runners_up": ["parent"],
+            },
+            {
+                "slot": "0.ffn",
+                "choice": "ffn 640 + int4 g64 gptq",
+                "axes": layout["0.ffn"],
+                "score": 0.003,
+                "bytes": 1000,
+                "parent_bytes": 4096,
+                "runners_up": ["ffn 640 + int4 g64 gptq"],
+            },
+            {
+                "slot": "1.mixer",
+                "choice": "none",
+                "axes": {"noop": {}},
+                "score": 0.005,
+                "bytes": 1000,
+                "parent_bytes": 4096,
+                "runners_up": ["none"],
+            },
+            {
+                "slot": "1.ffn",
+                "choice": "parent",
+                "axes": {},
+                "score": 0,
+                "bytes": 1000,
+                "parent_bytes": 4096,
+                "runners_up": ["int4 g64"],
+            },
+            {
+                "slot": "norm",
+                "choice": "parent",
+                "axes": {},
+                "score": 0,
+                "bytes": 1000,
+                "parent_bytes": 4096,
+                "runners_up": ["parent"],
+            },
+            {
+                "slot": "head",
+                "choice": "parent",
+                "axes": {},
+                "score": 0,
+                "bytes": 1000,
+                "parent_bytes": 4096,
+                "runners_up": ["parent"],
+            },
         ],
         "metric": "kl",
         "margins": {
@@ -99,6 +155,7 @@ def report() -> dict[str, Any]:
         },
         "local_heal": {"0.ffn": [0.02, 0.01]},
         "whole_heal": [0.05, 0.2, 0.04],
+        "whole_heal_judged": [0.06, 0.05],
         "file_bytes": 3_280_000,
         "timings": {"plan": 3.2, "score": 88.8},
         "config": {
@@ -110,6 +167,7 @@ def report() -> dict[str, Any]:
             "prices": "computed",
         },
         "identity": {"model": "e5a6", "text": "240a", "torch": "2.13.0", "threads": 2, "compute": "torch.bfloat16"},
+        "versions": {"pennyweight": "0.1.0", "torch": "2.13.0"},
     }
 
 
@@ -180,7 +238,7 @@ def test_the_map_shows_every_slot(report):
     page = html.render(report)
     assert page.count('class="cell') == len(report["slots"])
     assert "<span>ffn 640</span><span>int4 g64</span>" in page
-    assert 'title="1.mixer: none\nscore 0.005, 25.0% of the sum"' in page
+    assert 'title="1.mixer: none\nscore 0.005, 25.0% of the sum\n1000 B of 4.00 KiB"' in page
 
 
 def test_budgets_that_lead_to_one_model_share_a_mark(report):
@@ -196,7 +254,7 @@ def test_margins_say_what_cannot_be_met_and_what_does_not_bind(report):
 
 
 def test_runners_up_name_the_slots_that_differ(report):
-    assert re.search(r"\+0\.0003 .* 1 1\.ffn", Page(html.render(report)).text)
+    assert re.search(r"\+0\.0003 .* 1 1\.ffn int4 g64", Page(html.render(report)).text)
 
 
 def test_computed_times_are_called_not_comparable(report):
@@ -205,10 +263,10 @@ def test_computed_times_are_called_not_comparable(report):
     assert "not comparable" not in Page(html.render(report)).text
 
 
-def test_healing_that_did_harm_is_called_so(report):
-    assert "may have done harm" not in html.render(report)
-    report["whole_heal"] = [0.04, 0.05]
-    assert "may have done harm" in html.render(report)
+def test_healing_that_did_not_help_is_called_so(report):
+    assert "did not help" not in html.render(report)
+    report["whole_heal_judged"] = [0.04, 0.05]
+    assert "did not help" in html.render(report)
 
 
 def test_a_bare_report_says_what_is_missing(bare):

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+import transformers
 
 from pennyweight import executor, kinds, offers, score, stats, texts, units, verify
 from pennyweight.checkpoint import Checkpoint, Writer
@@ -455,16 +456,16 @@ def _with_concurrency(workload: Workload, concurrency: int) -> Workload:
 
 
 def offered(job: Job, workload: Workload, seconds: Seconds) -> dict[Slot, list[Offer]]:
-    """Every slot's undominated offers, scored."""
+    """Every slot's offers, scored. For the best solution alone undominated ones are enough; the runners-up may need
+    an offer that is worse than the one the best took."""
     scored = scores(job)
-    return {
-        slot: offers.undominated(
-            offers.offers(
-                slot, shape, {k: v[job.config.metric] for k, v in scored.get(slot, {}).items()}, workload, seconds
-            )
+    table = {
+        slot: offers.offers(
+            slot, shape, {k: v[job.config.metric] for k, v in scored.get(slot, {}).items()}, workload, seconds
         )
         for slot, shape in job.shapes.items()
     }
+    return table if job.config.solutions > 1 else {slot: offers.undominated(row) for slot, row in table.items()}
 
 
 def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> list[Chosen]:
@@ -849,8 +850,10 @@ def _report(
     job: Job, chosen: Mapping[str, Any], verified: Mapping[str, Any], timings: Mapping[str, float]
 ) -> dict[str, Any]:
     """Everything worth knowing about the run, as data; report/ turns it into pages."""
-    layout = layout_from_json(chosen["solutions"][0]["layout"])
-    scored = scores(job)
+    import pennyweight
+
+    layouts = [layout_from_json(solution["layout"]) for solution in chosen["solutions"]]
+    layout, scored, shapes = layouts[0], scores(job), reshape_all(job.shapes, layouts[0])
     return {
         "model": str(job.model.resolve().name),
         "out": str(job.out),
@@ -867,6 +870,9 @@ def _report(
                 "score": sum(
                     scored[slot][Choice((spec,)).key()][job.config.metric] for spec in layout.get(slot, PARENT).specs
                 ),
+                "bytes": offers.file_bytes(slot, shapes[slot]),
+                "parent_bytes": offers.file_bytes(slot, job.shapes[slot]),
+                "runners_up": [str(other.get(slot, PARENT)) for other in layouts[1:]],
             }
             for slot in job.shapes
         ],
@@ -881,6 +887,12 @@ def _report(
         "timings": dict(timings),
         "config": job.config.model_dump(mode="json"),
         "identity": job.store.get("identity"),
+        "versions": {
+            "pennyweight": pennyweight.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
     }
 
 

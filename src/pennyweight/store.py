@@ -37,6 +37,7 @@ class Store:
         if known is None:
             self.put("identity", wanted)
         elif known != wanted:
+            self.close()
             raise ValueError(
                 f"{folder} belongs to another run: {_difference(known, wanted)}. Choose another --run folder"
             )

@@ -45,7 +45,7 @@ def parse_rate(text: str) -> float:
 def show_bytes(count: float) -> str:
     """1536 -> '1.50 KiB': binary units, three figures."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
+        if abs(count) < (1023.5 if unit == "B" else 1023.995):  # what would be shown as 1024 is one of the next unit
             return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1024
     return f"{count:.2f} TiB"
@@ -53,11 +53,11 @@ def show_bytes(count: float) -> str:
 
 def show_seconds(seconds: float) -> str:
     """0.0042 -> '4.20 ms'; 75 -> '1:15'."""
-    if seconds < 1e-3:
+    if seconds < 0.9995e-3:
         return f"{seconds * 1e6:.0f} us"
-    if seconds < 1:
+    if seconds < 0.999995:  # what would be shown as 1000.00 ms is a second
         return f"{seconds * 1e3:.2f} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -65,7 +65,8 @@ def _cells(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         share = slot["score"] / total if total > 0 else 0.0
         cells[slot["slot"]] = {
             "lines": [" ".join(part.split()[:2]) for part in slot["choice"].split(" + ")],
-            "title": f"{slot['slot']}: {slot['choice']}\nscore {_number(slot['score'])}, {share:.1%} of the sum",
+            "title": f"{slot['slot']}: {slot['choice']}\nscore {_number(slot['score'])}, {share:.1%} of the sum\n"
+            f"{show_bytes(slot['bytes'])} of {show_bytes(slot['parent_bytes'])}",
             "heat": (max(0.0, slot["score"]) / top) ** 0.5 if top > 0 else 0.0,
             "share": share,
             "untouched": not slot["axes"],
@@ -165,15 +166,17 @@ def _comparison(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _runners_up(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Solutions after the best: what they predict and the slots where they choose differently."""
-    first, *others = report["chosen"]["solutions"]
-    names = [slot["slot"] for slot in report["slots"]]
+    """Solutions after the best: what they predict, and what they choose where they choose differently."""
     return [
         {
             "predicted": other["predicted"],
-            "differ": [name for name in names if other["layout"].get(name) != first["layout"].get(name)],
+            "differ": [
+                f"{slot['slot']} {slot['runners_up'][number]}"
+                for slot in report["slots"]
+                if slot["runners_up"][number] != slot["choice"]
+            ],
         }
-        for other in others
+        for number, other in enumerate(report["chosen"]["solutions"][1:])
     ]
 
 
