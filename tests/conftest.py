@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; two threads each would wait for one another
+os.environ["PENNY_CACHE"] = tempfile.mkdtemp(prefix="penny-tests-")  # nobody's own measurements are read or written
 
 VOCABULARY = 300
 

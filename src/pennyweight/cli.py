@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=pennyweight.__doc__)
 
+DEFAULT_AXES = "noop,linear,kv_heads,ffn_width,window,bits"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder.")]
 
@@ -69,7 +70,7 @@ def plan(
     concurrency: int = 1,
     context: str = "0",
     machine: Annotated[str, typer.Option(help="A shipped machine (penny machine --list) or a JSON file.")] = "h100",
-    axes: str = "noop,linear,kv_heads,ffn_width,window,bits",
+    axes: str = DEFAULT_AXES,
     as_json: Json = False,
 ) -> None:
     """What a model needs and what would fit, from its config alone."""
@@ -128,11 +129,19 @@ def plan(
 
 @app.command()
 def machine(
+    model: Annotated[Path | None, typer.Argument(help="Also time the blocks this model could be made of.")] = None,
+    axes: Annotated[str, typer.Option(help="Comma-separated axes.")] = DEFAULT_AXES,
+    prompt: str = "256",
+    new: str = "128",
+    concurrency: int = 1,
+    context: Annotated[str, typer.Option(help="Tokens of KV cache per sequence; 0: prompt + new.")] = "0",
+    context_tokens: Annotated[int, typer.Option(help="Tokens per row of calibration text.")] = 512,
+    again: Annotated[bool, typer.Option("--again", help="Forget earlier measurements.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Name the shipped machine descriptions.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the description to a JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this computer's bandwidth and arithmetic."""
+    """Measure this computer once: bandwidth, arithmetic, and the time of a model's possible blocks."""
     with _errors():
         from pennyweight.cost import Machine
 
@@ -144,19 +153,45 @@ def machine(
 
         from pennyweight import measure
 
-        found = measure.machine()
-        content = json.dumps(dataclasses.asdict(found), indent=1)
+        found = measure.machine(again=again)
+        result: dict[str, Any] = dataclasses.asdict(found)
         if save is not None:
-            save.write_text(content + "\n", encoding="utf-8")
+            save.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if model is not None:
+            from pennyweight import offers, planning
+            from pennyweight.checkpoint import read_config
+            from pennyweight.cost import Workload
+            from pennyweight.progress import Terminal
+            from pennyweight.units import parse_count
+
+            _quiet_libraries()
+            config = read_config(model)
+            shapes = planning.slots(config)
+            load = Workload(
+                prompt=parse_count(prompt), new=parse_count(new), concurrency=concurrency, context=parse_count(context)
+            )
+            cache = measure.cache_folder() / "latencies.json"
+            if again:
+                cache.unlink(missing_ok=True)
+            wanted = offers.all_shapes(shapes, axes.split(","), scored_tokens=context_tokens)
+            times = measure.latencies(config, shapes, wanted, load, cache=cache, listen=Terminal())
+            result["blocks"] = [
+                {"shape": str(shape), "prefill_seconds": prefill, "decode_seconds": decode}
+                for shape, (prefill, decode) in times.blocks.items()
+            ]
+            result["rest"] = {"prefill_seconds": times.rest[0], "decode_seconds": times.rest[1]}
         if as_json:
-            print(json.dumps(dataclasses.asdict(found)))
-        else:
-            print(found.name)
-            print(f"memory     {found.memory_bytes / 2**30:.1f} GiB")
-            print(f"bandwidth  {found.bandwidth / 1e9:.1f} GB/s")
-            print(f"bfloat16   {found.flops / 1e9:.0f} GFLOP/s")
-            if save is not None:
-                print(save)
+            print(json.dumps(result))
+            return
+        print(found.name)
+        print(f"memory     {found.memory_bytes / 2**30:.1f} GiB")
+        print(f"bandwidth  {found.bandwidth / 1e9:.1f} GB/s")
+        print(f"bfloat16   {found.flops / 1e9:.0f} GFLOP/s")
+        for block in result.get("blocks", ()):
+            prefill, decode = block["prefill_seconds"], block["decode_seconds"]
+            print(f"prefill {1e3 * prefill:9.3f} ms   decode {1e3 * decode:8.4f} ms   {block['shape']}")
+        if save is not None:
+            print(save)
 
 
 @app.command()

@@ -308,15 +308,11 @@ def prices(job: Job) -> tuple[Seconds, str]:
 
 
 def measured_prices(job: Job) -> Seconds:
-    """Block times of this machine; measured once per run and kept in its folder."""
+    """Block times of this machine; each shape is measured once per machine and workload and remembered."""
     from pennyweight import measure
 
-    context = job.config.data.context
-    wanted: set[Shape] = set()
-    for shape in job.shapes.values():
-        free = {c.key(): 0.0 for c in offers.single_choices(shape, job.config.axes, scored_tokens=context)}
-        wanted |= {resulting for _, resulting, _ in offers.combinations(shape, free)}
-    cache = job.store.folder / "latencies.json"
+    wanted = offers.all_shapes(job.shapes, job.config.axes, scored_tokens=job.config.data.context)
+    cache = measure.cache_folder() / "latencies.json"
     found = measure.latencies(job.checkpoint.config, job.shapes, wanted, job.workload, cache=cache, listen=job.listen)
     return found.seconds()
 

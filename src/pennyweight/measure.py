@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import platform
 import statistics
 import time
@@ -33,14 +34,39 @@ _STEPS = 40
 _PREFILLS = 5
 
 
-def machine(*, seconds: float = 2.0) -> Machine:
-    """This computer, measured for about `seconds`. Peaks are the best that large operations reached."""
+def cache_folder() -> Path:
+    """Where measurements of this computer are kept: $PENNY_CACHE, else pennyweight in the user's cache folder."""
+    named = os.environ.get("PENNY_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pennyweight"
+
+
+def machine(*, again: bool = False) -> Machine:
+    """This computer, measured once and remembered in `cache_folder()`; `again` measures anew."""
+    path = cache_folder() / "machine.json"
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    key = f"{platform.node()}|{_processor()}|{torch.get_num_threads()}|{torch.__version__}"
+    if again or key not in kept:
+        kept[key] = dataclasses.asdict(measured_machine())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(kept, indent=1).encode())
+    return Machine(**kept[key])
+
+
+def _processor() -> str:
+    """The processor's name as its maker gives it, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def measured_machine(*, seconds: float = 2.0) -> Machine:
+    """Measure for about `seconds`. Peaks are the best that large operations reached."""
     words, size = 2**26, 2048
     source, target = torch.ones(words), torch.zeros(words)
     a, b = torch.randn(size, size, dtype=torch.bfloat16), torch.randn(size, size, dtype=torch.bfloat16)
-    cpu = platform.processor() or platform.machine()
     return Machine(
-        name=f"{cpu}, {torch.get_num_threads()} threads",
+        name=f"{_processor()}, {torch.get_num_threads()} threads",
         memory_bytes=psutil.virtual_memory().total,
         bandwidth=2 * 4 * words / _best(lambda: target.copy_(source), seconds / 2),
         flops=2 * size**3 / _best(lambda: a @ b, seconds / 2),

@@ -60,6 +60,15 @@ def combinations(shape: Shape, scored: Mapping[str, float]) -> Iterator[tuple[Ch
     yield from extend(PARENT, shape, 0.0, ORDER)
 
 
+def all_shapes(shapes: Shapes, axes: Sequence[str], *, scored_tokens: int) -> set[Shape]:
+    """Every shape that any combination of the axes' specs can give any slot."""
+    found: set[Shape] = set()
+    for shape in set(shapes.values()):
+        free = {choice.key(): 0.0 for choice in single_choices(shape, axes, scored_tokens=scored_tokens)}
+        found |= {resulting for _, resulting, _ in combinations(shape, free)}
+    return found
+
+
 @dataclass(frozen=True)
 class Offer:
     """One thing a slot can become. file_bytes: its tensors and their entries in the safetensors header."""
