@@ -1,5 +1,5 @@
-"""One scale per group of columns, chosen by trying shrunken ranges: clipping a few outliers often costs less than a
-coarser step for everything else."""
+"""One scale per group of columns: shrunken ranges are tried, since clipping a few outliers often costs less than a
+coarser step for everything else, and then the least-squares scale of the best one's codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from pennyweight.formats import packed_int
 from pennyweight.slots import Stored
 
-_SHRINKS = tuple(1.0 - 0.04 * i for i in range(13))  # 1.0 down to 0.52 of the largest magnitude
+# Half-range of the codes over the largest magnitude; at 15/14 that one is the int4 code 7 itself.
+_SHRINKS = (15 / 14, *(1.035 - 0.035 * i for i in range(13)))
 
 
 def scales(weight: torch.Tensor, spec: Stored, importance: torch.Tensor | None = None) -> torch.Tensor:
@@ -30,13 +31,26 @@ def _block_scales(weight: torch.Tensor, spec: Stored, importance: torch.Tensor |
     weights = None if importance is None else importance.float().view(1, -1, spec.group)
     peak = grouped.abs().amax(dim=-1, keepdim=True)
     best = torch.full_like(peak, torch.inf)
-    chosen = torch.ones_like(peak)
-    for shrink in _SHRINKS if spec.bits < 8 else (1.0,):
-        scale = (peak * (shrink / (high + 0.5))).clamp_min(1e-12).bfloat16().float()
-        error = (grouped - (grouped / scale).round().clamp(low, high) * scale).square()
+    chosen, fitted = torch.ones_like(peak), torch.ones_like(peak)
+
+    def attempt(scale: torch.Tensor) -> None:
+        nonlocal best, chosen, fitted
+        scale = scale.clamp_min(1e-12).bfloat16().float()
+        code = (grouped / scale).round_().clamp_(low, high)
+        weighted = code if weights is None else code * weights
+        error = (grouped - code * scale).square_()
         error = (error if weights is None else error * weights).sum(dim=-1, keepdim=True)
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
+        # The scale that would suit these codes best: least squares of the group on them.
+        square = (code * weighted).sum(dim=-1, keepdim=True)
+        fit = (grouped * weighted).sum(dim=-1, keepdim=True) / torch.where(square > 0, square, 1.0)
+        fitted = torch.where(better & (fit > 0), fit, fitted)
+
+    for shrink in _SHRINKS if spec.bits < 8 else (1.0,):
+        attempt(peak * (shrink / (high + 0.5)))
+    if spec.bits < 8:
+        attempt(fitted)
     return chosen.squeeze(-1).bfloat16()
 
 
