@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from pennyweight.evals.loss import nats_per_target
 from pennyweight.texts import separator_id
@@ -86,12 +87,16 @@ def _score(model: Any, tokenizer: Any, context: str, continuation: str) -> tuple
 
 
 def harness(model: Any, tokenizer: Any, tasks: list[str], *, items: int) -> dict[str, Any]:
-    """lm_eval's own results by task. Raises RuntimeError if the extra is not installed."""
+    """lm_eval's own results by task. A task is one of its names, or a YAML file in its format (local data, no network).
+
+    Raises RuntimeError if the extra is not installed.
+    """
     try:
         from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     except ImportError as err:
         raise RuntimeError("--tasks needs the extra: pip install 'pennyweight[eval]'") from err
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
-    found = simple_evaluate(model=wrapped, tasks=tasks, limit=items)
+    named = [yaml.safe_load(Path(task).read_text()) if Path(task).is_file() else task for task in tasks]
+    found = simple_evaluate(model=wrapped, tasks=named, limit=items)
     return {} if found is None else found["results"]
