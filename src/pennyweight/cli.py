@@ -357,7 +357,9 @@ def evaluate(
     text: Annotated[str, typer.Option(help='"builtin" or a text file or folder.')] = "builtin",
     rows: Annotated[int, typer.Option(help="Rows to measure.")] = 32,
     context_tokens: int = 512,
-    tasks: Annotated[str | None, typer.Option(help="lm_eval tasks or task YAML files, comma-separated (extra: eval).")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm_eval tasks or their YAML files, comma-separated (extra: eval).")
+    ] = None,
     task_file: Annotated[
         list[Path] | None, typer.Option(help="Local multiple-choice or completion files (.jsonl, .jsonl.gz).")
     ] = None,
