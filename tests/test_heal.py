@@ -9,7 +9,7 @@ import torch
 
 from pennyweight.checkpoint import Checkpoint
 from pennyweight.events import Silent
-from pennyweight.heal import local, whole
+from pennyweight.heal import _schedule, local, whole
 from pennyweight.heterogeneous import load_model
 from pennyweight.slots import Choice, Slot
 from pennyweight.store import Store
@@ -127,6 +127,26 @@ def test_the_loss_is_zero_for_the_parent_itself(pair):
 
 
 def test_the_learning_rate_starts_low_and_ends_at_a_tenth():
-    rates = [local.cosine(step, 100) for step in range(100)]
+    rates = [_schedule.cosine(step, 100) for step in range(100)]
     assert rates[0] < rates[4] > 0.9
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_wide_models_and_models_that_lost_little_learn_slowly():
+    assert _schedule.local_lr(512) == _schedule.local_lr(256) / 2
+    assert _schedule.whole_lr(256, 1.0) == pytest.approx(1e-3)
+    assert _schedule.whole_lr(512, 1.0) == pytest.approx(0.5e-3)
+    assert _schedule.whole_lr(256, 0.009) == pytest.approx(0.2e-3)
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(1, 1), (2, 1), (20, 4), (1000, 8)])
+def test_some_rows_judge(rows, kept):
+    assert _schedule.judges(rows) == kept
+
+
+def test_without_a_learning_rate_one_is_chosen(pair, tmp_path):
+    store = Store(tmp_path, {})
+    heal_blocks(pair, store, lr=None)
+    for slot in (Slot("ffn", 0), Slot("mixer", 1)):
+        first, last = store.get(f"heal/local-loss/{slot}")
+        assert last < first, slot

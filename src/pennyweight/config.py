@@ -62,13 +62,16 @@ class DataConfig(_Strict):
 
 
 class HealConfig(_Strict):
-    """Distillation after building. Tokens are per slot for `local`, in all for `whole`; 0 leaves a stage out."""
+    """Distillation after building. Tokens are per slot for `local`, in all for `whole`; 0 leaves a stage out.
+
+    Peak learning rates are chosen by the model's width and by how much it lost, unless given.
+    """
 
     local_tokens: int = Field(default=60_000, ge=0)
     whole_tokens: int = Field(default=300_000, ge=0)
-    local_lr: float = 1e-3
-    whole_lr: float = 1e-3
-    batch_rows: int = Field(default=8, ge=1)
+    local_lr: float | None = Field(default=None, gt=0)
+    whole_lr: float | None = Field(default=None, gt=0)
+    batch_rows: int = Field(default=2, ge=1)
 
 
 class FitConfig(_Strict):

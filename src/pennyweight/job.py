@@ -37,6 +37,7 @@ from pennyweight.evals.agree import agree
 from pennyweight.evals.loss import loss
 from pennyweight.events import Listener, Silent
 from pennyweight.families._decoder import Parts, tensor_names, with_shapes
+from pennyweight.heal._schedule import JUDGES
 from pennyweight.heterogeneous import load_model
 from pennyweight.library import Library
 from pennyweight.offers import Offer
@@ -217,7 +218,7 @@ def read_text(job: Job) -> Text:
 def _rows_needed(config: FitConfig, context: int) -> int:
     """Rows for calibration, scoring and healing, the ones that judge healing included."""
     heal, data = config.heal, config.data
-    healing = -(-max(heal.local_tokens, heal.whole_tokens) // context) + heal.batch_rows
+    healing = -(-max(heal.local_tokens, heal.whole_tokens) // context) + JUDGES
     return data.calibration_rows + data.score_rows + healing + 1
 
 
@@ -604,7 +605,7 @@ def _heal_local(job: Job, changed: list[Slot], ids: torch.Tensor, built: Path, f
     from pennyweight.heal import local
 
     plan = job.config.heal
-    rows = ids[: plan.batch_rows + max(plan.batch_rows, -(-plan.local_tokens // ids.shape[1]))]
+    rows = ids[: JUDGES + -(-plan.local_tokens // ids.shape[1])]
     child = Walk(Checkpoint(built), dtype=job.dtype)
     new = local.heal(
         job.walk,

@@ -9,7 +9,6 @@ hide the scale).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 
 from pennyweight.events import Listener
 from pennyweight.families._decoder import BLOCK, NORM
+from pennyweight.heal import _schedule
 from pennyweight.slots import Noop, Slot
 from pennyweight.stats import autocast
 from pennyweight.store import Store
@@ -31,13 +31,16 @@ def heal(
     ids: torch.Tensor,
     *,
     tokens: int,
-    lr: float,
+    lr: float | None,
     batch_rows: int,
     store: Store,
     listen: Listener,
 ) -> dict[Slot, dict[str, torch.Tensor]]:
     """New tensors of every changed slot, names relative to the layer; each slot sees `tokens` tokens of `ids` (rows,
-    tokens). Finished slots are kept in `store` and not trained again. AdamW, cosine decay to a tenth."""
+    tokens). Finished slots are kept in `store` and not trained again. AdamW, cosine decay to a tenth of `lr`, which
+    None leaves to `_schedule.local_lr`."""
+    if lr is None:
+        lr = _schedule.local_lr(parent.checkpoint.config["hidden_size"])
     positions = parent.positions(ids.shape[1])
     steps = max(1, tokens // (batch_rows * ids.shape[1]))
     slots = [slot for slot in child.shapes if slot in changed and not isinstance(child.shapes[slot], Noop)]
@@ -84,13 +87,14 @@ def _train(
     for name in (BLOCK[slot.kind], NORM[slot.kind]):
         getattr(pupil, name).float().requires_grad_(True)
         trained += list(getattr(pupil, name).parameters())
-    seen = max(batch_rows, len(hidden) - batch_rows)  # the last rows judge, they are not trained on
+    kept = _schedule.judges(len(hidden))
+    seen = max(1, len(hidden) - kept)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in pupil.named_parameters() if p.requires_grad}
 
     def measure() -> float:
         with torch.no_grad():
-            return float(forward(hidden[-batch_rows:], target[-batch_rows:]))
+            return float(forward(hidden[-kept:], target[-kept:]))
 
     def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with autocast(dtype):
@@ -106,7 +110,7 @@ def _train(
     first = measure()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * cosine(step, steps)
+            group["lr"] = lr * _schedule.cosine(step, steps)
         rows = torch.arange(step * batch_rows, (step + 1) * batch_rows) % seen
         x, y = hidden[rows], target[rows]
         loss = forward(x, y)
@@ -122,9 +126,3 @@ def _train(
                     p.copy_(before[name])
         last = first
     return [first, last]
-
-
-def cosine(step: int, steps: int, *, floor: float = 0.1) -> float:
-    """Share of the peak learning rate: from 1 down to `floor` over the steps, after a short linear start."""
-    warm = min(1.0, (step + 1) / max(1.0, 0.05 * steps))
-    return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pennyweight.events import Listener
-from pennyweight.heal.local import cosine
+from pennyweight.heal import _schedule
 from pennyweight.stats import autocast
 from pennyweight.store import Store
 
@@ -26,7 +26,7 @@ def heal(
     ids: torch.Tensor,
     *,
     tokens: int,
-    lr: float,
+    lr: float | None,
     batch_rows: int,
     dtype: torch.dtype,
     store: Store,
@@ -34,16 +34,16 @@ def heal(
 ) -> None:
     """Train `child` (float32 weights) in place on `tokens` tokens of `ids` (rows, tokens); both transformers models.
 
-    The last `batch_rows` rows are not trained on: if the loss there has not fallen, the child is left as it came.
-    Goes on from the last checkpoint in `store`, to the same weights as a run that was never stopped. AdamW, cosine
-    decay to a tenth.
+    The last rows are not trained on: if the loss there has not fallen, the child is left as it came. Goes on from the
+    last checkpoint in `store`, to the same weights as a run that was never stopped. AdamW, cosine decay to a tenth of
+    `lr`, which None leaves to `_schedule.whole_lr`.
     """
     steps = max(1, tokens // (batch_rows * ids.shape[1]))
     named = dict(child.named_parameters())
     child.requires_grad_(True)
-    optimizer = torch.optim.AdamW(named.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in named.items()}
-    seen, judges = max(batch_rows, len(ids) - batch_rows), ids[-batch_rows:]
+    kept = _schedule.judges(len(ids))
+    seen, judges = max(1, len(ids) - kept), ids[-kept:]
 
     def forward(batch: torch.Tensor) -> torch.Tensor:
         with autocast(dtype):
@@ -53,6 +53,9 @@ def heal(
 
     with torch.no_grad():
         first = float(forward(judges))
+    if lr is None:
+        lr = _schedule.whole_lr(child.config.hidden_size, first / (child.config.num_hidden_layers + 1))
+    optimizer = torch.optim.AdamW(named.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     step = _resume(store, named, optimizer)
     losses = store.get("heal/whole/losses") or []
     losses = losses[:step]
@@ -60,7 +63,7 @@ def heal(
     listen.begin("heal model", total=steps, done=step, unit="steps")
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = lr * cosine(step, steps)
+            group["lr"] = lr * _schedule.cosine(step, steps)
         batch = ids[torch.arange(step * batch_rows, (step + 1) * batch_rows) % seen]
         loss = forward(batch)
         optimizer.zero_grad(set_to_none=True)
