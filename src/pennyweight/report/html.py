@@ -181,10 +181,12 @@ def _runners_up(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _whole_heal(losses: Sequence[float]) -> str:
-    """Loss per step of whole-model distillation; "" if there was none."""
+    """Loss of whole-model distillation over steps, smoothed over a twentieth of them; "" if there was none."""
     if not losses:
         return ""
-    curve = Series([Point(step, loss) for step, loss in enumerate(losses, 1)], "child", line=True, marks=False)
+    width = max(1, len(losses) // 20)
+    means = [sum(losses[max(0, end - width) : end]) / min(width, end) for end in range(1, len(losses) + 1)]
+    curve = Series([Point(step, mean) for step, mean in enumerate(means, 1)], "child", line=True, marks=False)
     return charts.plot([curve], Axis("step", whole=True), Axis("distillation loss", log=True))
 
 
