@@ -22,7 +22,7 @@ from pennyweight.search import mip
 from pennyweight.slots import Layout
 
 SHARE = 0.65
-TOKENS = {"quick": {"local": 8_192, "whole": 40_960}, "full": {"local": 200_000, "whole": 1_000_000}}
+TOKENS = {"quick": {"local": 8_192, "whole": 40_960}, "full": {"local": 100_000, "whole": 600_000}}
 
 
 def healed(job: stages.Job, layout: Layout, built: Path, tokens: dict[str, int], ways: tuple[str, ...]) -> Path:
