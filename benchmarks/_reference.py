@@ -89,9 +89,3 @@ def layout(table: dict[Slot, list[Offer]], choice: tuple[int, ...]) -> Layout:
     """A search's answer as a layout."""
     picked = {slot: row[v].choice for (slot, row), v in zip(table.items(), choice, strict=True)}
     return {slot: chosen for slot, chosen in picked.items() if chosen}
-
-
-def share_of_bytes(job: Job, table: dict[Slot, list[Offer]], choice: tuple[int, ...]) -> float:
-    """File bytes of a choice over the parent's bytes."""
-    spent = sum(row[v].file_bytes for row, v in zip(table.values(), choice, strict=True)) + offers.FILE_OVERHEAD
-    return spent / job.checkpoint.weight_bytes

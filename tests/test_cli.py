@@ -165,4 +165,6 @@ def test_dry_run_writes_no_model(pico, tmp_path):
 
 
 def test_machine_lists_what_ships():
-    assert {"h100", "h200", "a100", "rtx-4090", "m2-max", "epyc-zen4-2-cores"} <= set(penny("machine", "--list").stdout.split())
+    assert {"h100", "h200", "a100", "rtx-4090", "m2-max", "epyc-zen4-2-cores"} <= set(
+        penny("machine", "--list").stdout.split()
+    )

@@ -19,6 +19,18 @@ def test_local_results_come_in_order():
     assert list(executor.run(square, [(n,) for n in range(5)])) == [0, 1, 4, 9, 16]
 
 
+def test_tasks_here_say_how_far_they_are():
+    heard: list[int] = []
+
+    def task(n: int) -> int:
+        executor.tick(n)
+        return n
+
+    assert list(executor.run(task, [(1,), (2,)], on_tick=heard.append)) == [1, 2]
+    executor.tick(3)  # nobody listens between tasks
+    assert heard == [1, 2]
+
+
 def test_an_unknown_engine_is_named():
     with pytest.raises(ValueError, match="'dask' is unknown; there are local and ray"):
         executor.run(square, [], "dask")  # type: ignore[arg-type]

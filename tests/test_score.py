@@ -112,7 +112,7 @@ def test_cached_states_give_what_a_full_forward_gives(run):
 
 def test_groups_of_layers_give_the_same_scores(run, tmp_path):
     apart = Scored(run.folder, tmp_path, max_pending=1)
-    assert len(apart.groups) == len(apart.choices) > len(run.groups) == 1
+    assert len(apart.groups) == len(apart.choices) > len(run.groups) == 4  # quarters, whatever fits
     assert apart.out == run.out
 
 

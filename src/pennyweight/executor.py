@@ -10,17 +10,46 @@ from typing import Any, Literal
 Engine = Literal["local", "ray"]
 
 
-def run(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], engine: Engine = "local") -> Iterator[Any]:
+_on_tick: Callable[[int], None] | None = None  # while a task runs in this process
+
+
+def tick(done: int) -> None:
+    """Called by a task that takes long: how many of its own steps are done. Heard where tasks run in this process."""
+    if _on_tick is not None:
+        _on_tick(done)
+
+
+def run(
+    function: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    engine: Engine = "local",
+    *,
+    on_tick: Callable[[int], None] | None = None,
+) -> Iterator[Any]:
     """function(*task) for every task, results in the order of tasks as they become ready.
 
     Tasks must be pure functions of picklable arguments. With Ray the run and model folders must be visible to all
-    workers. Raises ValueError for an unknown engine, RuntimeError if Ray is asked for and not installed.
+    workers. `on_tick` hears the running task's `tick`. Raises ValueError for an unknown engine, RuntimeError if Ray is
+    asked for and not installed.
     """
     if engine == "local":
-        return (function(*task) for task in tasks)
+        return _local(function, tasks, on_tick)
     if engine == "ray":
         return _ray(function, tasks)
     raise ValueError(f"engine {engine!r} is unknown; there are local and ray")
+
+
+def _local(
+    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_tick: Callable[[int], None] | None
+) -> Iterator[Any]:
+    global _on_tick
+    for task in tasks:
+        _on_tick = on_tick
+        try:
+            result = function(*task)
+        finally:
+            _on_tick = None
+        yield result
 
 
 def _ray(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:

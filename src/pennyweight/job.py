@@ -56,8 +56,6 @@ from pennyweight.slots import (
 from pennyweight.store import Store
 from pennyweight.walk import Walk, apply, run_layer
 
-STAGES = ("plan", "stats", "score", "solve", "build", "heal", "pack", "verify", "report")
-
 
 @dataclass
 class Job:
@@ -332,10 +330,11 @@ def gather_stats(job: Job) -> None:
         (job.model, chunk.ids[:, :-1], tuple(sorted(wanted)), job.scratch, index, job.dtype)
         for index, chunk in enumerate(chunks)
     ]
-    job.listen.begin("stats", total=len(tasks), unit="chunks")
-    tokens = 0
-    for done, count in enumerate(executor.run(stats.calibrate_chunk, tasks, job.engine), 1):
-        tokens += count
+    job.listen.begin("stats", total=len(tasks) * layers, unit="layers")
+    tokens = done = 0
+    ran = executor.run(stats.calibrate_chunk, tasks, job.engine, on_tick=lambda n: job.listen.advance(done + n))
+    for count in ran:
+        tokens, done = tokens + count, done + layers
         job.listen.advance(done)
     for layer in range(layers):
         if not job.store.get(f"stats/{layer}"):
@@ -380,7 +379,8 @@ def score_choices(job: Job) -> None:
     listen_total = sum(choices)
     job.listen.begin("score", total=listen_total, unit="variants")
     done = 0
-    for (c, g), count, result in zip(todo, choices, executor.run(score.score_chunk, tasks, job.engine), strict=True):
+    ran = executor.run(score.score_chunk, tasks, job.engine, on_tick=lambda n: job.listen.advance(done + n))
+    for (c, g), count, result in zip(todo, choices, ran, strict=True):
         job.store.put(f"score/{c}/{g}", result)
         done += count
         job.listen.advance(done)

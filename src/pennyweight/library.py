@@ -24,7 +24,7 @@ class Library:
 
     def __init__(self, walk: Walk, stats_of: Callable[[int], Mapping[str, torch.Tensor]], rows: texts.Rows) -> None:
         """`stats_of(layer)` gives the layer's statistics, read when first needed."""
-        self._walk, self._stats_of, self._rows = walk, stats_of, rows
+        self._walk, self._stats_of = walk, stats_of
         self._layers = [walk.layer(index) for index in range(walk.layers)]
         self._blocks: dict[tuple[Slot, str], Any] = {}
         self._ids, self._scored = torch.from_numpy(rows.ids), torch.from_numpy(rows.scored)

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from pennyweight import executor
 from pennyweight.checkpoint import Checkpoint, read_entry, read_header
 from pennyweight.families._decoder import BLOCK, NORM, Parts
 from pennyweight.slots import Choice, Slot
@@ -53,12 +54,15 @@ class Job:
 
 
 def jobs(choices: Mapping[Slot, Sequence[Choice]], hidden_bytes: int, max_pending_bytes: int) -> list[Job]:
-    """Group slots, in model order, so that the hidden states of a group's choices fit. One slot never splits."""
+    """Group slots, in model order, so that the hidden states of a group's choices fit. One slot never splits.
+
+    A group is what a stopped job has to do again: none is larger than a quarter of the slots.
+    """
     groups: list[list[tuple[Slot, tuple[Choice, ...]]]] = [[]]
-    pending = 0
+    pending, most = 0, -(-len(choices) // 4)
     for slot, offered in choices.items():
         size = len(offered) * hidden_bytes
-        if groups[-1] and pending + size > max_pending_bytes:
+        if groups[-1] and (pending + size > max_pending_bytes or len(groups[-1]) == most):
             groups.append([])
             pending = 0
         groups[-1].append((slot, tuple(offered)))
@@ -128,6 +132,7 @@ def score_chunk(
                         edited = fork(layer, slot.kind)
                         apply(walk.parts(edited, slot), choice, of)
                         pending.append((slot, choice, run_layer(edited, hidden, positions)))
+                        executor.tick(len(pending))
         final = _load(hidden_path(folder, chunk, walk.layers))["hidden"]
         pending += [(Slot("head"), choice, final) for choice in wanted.get(Slot("head"), ())]
         return compare(walk, final, pending, torch.from_numpy(ids[:, 1:]), torch.from_numpy(scored))

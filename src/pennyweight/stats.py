@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from pennyweight import executor
 from pennyweight.checkpoint import Checkpoint, read_entry, read_header
 from pennyweight.families._decoder import BLOCK, NORM
 from pennyweight.slots import Attention, GatedMLP, Slot
@@ -137,6 +138,7 @@ def calibrate_chunk(
                 partial = path.with_suffix(".partial")
                 save_file(collector.sums, partial)
                 partial.replace(path)
+            executor.tick(index + 1)
     if not torch.isfinite(hidden).all():
         raise ValueError("the model's hidden states are not finite on the calibration text; its weights are damaged")
     return ids.size

@@ -6,7 +6,6 @@ A problem holds plain arrays, so that a search can be checked against brute forc
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -79,12 +78,6 @@ class Infeasible(Exception):
 
     def __str__(self) -> str:
         return self.message or f"{self.bound} of {self.limit:g} cannot be met; the least possible is {self.nearest:g}"
-
-
-class Search(Protocol):
-    """What a file in this room provides."""
-
-    def solve(self, problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0) -> Solution: ...
 
 
 def solution(problem: Problem, choice: tuple[int, ...], *, optimal: bool, seconds: float) -> Solution:

@@ -48,13 +48,20 @@ def solve(
 
 
 def _mutate(problem: Problem, parent: tuple[int, ...], rng: np.random.Generator) -> tuple[int, ...]:
-    """Level switch: one to three slots get other variants, then others give way until the budget holds again."""
+    """Level switch: one to three slots get other variants, then others give way until the budget holds again.
+
+    May come back over the budget, if no slot that was tried could give enough.
+    """
     child = list(parent)
     for i in rng.choice(len(child), size=min(len(child), int(rng.integers(1, 4))), replace=False):
         child[i] = int(rng.integers(len(problem.scores[i])))
-    for _ in range(20 * len(child)):
-        if problem.allows(tuple(child)):
+    for i in rng.permutation(len(child)):
+        over = problem.spent(tuple(child)) - problem.limits
+        if (over <= 0).all():
             break
-        i = int(rng.integers(len(child)))
-        child[i] = int(rng.integers(len(problem.scores[i])))
+        bound = int((over / np.maximum(np.abs(problem.limits), 1e-12)).argmax())
+        spent = problem.costs[i][:, bound]
+        cheaper = np.flatnonzero(spent < spent[child[i]])
+        if len(cheaper):
+            child[i] = int(rng.choice(cheaper))
     return tuple(child)
