@@ -183,7 +183,9 @@ def test_a_matrix_too_narrow_to_tell_its_bits_is_refused_rather_than_guessed(bit
 
 
 def test_the_declared_scheme_is_one_that_compressed_tensors_reads():
-    group = packed_int.config_group(Spec(4, 63), ["model.layers.0.mlp.up_proj"])
+    group = packed_int.config_group(Spec(4, 64), ["model.layers.0.mlp.up_proj"])
     arguments = QuantizationArgs(**group["weights"])
-    assert (arguments.num_bits, arguments.group_size, arguments.symmetric) == (4, 63, True)
+    assert (arguments.num_bits, arguments.group_size, arguments.symmetric) == (4, 64, True)
     assert group["targets"] == ["model.layers.0.mlp.up_proj"]
+    row = QuantizationArgs(**packed_int.config_group(Spec(4, 172), [])["weights"])
+    assert (row.strategy, row.group_size) == ("channel", None)

@@ -236,6 +236,16 @@ def test_time_bounds_choose_faster_models(pico, text, tmp_path):
     assert report["chosen"]["solutions"][0]["layout"]
 
 
+def test_an_ffn_of_odd_width_keeps_one_scale_per_row(pico, text, tmp_path):
+    model = pico("llama", intermediate_size=172)
+    report = run(model, tmp_path / "out", config(text, budget={"weights": "40%"}, axes=("bits",)))
+    assert all(check["ok"] for check in report["verified"]["checks"])
+    child = Checkpoint(tmp_path / "out")
+    down = "model.layers.0.mlp.down_proj.weight_"
+    assert child.entries[down + "scale"].shape == (64, 1)
+    assert child.entries[down + "packed"].shape == (64, 22)
+
+
 def test_text_from_the_parent_itself(pico, tmp_path):
     wanted = merged(
         QUICK, {"data": {"text": "parent", "sampled_rows": 16}, "budget": {"weights": "35%"}, "axes": ("bits",)}

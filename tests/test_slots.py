@@ -219,7 +219,7 @@ def test_each_axis_changes_what_it_says():
         (MLP, spec("ffn_width", 1025), "FFN width 1025 does not fit GatedMLP"),
         (MLP, spec("ffn_width", 0), "FFN width 0 does not fit"),
         (ATTENTION, spec("ffn_width", 64), "FFN width 64 does not fit Attention"),
-        (MLP, spec("bits", 4, 384), "columns that are not a multiple of the group 384"),
+        (MLP, spec("bits", 4, 384), "the hidden size of .* is not a multiple of the group 384"),
         (Noop(hidden_size=256), spec("bits", 4, 64), "no matrices to store in 4 bits"),
         (Norm(hidden_size=256), spec("bits", 8, 64), "no matrices to store in 8 bits"),
         (Norm(hidden_size=256), spec("noop"), "Norm.* cannot be taken out"),

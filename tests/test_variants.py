@@ -237,7 +237,7 @@ def test_specs_that_do_not_fit_are_refused(bench):
         (kv_heads, mixer, kv_heads.Spec(3)),
         (kv_heads, ffn, kv_heads.Spec(1)),
         (window, ffn, window.Spec(8)),
-        (bits, dataclasses.replace(ffn, intermediate_size=100), bits.Spec(4, 32)),
+        (bits, dataclasses.replace(ffn, hidden_size=100), bits.Spec(4, 32)),
     ]:
         with pytest.raises(ValueError):
             module.reshape(shape, spec)

@@ -112,7 +112,7 @@ def _packed(slot: Slot, parts: Parts, choice: Choice, stats: SlotStats) -> dict[
         if weight.name in modules and "bits" in choice:
             spec = choice["bits"]
             codes, scale = bits.quantize(weight.name, modules[weight.name].weight, stats, spec)
-            packed = packed_int.pack(codes, scale, spec.stored)
+            packed = packed_int.pack(codes, scale, spec.stored.over(codes.shape[1]))
             set_linear(modules[weight.name], packed_int.unpack(packed), getattr(modules[weight.name], "bias", None))
             tensors |= {name.removesuffix("weight") + suffix: part for suffix, part in packed.items()}
         elif weight.name in modules:
@@ -135,9 +135,10 @@ def _config(child: Walk, layout: Layout) -> dict[str, Any]:
     for slot, shape in child.shapes.items():
         choice = layout.get(slot, PARENT)
         if "bits" in choice:
-            names = tensor_names(slot, shape)
-            targets = [names[w.name].removesuffix(".weight") for w in shape.weights() if len(w.shape) > 1]
-            groups.setdefault(choice["bits"].stored, []).extend(targets)
+            names, stored = tensor_names(slot, shape), choice["bits"].stored
+            for weight in (weight for weight in shape.weights() if len(weight.shape) > 1):
+                target = names[weight.name].removesuffix(".weight")
+                groups.setdefault(stored.over(weight.shape[-1]), []).append(target)
     if groups:
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",

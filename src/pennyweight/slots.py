@@ -43,11 +43,15 @@ class Stored:
     bits: int = 16
     group: int = 0
 
+    def over(self, columns: int) -> Stored:
+        """As a matrix of so many columns is kept: one scale per row where the group does not divide them."""
+        return self if self.bits == 16 or columns % self.group == 0 else Stored(self.bits, columns)
+
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes on disk. Codes of a row are packed into whole int32 words; packed matrices also keep their shape."""
         if self.bits == 16:
             return 2 * rows * columns
-        return 4 * rows * math.ceil(columns * self.bits / 32) + 2 * rows * math.ceil(columns / self.group) + 16
+        return 4 * rows * math.ceil(columns * self.bits / 32) + 2 * rows * (columns // self.over(columns).group) + 16
 
 
 BFLOAT16 = Stored()
@@ -55,12 +59,17 @@ BFLOAT16 = Stored()
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of a slot. `active` is the share of it that one token reads (below 1 for experts)."""
+    """One tensor of a slot, `stored` as its columns allow. `active` is the share of it that one token reads (below 1
+    for experts)."""
 
     name: str
     shape: tuple[int, ...]
     stored: Stored = BFLOAT16
     active: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.shape) > 1:
+            object.__setattr__(self, "stored", self.stored.over(self.shape[-1]))
 
     @property
     def parameters(self) -> int:

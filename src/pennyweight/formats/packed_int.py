@@ -115,15 +115,16 @@ def nbytes(rows: int, columns: int, spec: Spec) -> int:
 
 
 def config_group(spec: Spec, targets: list[str]) -> dict[str, object]:
-    """The entry of `quantization_config.config_groups` that declares these modules stored this way."""
+    """The entry of `quantization_config.config_groups` that declares these modules stored this way. A group that is no
+    multiple of 32 is a whole row."""
     return {
         "targets": targets,
         "weights": {
             "num_bits": spec.bits,
             "type": "int",
             "symmetric": True,
-            "strategy": "group",
-            "group_size": spec.group,
+            "strategy": "channel" if spec.group % 32 else "group",
+            "group_size": None if spec.group % 32 else spec.group,
             "dynamic": False,
         },
         "input_activations": None,

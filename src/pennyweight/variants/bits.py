@@ -34,20 +34,22 @@ class Spec:
 
 
 def options(shape: Shape) -> list[Spec]:
-    """4 bits in groups of 128, 64 and 32 where they divide every matrix's columns; 8 bits in the widest of them."""
+    """4 bits in groups of 128, 64 and 32 where they divide the hidden size; 8 bits in the widest of them.
+
+    A matrix with other columns that the group does not divide (an FFN of odd width) gets one scale per row.
+    """
     if not isinstance(shape, _Matrices) or (isinstance(shape, Head) and shape.tied):
         return []
-    matrices = [weight.shape[-1] for weight in shape.weights() if len(weight.shape) > 1]
     method = "rtn" if isinstance(shape, Embedding | Head) else "gptq"
-    groups = [group for group in (128, 64, 32) if all(columns % group == 0 for columns in matrices)]
+    groups = [group for group in (128, 64, 32) if shape.hidden_size % group == 0]
     return [Spec(8, group) for group in groups[:1]] + [Spec(4, group, method) for group in groups]
 
 
 def reshape(shape: Shape, spec: Spec) -> Shape:
     if not isinstance(shape, _Matrices):
         raise ValueError(f"{shape} has no matrices to store in {spec.bits} bits")
-    if any(weight.shape[-1] % spec.group for weight in shape.weights() if len(weight.shape) > 1):
-        raise ValueError(f"a matrix of {shape} has columns that are not a multiple of the group {spec.group}")
+    if shape.hidden_size % spec.group:
+        raise ValueError(f"the hidden size of {shape} is not a multiple of the group {spec.group}")
     return replace(shape, stored=spec.stored)
 
 
@@ -62,7 +64,8 @@ def quantize(name: str, weight, stats: Stats, spec: Spec):
     moment = MOMENT_OF.get(name, "input_moment")
     fits = moment in stats and len(stats[moment]) == weight.shape[1]  # not so for a child narrower than the parent
     quantizer = kinds.load("quantize", spec.method if fits else "rtn")
-    return quantizer.quantize(weight.detach(), stats.prepared(moment, quantizer) if fits else None, spec.stored)
+    prepared = stats.prepared(moment, quantizer) if fits else None
+    return quantizer.quantize(weight.detach(), prepared, spec.stored.over(weight.shape[1]))
 
 
 def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
