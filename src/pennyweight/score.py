@@ -35,7 +35,8 @@ from pennyweight.stats import SlotStats, autocast, of_slot
 from pennyweight.walk import Walk, apply, run_layer
 
 METRICS = ("kl", "lm", "cosine", "nmse")
-_TOKENS_PER_BLOCK = 256  # of the final comparison: bounds the logits held at once
+_LOGITS_PER_BLOCK = 2**23  # of the final comparison: bounds the tokens whose logits are held at once
+_HEAD_ROWS = 2**14  # of the output matrix in float32 at once
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ def compare(
             kind = "head" if slot.kind == "head" else "embed"
             apply(Parts(changed, kind, walk.shapes[Slot(kind)]), own_head, SlotStats({}))
             _logit_sums(head, parent, [(sums, child, changed)], targets, scored)
+            del changed  # before the next choice reads another one
     _logit_sums(head, parent, rows, targets, scored)
     return out
 
@@ -213,21 +215,27 @@ def _logit_sums(
     keep = scored.flatten()
     flat_parent, flat_targets = parent.flatten(0, 1)[keep], targets.flatten()[keep]
     flat_rows = [(sums, child.flatten(0, 1)[keep], own) for sums, child, own in rows]
-    for start in range(0, len(flat_parent), _TOKENS_PER_BLOCK):
-        block = slice(start, start + _TOKENS_PER_BLOCK)
+    tokens = max(16, min(256, _LOGITS_PER_BLOCK // len(head.weight)))
+    for start in range(0, len(flat_parent), tokens):
+        block = slice(start, start + tokens)
         states, wanted = flat_parent[block], flat_targets[block, None]
-        with torch.autocast("cpu", enabled=False):
-            logits = states.float() @ head.weight.float().T
-            p = logits.softmax(dim=-1)
+        logits = _float_logits(states, head)
+        p = logits.softmax(dim=-1)
         for sums, child, own in flat_rows:
             if own is None:
                 difference = head(child[block] - states).float()
             else:
-                with torch.autocast("cpu", enabled=False):
-                    difference = child[block].float() @ own.weight.float().T - logits
+                difference = _float_logits(child[block], own).sub_(logits)
             kl, lm = divergence(p, difference, wanted)
             sums["kl"] += float(kl.double().sum())
             sums["lm"] += float(lm.double().sum())
+
+
+def _float_logits(states: torch.Tensor, head: nn.Linear) -> torch.Tensor:
+    """Logits in float32 arithmetic, the matrix converted a part at a time: whole it would be twice the checkpoint's."""
+    with torch.autocast("cpu", enabled=False):
+        parts = [states.float() @ rows.float().T for rows in head.weight.split(_HEAD_ROWS)]
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 def divergence(p: torch.Tensor, difference: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -88,8 +88,8 @@ class Walk:
         else:
             parts = {f"weight_{part}": self.checkpoint.read(f"{name}_{part}") for part in ("packed", "scale", "shape")}
             tensor = packed_int.unpack(parts).to(self.dtype)
-        if not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
+        bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.view(-1).split(2**24))
+        if bad:
             raise ValueError(f"{name} holds {bad} NaN or infinite values; the checkpoint is damaged, fetch it again")
         return tensor
 

@@ -11,8 +11,9 @@ from typing import Literal
 
 from pennyweight.families._decoder import Parts
 from pennyweight.slots import Attention, Embedding, GatedMLP, Head, Linear, Shape, Stored
-from pennyweight.variants._common import Stats, set_linear, with_shape
+from pennyweight.variants._common import Stats, with_shape
 
+_VALUES_AT_ONCE = 2**25
 STATS = ("input_moment", "output_moment", "down_moment")
 _Matrices = Attention | GatedMLP | Linear | Embedding | Head
 
@@ -69,9 +70,11 @@ def quantize(name: str, weight, stats: Stats, spec: Spec):
 
 
 def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
-    """Replace every matrix by its dequantised values."""
+    """Replace every matrix by its dequantised values, in place. Rows do not depend on each other: a large embedding is
+    done in parts, so that it is never held twice."""
     from pennyweight.formats.packed_int import dequantize
 
     for name, linear in parts.linears().items():
-        set_linear(linear, dequantize(*quantize(name, linear.weight, stats, spec)), getattr(linear, "bias", None))
+        for rows in linear.weight.detach().split(max(1, _VALUES_AT_ONCE // linear.weight.shape[1])):
+            rows.copy_(dequantize(*quantize(name, rows, stats, spec)))
     return with_shape(parts, reshape(parts.shape, spec))
