@@ -12,12 +12,13 @@ import hashlib
 import json
 import operator
 import os
-import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pennyweight.measure import processor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _BENCHMARKS = REPOSITORY / "benchmarks"
@@ -35,11 +36,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def machine() -> str:
     """Processor, cores and torch version in one line."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    processor = named[0] if named else platform.processor() or platform.machine()
-    return f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}"
+    return f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def bar(name: str, value: float, op: str, bound: float) -> dict[str, Any]:

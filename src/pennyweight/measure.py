@@ -44,7 +44,7 @@ def machine(*, again: bool = False) -> Machine:
     """This computer, measured once and remembered in `cache_folder()`; `again` measures anew."""
     path = cache_folder() / "machine.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    key = f"{platform.node()}|{_processor()}|{torch.get_num_threads()}|{torch.__version__}"
+    key = f"{platform.node()}|{processor()}|{torch.get_num_threads()}|{torch.__version__}"
     if again or key not in kept:
         kept[key] = dataclasses.asdict(measured_machine())
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def machine(*, again: bool = False) -> Machine:
     return Machine(**kept[key])
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name as its maker gives it, where the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -66,7 +66,7 @@ def measured_machine(*, seconds: float = 2.0) -> Machine:
     source, target = torch.ones(words), torch.zeros(words)
     a, b = torch.randn(size, size, dtype=torch.bfloat16), torch.randn(size, size, dtype=torch.bfloat16)
     return Machine(
-        name=f"{_processor()}, {torch.get_num_threads()} threads",
+        name=f"{processor()}, {torch.get_num_threads()} threads",
         memory_bytes=psutil.virtual_memory().total,
         bandwidth=2 * 4 * words / _best(lambda: target.copy_(source), seconds / 2),
         flops=2 * size**3 / _best(lambda: a @ b, seconds / 2),

@@ -9,9 +9,9 @@ for the parent's own choice:
     cosine  1 - cos of the final hidden states, each row's values as one vector, mean over rows
     nmse    MSE(child, parent) / MSE(parent, 0) of the final hidden states, mean over rows
 
-All choices of all layers travel together: a layer is built once and every choice made below it passes through, so the
-model is read once per chunk of text however many choices there are. Should their hidden states not fit
-`max_pending_bytes`, layers are done in several groups, each starting from its own cached states.
+Choices travel together: a layer is built once and every choice made below it passes through, so that the model is not
+read once per choice. They go in groups of layers, each starting from its own cached states: at most a quarter of the
+slots, fewer if the hidden states of a group's choices do not fit `max_pending_bytes`.
 """
 
 from __future__ import annotations
