@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import lzma
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,14 +56,38 @@ def held_out(job: Job, rows: int) -> texts.Rows:
     data = _bench.data_folder()
     if data is None:
         return code.take(rows)
-    documents = []
-    for book in yaml.safe_load(RECIPE.read_text())["books"]:
-        if book["split"] == "held_out":
-            raw = lzma.decompress((data / "text" / "gutenberg" / f"{book['title']}.txt.xz").read_bytes())
-            documents.append(texts.Document(book["title"], texts.strip_gutenberg(raw.decode())))
-    books = job_rows(job, documents)
+    books = job_rows(job, _books(data, "held_out"))
     halves = (code.take(rows // 2), books.take(rows - rows // 2))
     return texts.Rows(*(np.concatenate(parts) for parts in zip(*(vars(h).values() for h in halves), strict=True)))
+
+
+def training_text(folder: Path, characters: int) -> Path:
+    """A folder of text of the kinds the model learned, `characters` of each: standard library, and books where the
+    data folder has them. Every document is cut to one size, so that no book crowds out the others."""
+    data = _bench.data_folder()
+    kinds_of_text = {"code": list(texts.stdlib(held_out=False))}
+    if data is not None:
+        kinds_of_text["books"] = _books(data, "train")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for kind, documents in kinds_of_text.items():
+        each = characters // len(documents)
+        spare = characters - sum(min(len(document.text), each) for document in documents)
+        longer = [document for document in documents if len(document.text) > each]
+        each += spare // max(1, len(longer))
+        cut = [json.dumps({"text": document.text[:each]}) for document in documents]
+        (folder / f"{kind}.jsonl").write_text("\n".join(cut))
+    return folder
+
+
+def _books(data: Path, split: str) -> list[texts.Document]:
+    """The recipe's books of this split."""
+    found = []
+    for book in yaml.safe_load(RECIPE.read_text())["books"]:
+        if book["split"] == split:
+            raw = lzma.decompress((data / "text" / "gutenberg" / f"{book['title']}.txt.xz").read_bytes())
+            found.append(texts.Document(book["title"], texts.strip_gutenberg(raw.decode())))
+    return found
 
 
 def job_rows(job: Job, documents: list[texts.Document]) -> texts.Rows:

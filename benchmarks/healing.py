@@ -2,7 +2,7 @@
 
 The exact search's child at 65 % of the parent's bytes, structural axes only, healed block by block, whole, and both.
 Lost = child's bits per byte before healing minus the parent's, on rows that nothing saw (half code, half books where
-the books are there); won back = the share of it that healing removes.
+the books are there); won back = the share of it that healing removes. Healing reads training text of the same kinds.
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ from pennyweight.search import mip
 from pennyweight.slots import Layout
 
 SHARE = 0.65
-TOKENS = {"quick": {"local": 8_192, "whole": 40_960}, "full": {"local": 100_000, "whole": 600_000}}
+TOKENS = {"quick": {"local": 8_192, "whole": 40_960}, "full": {"local": 200_000, "whole": 1_000_000}}
 
 
-def healed(job: stages.Job, layout: Layout, built: Path, tokens: dict[str, int], ways: tuple[str, ...]) -> Path:
-    """The child healed in the given ways, in a run folder of its own."""
+def healed(
+    job: stages.Job, layout: Layout, built: Path, text: Path, tokens: dict[str, int], ways: tuple[str, ...]
+) -> Path:
+    """The child healed on `text` in the given ways, in a run folder of its own."""
     name = "-".join(ways)
     config = merged(
-        job.config, {"heal": {f"{way}_tokens": tokens[way] if way in ways else 0 for way in ("local", "whole")}}
+        job.config,
+        {
+            "data": {"text": str(text)},
+            "heal": {f"{way}_tokens": tokens[way] if way in ways else 0 for way in ("local", "whole")},
+        },
     )
     folder = built.parent / name
     own = stages.open_job(job.model, folder / "out", config, run=folder, listen=Terminal())
@@ -56,6 +62,7 @@ def measure(model: Path, tokens: dict[str, int], rows: int) -> dict[str, dict[st
     work = _bench.work_folder("healing") / "run"
     shutil.rmtree(work, ignore_errors=True)
     built = stages.build(job, layout, work / "built")
+    text = _reference.training_text(work / "text", characters=4 * tokens["whole"])
     measured = _reference.held_out(job, rows)
 
     def bits(folder: Path) -> float:
@@ -63,7 +70,7 @@ def measure(model: Path, tokens: dict[str, int], rows: int) -> dict[str, dict[st
 
     bpb = {"parent": bits(model), "unhealed": bits(built)}
     for name, ways in (("local", ("local",)), ("whole", ("whole",)), ("both", ("local", "whole"))):
-        bpb[name] = bits(healed(job, layout, built, tokens, ways))
+        bpb[name] = bits(healed(job, layout, built, text, tokens, ways))
         print(f"{name:<8} {bpb[name]:.4f} bits per byte (parent {bpb['parent']:.4f}, unhealed {bpb['unhealed']:.4f})")
     lost = bpb["unhealed"] - bpb["parent"]
     won = {name: (bpb["unhealed"] - bpb[name]) / lost for name in ("local", "whole", "both")}
