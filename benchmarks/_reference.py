@@ -13,11 +13,11 @@ import numpy as np
 import yaml
 
 import _bench
-from pennyweight import job as stages
 from pennyweight import offers, texts
 from pennyweight.config import FitConfig, merged
 from pennyweight.cost import Budget, Machine, computed
-from pennyweight.job import Job
+from pennyweight.job import Job, open_job
+from pennyweight.job.scoring import gather_stats, score_choices, scores
 from pennyweight.offers import Offer
 from pennyweight.progress import Terminal
 from pennyweight.search._problem import Problem
@@ -44,9 +44,9 @@ def scored(model: Path, *, score_rows: int = 8) -> Job:
     )
     version = hashlib.sha256(f"{_bench.package_hash()} {model.resolve()} {score_rows}".encode()).hexdigest()[:12]
     folder = _bench.work_folder("scored") / version
-    made = stages.open_job(model, folder / "out", config, run=folder, listen=Terminal())
-    stages.gather_stats(made)
-    stages.score_choices(made)
+    made = open_job(model, folder / "out", config, run=folder, listen=Terminal())
+    gather_stats(made)
+    score_choices(made)
     return made
 
 
@@ -98,13 +98,12 @@ def job_rows(job: Job, documents: list[texts.Document]) -> texts.Rows:
 def budget_problem(job: Job, axes: tuple[str, ...], share: float) -> tuple[Problem, dict[Slot, list[Offer]]]:
     """The search problem of a bound on file bytes, `share` of the parent's, over some of the scored axes."""
     seconds = computed(Machine.load("m2-max"))
-    scores = {
+    kl = {
         slot: {key: values["kl"] for key, values in found.items() if next(iter(json.loads(key)), None) in axes}
-        for slot, found in stages.scores(job).items()
+        for slot, found in scores(job).items()
     }
     table = {
-        slot: offers.offers(slot, shape, scores.get(slot, {}), job.workload, seconds)
-        for slot, shape in job.shapes.items()
+        slot: offers.offers(slot, shape, kl.get(slot, {}), job.workload, seconds) for slot, shape in job.shapes.items()
     }
     budget = Budget(weight_bytes=int(share * job.checkpoint.weight_bytes))
     return offers.problem(table, job.shapes, budget, job.workload), table

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 
 import _bench
 import _reference
-from pennyweight import job as stages
+from pennyweight.job.solve import library
 from pennyweight.search import random
 
 LEVELS = (0.10, 0.20, 0.30, 0.50, 0.70)
@@ -29,9 +29,9 @@ def correlation(predicted: np.ndarray, true: np.ndarray) -> float:
 
 def main() -> int:
     options = _reference.parser(__doc__).parse_args()
-    children = 12 if options.quick else 60
+    sampled = 12 if options.quick else 60
     job = _reference.scored(options.model)
-    library = stages.library(job, job.text.score.take(4 if options.quick else 8))
+    children = library(job, job.text.score.take(4 if options.quick else 8))
     spearman: dict[str, float] = {}
     ratio: dict[str, float] = {}
     cases = [(f"{level:.0%}", _reference.STRUCTURAL, level) for level in LEVELS]
@@ -41,10 +41,10 @@ def main() -> int:
         problem, table = _reference.budget_problem(job, axes, 1 - level)
         rng = np.random.default_rng(0)
         pairs = []
-        while len(pairs) < children:
+        while len(pairs) < sampled:
             choice = random.draw(problem, rng)
             if choice is not None:
-                pairs.append((problem.score(choice), library.measure(_reference.layout(table, choice))["kl"]))
+                pairs.append((problem.score(choice), children.measure(_reference.layout(table, choice))["kl"]))
         predicted, true = np.array(pairs).T
         spearman[name] = correlation(predicted, true)
         ratio[name] = float(np.median(true / predicted))
@@ -53,7 +53,7 @@ def main() -> int:
         print(f"{name:<20} spearman {spearman[name]:.3f}   true / predicted KL, median {ratio[name]:.2f}", flush=True)
     spearman["up to 30%, pooled"] = correlation(*np.array(pooled).T)
     bars = [_bench.bar(f"spearman at {level:.0%}", spearman[f"{level:.0%}"], ">=", 0.8) for level in LEVELS[:3]]
-    keys = {"spearman": spearman, "true_over_predicted": ratio, "children_per_level": children}
+    keys = {"spearman": spearman, "true_over_predicted": ratio, "children_per_level": sampled}
     return _bench.finish("additivity", options.quick, keys, bars)
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import _bench
 import _reference
-from pennyweight import job as stages
 from pennyweight.config import merged
 from pennyweight.evals.loss import loss
 from pennyweight.heterogeneous import load_model
+from pennyweight.job import Job, open_job
+from pennyweight.job.children import build, heal
 from pennyweight.progress import Terminal
 from pennyweight.search import mip
 from pennyweight.slots import Layout
@@ -25,9 +26,7 @@ SHARE = 0.65
 TOKENS = {"quick": {"local": 8_192, "whole": 40_960}, "full": {"local": 200_000, "whole": 1_000_000}}
 
 
-def healed(
-    job: stages.Job, layout: Layout, built: Path, text: Path, tokens: dict[str, int], ways: tuple[str, ...]
-) -> Path:
+def healed(job: Job, layout: Layout, built: Path, text: Path, tokens: dict[str, int], ways: tuple[str, ...]) -> Path:
     """The child healed on `text` in the given ways, in a run folder of its own."""
     name = "-".join(ways)
     config = merged(
@@ -38,8 +37,8 @@ def healed(
         },
     )
     folder = built.parent / name
-    own = stages.open_job(job.model, folder / "out", config, run=folder, listen=Terminal())
-    return stages.heal(own, layout, built, folder / "healed")
+    own = open_job(job.model, folder / "out", config, run=folder, listen=Terminal())
+    return heal(own, layout, built, folder / "healed")
 
 
 def main() -> int:
@@ -61,7 +60,7 @@ def measure(model: Path, tokens: dict[str, int], rows: int) -> dict[str, dict[st
     layout = _reference.layout(table, mip.solve(problem).choice)
     work = _bench.work_folder("healing") / "run"
     shutil.rmtree(work, ignore_errors=True)
-    built = stages.build(job, layout, work / "built")
+    built = build(job, layout, work / "built")
     text = _reference.training_text(work / "text", characters=4 * tokens["whole"])
     measured = _reference.held_out(job, rows)
 

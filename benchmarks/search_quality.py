@@ -12,8 +12,8 @@ import sys
 
 import _bench
 import _reference
-from pennyweight import job as stages
 from pennyweight import kinds
+from pennyweight.job.solve import library
 from pennyweight.search._problem import Infeasible
 
 BUDGETS = ((_reference.STRUCTURAL, 0.80), (_reference.STRUCTURAL, 0.65), (_reference.ALL, 0.30), (_reference.ALL, 0.20))
@@ -23,7 +23,7 @@ SEEDS = (0, 1, 2)
 def main() -> int:
     options = _reference.parser(__doc__).parse_args()
     job = _reference.scored(options.model)
-    library = stages.library(job, _reference.held_out(job, 8 if options.quick else 32))
+    children = library(job, _reference.held_out(job, 8 if options.quick else 32))
     keys: dict[str, dict[str, float | None]] = {}
     lowest, clearly = 0, 0
     for axes, share in BUDGETS:
@@ -34,7 +34,7 @@ def main() -> int:
                 solution = kinds.load("search", search).solve(problem, seed=seed)  # noqa: B023
             except Infeasible:
                 return None
-            return library.measure(_reference.layout(table, solution.choice))["kl"]  # noqa: B023
+            return children.measure(_reference.layout(table, solution.choice))["kl"]  # noqa: B023
 
         found = {search: kl(search) for search in ("mip", "greedy", "uniform")}
         drawn = [value for seed in SEEDS if (value := kl("random", seed)) is not None]

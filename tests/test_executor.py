@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from pennyweight import executor
-from pennyweight import job as stages
 from pennyweight.config import FitConfig, merged
+from pennyweight.job import open_job
+from pennyweight.job.scoring import gather_stats, score_choices
 
 
 def square(n: int) -> int:
@@ -57,9 +58,9 @@ def test_ray_gives_the_same_statistics_and_scores_byte_for_byte(pico, tmp_path):
     found = []
     try:
         for engine in ("local", "ray"):
-            job = stages.open_job(pico("qwen3"), tmp_path / engine, wanted, engine=engine)
-            stages.gather_stats(job)
-            stages.score_choices(job)
+            job = open_job(pico("qwen3"), tmp_path / engine, wanted, engine=engine)
+            gather_stats(job)
+            score_choices(job)
             statistics = {key: job.store.path(key).read_bytes() for key in job.store.keys("stats/")}
             found.append((statistics, {key: job.store.get(key) for key in job.store.keys("score/")}))
     finally:

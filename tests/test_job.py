@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pennyweight import job as stages
-from pennyweight import verify
+from pennyweight import slots, verify
 from pennyweight.checkpoint import Checkpoint, safetensors_bytes
 from pennyweight.config import FitConfig, merged
 from pennyweight.events import Silent
 from pennyweight.heterogeneous import load_model
+from pennyweight.job import open_job
+from pennyweight.job.plan import plan
+from pennyweight.job.run import run_job
 from pennyweight.search._problem import Infeasible
 from tests.conftest import SHAPES
 
@@ -35,9 +37,7 @@ def text(tmp_path_factory) -> Path:
     """A little text of our own, so that tests do not read the whole standard library."""
     folder = tmp_path_factory.mktemp("text")
     for i in range(8):
-        (folder / f"{i}.py").write_text(
-            Path(__file__).read_text() + Path(stages.__file__).read_text()[i * 500 :][:9000]
-        )
+        (folder / f"{i}.py").write_text(Path(__file__).read_text() + Path(slots.__file__).read_text()[i * 500 :][:9000])
     return folder
 
 
@@ -46,7 +46,7 @@ def config(text, **changes) -> FitConfig:
 
 
 def run(model, out, wanted, listen=None):
-    return stages.run(stages.open_job(model, out, wanted, listen=listen or Silent()))
+    return run_job(open_job(model, out, wanted, listen=listen or Silent()))
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -169,14 +169,14 @@ def test_another_config_model_or_text_is_refused_with_the_reason(finished, pico,
     model, out, wanted, _ = finished
     folder = out.with_name(out.name + ".run")
     with pytest.raises(ValueError, match=r"config\.seed was 0, now it is 7"):
-        stages.open_job(model, out, merged(wanted, {"seed": 7}), run=folder)
+        open_job(model, out, merged(wanted, {"seed": 7}), run=folder)
     other = shutil.copytree(text, tmp_path / "text")
     (other / "0.py").write_text("x = 1\n" * 3000)
     with pytest.raises(ValueError, match="text was"):
         same = merged(wanted, {"data": {"text": str(text)}})
         (text / "extra.py").write_text("y = 2\n")
         try:
-            stages.open_job(model, out, same, run=folder)
+            open_job(model, out, same, run=folder)
         finally:
             (text / "extra.py").unlink()
     changed = shutil.copytree(model, tmp_path / "model")
@@ -184,7 +184,7 @@ def test_another_config_model_or_text_is_refused_with_the_reason(finished, pico,
     raw[-1] ^= 1
     (changed / "model.safetensors").write_bytes(raw)
     with pytest.raises(ValueError, match="model was"):
-        stages.open_job(changed, out, wanted, run=folder)
+        open_job(changed, out, wanted, run=folder)
 
 
 def test_an_impossible_budget_is_refused_before_any_work(pico, text, tmp_path):
@@ -228,8 +228,8 @@ def test_healing_beyond_memory_is_refused(pico, text, tmp_path):
 def test_time_bounds_choose_faster_models(pico, text, tmp_path):
     """Priced for a shipped machine: a bound on TPOT below the parent's own is met."""
     base = {"machine": "m2-max", "axes": ("noop", "ffn_width"), "heal": {"whole_tokens": 0, "local_tokens": 0}}
-    job = stages.open_job(pico("llama"), tmp_path / "a", config(text, budget={"weights": "100%"}, **base))
-    parent = stages.plan(job)["parent"]["tpot_seconds"]
+    job = open_job(pico("llama"), tmp_path / "a", config(text, budget={"weights": "100%"}, **base))
+    parent = plan(job)["parent"]["tpot_seconds"]
     bound = f"{parent * 0.8 * 1e6:.3f}us"
     report = run(pico("llama"), tmp_path / "b", config(text, budget={"tpot": bound}, **base))
     assert report["chosen"]["solutions"][0]["predicted"]["tpot_seconds"] <= 0.8 * parent
@@ -264,5 +264,5 @@ def test_a_folder_that_is_not_ours_is_left_alone(pico, text, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("three years of work")
     with pytest.raises(ValueError, match="was not made by penny"):
-        stages.open_job(pico("llama"), tmp_path / "out", config(text, budget={"weights": "50%"}))
+        open_job(pico("llama"), tmp_path / "out", config(text, budget={"weights": "50%"}))
     assert (tmp_path / "out" / "thesis.txt").exists()

@@ -63,7 +63,8 @@ def fit(
     Raises ValueError or FileNotFoundError for wrong input, search.Infeasible if the budget cannot be met,
     verify.VerificationFailed if the result is not what was promised.
     """
-    from pennyweight import job as stages
+    from pennyweight.job import open_job
+    from pennyweight.job.run import run_job
 
     out = Path(out)
     folder = Path(run) if run is not None else out.with_name(out.name + ".run")
@@ -72,8 +73,8 @@ def fit(
             raise ValueError("a live model needs its tokenizer: fit(model, budget, tokenizer=...)")
         model = _written(model, tokenizer, folder / "parent")
     wanted = (config or FitConfig()).model_copy(update={"budget": budget})
-    job = stages.open_job(Path(model), out, wanted, run=folder, listen=listen)
-    report = stages.run(job)
+    job = open_job(Path(model), out, wanted, run=folder, listen=listen)
+    report = run_job(job)
     found, own_tokenizer = load(out)
     return Result(found, own_tokenizer, report, out)
 

@@ -291,18 +291,20 @@ def _fit(
 ) -> None:
     _quiet_libraries()
     from pennyweight import allocator
-    from pennyweight import job as stages
+    from pennyweight.job import open_job
+    from pennyweight.job.plan import plan as job_plan
+    from pennyweight.job.run import run_job
     from pennyweight.progress import Terminal
 
     if not any(config.budget.model_dump().values()):
         raise ValueError("a budget is needed: at least one of --memory, --weights, --ttft, --tpot, --throughput")
-    job = stages.open_job(model, out, config, run=run, engine=engine, listen=Terminal())  # type: ignore[arg-type]
-    if stages.fits_whole(job):  # otherwise memory is what is short, not time
+    job = open_job(model, out, config, run=run, engine=engine, listen=Terminal())  # type: ignore[arg-type]
+    if job.fits_whole:  # otherwise memory is what is short, not time
         allocator.keep_freed_memory()
     if dry_run:
-        print(json.dumps(stages.plan(job), indent=None if as_json else 1))
+        print(json.dumps(job_plan(job), indent=None if as_json else 1))
         return
-    report = stages.run(job)
+    report = run_job(job)
     if as_json:
         print(json.dumps(report))
     else:

@@ -1,0 +1,141 @@
+"""Stages build and heal: the child in 16 bits, first as it was scored, then distilled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from pennyweight import score, stats, units
+from pennyweight.checkpoint import Checkpoint, Writer
+from pennyweight.families._decoder import Parts, tensor_names, with_shapes
+from pennyweight.heal import local, whole
+from pennyweight.heal._schedule import JUDGES
+from pennyweight.heterogeneous import load_model
+from pennyweight.job import Job
+from pennyweight.slots import PARENT, Choice, Slot, reshape_all
+from pennyweight.walk import Walk, apply, run_layer
+
+
+@torch.no_grad()
+def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float]:
+    """What the scores predicted a sum of, measured together: the parent with every choice applied as it was when it
+    was scored, on the same rows. {metric: mean}; all zero for the parent's layout."""
+    rows = job.text.score
+    ids, scored = torch.from_numpy(rows.ids), torch.from_numpy(rows.scored)
+    positions = job.walk.positions(ids.shape[1] - 1)
+    walk, embed = job.walk, Slot("embed")
+    with stats.autocast(job.dtype):
+        embedding = walk.embedding()
+        parent = embedding(ids[:, :-1]).float()
+        apply(Parts(embedding, "embed", job.shapes[embed]), layout.get(embed, PARENT), stats.SlotStats({}))
+        child = embedding(ids[:, :-1]).float()
+        del embedding
+        job.listen.begin("measure child", total=walk.layers, unit="layers")
+        for index in range(walk.layers):
+            layer = walk.layer(index)
+            parent = torch.cat([run_layer(layer, part, positions) for part in parent.split(4)])
+            tensors = job.store.tensors(f"stats/{index}")
+            for slot in (Slot("mixer", index), Slot("ffn", index)):
+                apply(walk.parts(layer, slot), layout.get(slot, PARENT), stats.of_slot(tensors, slot.kind))
+            child = torch.cat([run_layer(layer, part, positions) for part in child.split(4)])
+            job.listen.advance(index + 1)
+        job.listen.end()
+        last = embed if walk.tied else Slot("head")
+        sums = score.compare(walk, parent, [(last, layout.get(last, PARENT), child)], ids[:, 1:], scored)
+    return score.mean(next(iter(sums[str(last)].values())))
+
+
+@torch.no_grad()
+def build(job: Job, layout: Mapping[Slot, Choice], folder: Path) -> Path:
+    """Write the child in 16 bits: every slot's structural choice applied, matrices not yet quantised."""
+    walk = job.walk
+    shapes = reshape_all(job.shapes, {slot: choice.structural() for slot, choice in layout.items()})
+    writer = Writer(folder)
+    writer.add("model.embed_tokens.weight", walk.embedding().weight.bfloat16())
+    job.listen.begin("build", total=walk.layers, unit="layers")
+    for index in range(walk.layers):
+        layer = walk.layer(index)
+        slots = [Slot("mixer", index), Slot("ffn", index)]
+        needed = any(layout.get(slot, PARENT).structural() for slot in slots)
+        tensors = job.store.tensors(f"stats/{index}") if needed else {}
+        for slot in slots:
+            apply(walk.parts(layer, slot), layout.get(slot, PARENT).structural(), stats.of_slot(tensors, slot.kind))
+            prefix = f"model.layers.{index}."
+            for name in tensor_names(slot, shapes[slot]).values():
+                writer.add(name, layer.get_parameter(name.removeprefix(prefix)).bfloat16())
+        job.listen.advance(index + 1)
+    writer.add("model.norm.weight", walk.norm().get_parameter("weight").bfloat16())
+    if not walk.tied:
+        writer.add("lm_head.weight", walk.head().weight.bfloat16())
+    job.listen.end()
+    return writer.finish(with_shapes(job.checkpoint.config, shapes), like=job.model)
+
+
+def heal(job: Job, layout: Mapping[Slot, Choice], built: Path, folder: Path) -> Path:
+    """Distil the built child block by block, then whole; returns the folder of the healed child."""
+    plan = job.config.heal
+    changed = [slot for slot, choice in layout.items() if choice.structural()]
+    ids = torch.from_numpy(job.text.heal.ids[:, :-1])
+    if not changed or (plan.local_tokens == 0 and plan.whole_tokens == 0) or not len(ids):
+        return built
+    current = built
+    if plan.local_tokens:
+        current = _heal_local(job, changed, ids, built, folder.with_name(folder.name + "-blocks"))
+    if plan.whole_tokens:
+        current = _heal_whole(job, ids, current, folder)
+    return current
+
+
+def _heal_local(job: Job, changed: list[Slot], ids: torch.Tensor, built: Path, folder: Path) -> Path:
+    plan = job.config.heal
+    rows = ids[: JUDGES + -(-plan.local_tokens // ids.shape[1])]
+    child = Walk(Checkpoint(built), dtype=job.dtype)
+    new = local.heal(
+        job.walk,
+        child,
+        changed,
+        rows,
+        tokens=plan.local_tokens,
+        lr=plan.local_lr,
+        batch_rows=plan.batch_rows,
+        store=job.store,
+        listen=job.listen,
+    )
+    replaced = {
+        f"model.layers.{slot.layer}.{name}": tensor for slot, tensors in new.items() for name, tensor in tensors.items()
+    }
+    writer = Writer(folder)
+    for name in child.checkpoint.entries:
+        writer.add(name, replaced[name] if name in replaced else child.checkpoint.read(name))
+    return writer.finish(child.checkpoint.config, like=built)
+
+
+def _heal_whole(job: Job, ids: torch.Tensor, built: Path, folder: Path) -> Path:
+    needed = 10 * job.checkpoint.weight_bytes  # parent; child, its gradient and Adam's two moments in float32
+    if needed > job.max_ram:
+        raise ValueError(
+            f"healing the whole model needs about {units.show_bytes(needed)} of memory and --max-ram allows "
+            f"{units.show_bytes(job.max_ram)}; raise it or set --heal-tokens 0"
+        )
+    plan = job.config.heal
+    parent = load_model(job.model, dtype=job.dtype).requires_grad_(False)
+    child = load_model(built, dtype=torch.float32)
+    whole.heal(
+        parent,
+        child,
+        ids,
+        tokens=plan.whole_tokens,
+        lr=plan.whole_lr,
+        batch_rows=plan.batch_rows,
+        dtype=job.dtype,
+        store=job.store,
+        listen=job.listen,
+    )
+    checkpoint = Checkpoint(built)
+    state = child.state_dict()
+    writer = Writer(folder)
+    for name in checkpoint.entries:
+        writer.add(name, state[name].bfloat16())
+    return writer.finish(checkpoint.config, like=built)

@@ -1,0 +1,83 @@
+"""What a job has to tell: penny.json for whoever opens the folder later, and the data of the report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+
+import pennyweight
+from pennyweight import offers, verify
+from pennyweight.job import Job
+from pennyweight.job.scoring import scores
+from pennyweight.job.solve import margins
+from pennyweight.slots import PARENT, Choice, layout_from_json, reshape_all
+
+
+def card(job: Job, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """penny.json: what was chosen and from what, for whoever opens the folder later."""
+    return {
+        "pennyweight": pennyweight.__version__,
+        "layout": chosen["solutions"][0]["layout"],
+        "predicted": chosen["solutions"][0]["predicted"],
+        "parent": {
+            "sha256": job.store.get("identity")["model"],
+            "name": job.model.resolve().name,
+            "config": job.checkpoint.config,
+        },
+        "text_sha256": job.store.get("identity")["text"],
+        "config": job.config.model_dump(mode="json"),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def facts(
+    job: Job, chosen: Mapping[str, Any], verified: Mapping[str, Any], timings: Mapping[str, float]
+) -> dict[str, Any]:
+    """Everything worth knowing about the run, as data; report/ turns it into pages."""
+    layouts = [layout_from_json(solution["layout"]) for solution in chosen["solutions"]]
+    layout, scored, shapes = layouts[0], scores(job), reshape_all(job.shapes, layouts[0])
+    return {
+        "model": str(job.model.resolve().name),
+        "out": str(job.out),
+        "budget": {k: v for k, v in asdict(job.budget).items() if v is not None},
+        "workload": asdict(job.workload),
+        "plan": job.store.get("plan"),
+        "parent": {"bytes": job.checkpoint.weight_bytes, "figures": job.store.get("plan")["parent"]},
+        "chosen": chosen,
+        "slots": [
+            {
+                "slot": str(slot),
+                "choice": str(layout.get(slot, PARENT)),
+                "axes": layout.get(slot, PARENT).to_json(),
+                "score": sum(
+                    scored[slot][Choice((spec,)).key()][job.config.metric] for spec in layout.get(slot, PARENT).specs
+                ),
+                "bytes": offers.file_bytes(slot, shapes[slot]),
+                "parent_bytes": offers.file_bytes(slot, job.shapes[slot]),
+                "runners_up": [str(other.get(slot, PARENT)) for other in layouts[1:]],
+            }
+            for slot in job.shapes
+        ],
+        "metric": job.config.metric,
+        "margins": margins(job),
+        "unhealed": job.store.get("unhealed"),
+        "verified": verified,
+        "local_heal": {key.rsplit("/", 1)[1]: job.store.get(key) for key in job.store.keys("heal/local-loss/")},
+        "whole_heal": job.store.get("heal/whole/losses") or [],
+        "whole_heal_judged": job.store.get("heal/whole/judged"),
+        "file_bytes": verify.safetensors_bytes(job.store.folder / "candidate"),
+        "timings": dict(timings),
+        "config": job.config.model_dump(mode="json"),
+        "identity": job.store.get("identity"),
+        "versions": {
+            "pennyweight": pennyweight.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,0 +1,169 @@
+"""The exact best choice per slot within the budget, and within the other budgets of a sweep, from one scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pennyweight import kinds, offers, texts
+from pennyweight.cost import Budget, Seconds, Workload, figures, total, workspace_bytes
+from pennyweight.job import Job
+from pennyweight.job.plan import prices
+from pennyweight.job.scoring import scores
+from pennyweight.library import Library
+from pennyweight.offers import Offer
+from pennyweight.search._problem import Infeasible, Solution
+from pennyweight.slots import Choice, Slot, layout_to_json
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A solved budget: the choice of every slot, the workload it was solved for, and the solver's own account."""
+
+    layout: dict[Slot, Choice]
+    workload: Workload
+    solution: Solution
+    predicted: dict[str, float]  # in the words of Budget, and `score`
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layout": layout_to_json(self.layout),
+            "workload": asdict(self.workload),
+            "predicted": self.predicted,
+            "optimal": self.solution.optimal,
+            "seconds": self.solution.seconds,
+        }
+
+
+def solve_all(job: Job) -> dict[str, Any]:
+    """The asked budget, and every budget of the sweep from the same scores."""
+    best = solve(job, job.budget, solutions=job.config.solutions)
+    sweep = []
+    for bounds in job.config.sweep:
+        name, _, text = bounds.partition("=")
+        if name not in type(job.config.budget).model_fields:
+            raise ValueError(
+                f"--sweep {bounds!r}: write BOUND=VALUE with one of {', '.join(type(job.config.budget).model_fields)}"
+            )
+        changed = job.config.budget.model_copy(update={name: text}).resolve(parent_bytes=job.checkpoint.weight_bytes)
+        try:
+            sweep.append({"budget": {name: text}, **solve(job, changed)[0].to_json()})
+        except Infeasible as err:
+            sweep.append({"budget": {name: text}, "infeasible": str(err)})
+    return {"solutions": [chosen.to_json() for chosen in best], "sweep": sweep}
+
+
+def solve(job: Job, budget: Budget, *, solutions: int = 1) -> list[Chosen]:
+    """The best layouts within a budget, best first. Each differs from those before in `min_different` slots.
+
+    Under a throughput bound the workload's concurrency is the most that may run at once: every power of two up to it
+    is tried, since a lighter model affords a larger batch, and the best kept. Raises Infeasible.
+    """
+    most = job.workload.concurrency
+    grid = [most]
+    if budget.tokens_per_second is not None and job.config.prices == "computed":
+        grid = sorted({min(2**i, most) for i in range(most.bit_length() + 1)})
+    best: list[Chosen] = []
+    failed: Infeasible | None = None
+    for concurrency in grid:
+        try:
+            found = _solve_at(job, budget, _with_concurrency(job.workload, concurrency), solutions)
+        except Infeasible as err:
+            failed = err
+            continue
+        if not best or found[0].solution.score < best[0].solution.score:
+            best = found
+    if not best:
+        assert failed is not None
+        raise failed
+    return best
+
+
+def _with_concurrency(workload: Workload, concurrency: int) -> Workload:
+    return Workload(**{**asdict(workload), "concurrency": concurrency})
+
+
+def offered(job: Job, workload: Workload, seconds: Seconds) -> dict[Slot, list[Offer]]:
+    """Every slot's offers, scored. For the best solution alone undominated ones are enough; the runners-up may need
+    an offer that is worse than the one the best took."""
+    scored = scores(job)
+    table = {
+        slot: offers.offers(
+            slot, shape, {k: v[job.config.metric] for k, v in scored.get(slot, {}).items()}, workload, seconds
+        )
+        for slot, shape in job.shapes.items()
+    }
+    return table if job.config.solutions > 1 else {slot: offers.undominated(row) for slot, row in table.items()}
+
+
+def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> list[Chosen]:
+    seconds, _ = prices(job)
+    table, scored = offered(job, workload, seconds), scores(job)
+    search = kinds.load("search", job.config.search)
+    found: list[Chosen] = []
+    for _ in range(solutions):
+        problem = offers.problem(
+            table,
+            job.shapes,
+            budget,
+            workload,
+            different_from=[chosen.solution.choice for chosen in found],
+            min_different=job.config.min_different,
+        )
+        try:
+            extra = {"evaluate": _true_kl(job, table)} if job.config.search == "evolve" else {}
+            solution = search.solve(problem, seed=job.config.seed, **extra)
+        except Infeasible as err:
+            if found:
+                break
+            raise offers.in_users_words(err, job.shapes, budget, workload) from None
+        picked = {slot: row[v] for (slot, row), v in zip(table.items(), solution.choice, strict=True)}
+        shapes = {slot: offer.shape for slot, offer in picked.items()}
+        predicted = figures(total(shapes, workload, seconds), workload, workspace_bytes(job.shapes, workload))
+        predicted["file_bytes"] = sum(offer.file_bytes for offer in picked.values()) + offers.FILE_OVERHEAD
+        predicted["score"] = solution.score
+        predicted["lm"] = sum(
+            scored[slot][Choice((spec,)).key()]["lm"] for slot, offer in picked.items() for spec in offer.choice.specs
+        )
+        layout = {slot: offer.choice for slot, offer in picked.items() if offer.choice}
+        found.append(Chosen(layout, workload, solution, predicted))
+    return found
+
+
+def library(job: Job, rows: texts.Rows) -> Library:
+    """Children of the job's parent in memory, measured on `rows`. Needs the stats stage. Raises ValueError if the
+    parent does not fit --max-ram."""
+    if not job.fits_whole:
+        raise ValueError(
+            f"trying whole children needs the model in memory; --max-ram {job.config.max_ram} is too small"
+        )
+    return Library(job.walk, lambda layer: job.store.tensors(f"stats/{layer}"), rows)
+
+
+def _true_kl(job: Job, table: Mapping[Slot, Sequence[Offer]]) -> Callable[[tuple[int, ...]], float]:
+    """What the evolutionary search minimises: the child's measured KL on the scored rows."""
+    made = library(job, job.text.score)
+
+    def evaluate(choice: tuple[int, ...]) -> float:
+        picked = {slot: row[v].choice for (slot, row), v in zip(table.items(), choice, strict=True)}
+        return made.measure(picked)["kl"]
+
+    return evaluate
+
+
+def margins(job: Job) -> dict[str, dict[str, float | None]]:
+    """What each bound costs: the score if it alone were 5 % looser or tighter (None where that cannot be met)."""
+    out: dict[str, dict[str, float | None]] = {}
+    bounds = job.budget.bounds()
+    for name, bound in bounds.items():
+        out[name] = {}
+        for label, factor in (("5% tighter", 0.95), ("as asked", 1.0), ("5% looser", 1.05)):
+            factor = 2 - factor if name == "tokens_per_second" else factor
+            try:
+                value: Any = bound * factor
+                changed = Budget(**{**bounds, name: int(value) if name.endswith("bytes") else value})  # type: ignore[arg-type]
+                out[name][label] = solve(job, changed)[0].solution.score
+            except Infeasible:
+                out[name][label] = None
+    return out

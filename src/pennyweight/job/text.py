@@ -1,0 +1,88 @@
+"""Which rows of text serve which purpose: calibration, scoring, healing, and the last judgement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pennyweight import texts
+from pennyweight.checkpoint import Checkpoint
+from pennyweight.config import FitConfig
+from pennyweight.events import Listener
+from pennyweight.heal._schedule import JUDGES
+from pennyweight.heterogeneous import load_model
+from pennyweight.store import Store
+
+
+@dataclass(frozen=True)
+class Text:
+    """Rows for each purpose; no row serves two, and `held_out` comes from documents nothing else has seen."""
+
+    calibration: texts.Rows
+    score: texts.Rows
+    heal: texts.Rows
+    held_out: texts.Rows
+
+
+def read(checkpoint: Checkpoint, tokenizer: Any, config: FitConfig, store: Store, listen: Listener) -> Text:
+    """Tokenise and deal out rows. Raises ValueError if there is too little text or a token outside the vocabulary."""
+    data, seed = config.data, config.seed
+    context = min(data.context, checkpoint.config.get("max_position_embeddings", data.context))
+    if data.text == "parent":
+        rows, count = _sampled(checkpoint, tokenizer, config, context, store, listen), data.sampled_rows
+        held, seen = rows.pick(np.arange(data.held_out_rows)), rows.pick(np.arange(data.held_out_rows, count))
+    elif data.text == "builtin":
+        documents = list(texts.stdlib(held_out=False))
+        shuffled = [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
+        seen = texts.rows(shuffled, tokenizer, context, most=_rows_needed(config, context))
+        held = texts.rows(texts.stdlib(held_out=True), tokenizer, context).take(data.held_out_rows)
+    else:
+        rows = texts.rows(texts.from_path(Path(data.text)), tokenizer, context)
+        tenth = np.arange(len(rows.ids)) % 10 == 9
+        held, seen = rows.pick(np.flatnonzero(tenth)).take(data.held_out_rows), rows.pick(np.flatnonzero(~tenth))
+    vocabulary = checkpoint.config["vocab_size"]
+    highest = max(int(seen.ids.max()), int(held.ids.max()) if len(held.ids) else 0)
+    if highest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer gives token {highest}, the model's vocabulary ends at {vocabulary - 1}; "
+            "they do not belong together"
+        )
+    need = data.calibration_rows + data.score_rows + 1
+    if len(seen.ids) < need or not len(held.ids):
+        raise ValueError(
+            f"the text gives {len(seen.ids)} rows of {context} tokens for calibration and scoring and {len(held.ids)} "
+            f"held out; {need} and 1 are needed. Give more text or a smaller --context-tokens"
+        )
+    order = np.random.default_rng(seed).permutation(len(seen.ids))
+    cuts = np.cumsum([data.calibration_rows, data.score_rows])
+    calibration, scoring, healing = (seen.pick(part) for part in np.split(order, cuts))
+    return Text(calibration, scoring, healing, held)
+
+
+def _rows_needed(config: FitConfig, context: int) -> int:
+    """Rows for calibration, scoring and healing, the ones that judge healing included."""
+    heal, data = config.heal, config.data
+    healing = -(-max(heal.local_tokens, heal.whole_tokens) // context) + JUDGES
+    return data.calibration_rows + data.score_rows + healing + 1
+
+
+def _sampled(
+    checkpoint: Checkpoint, tokenizer: Any, config: FitConfig, context: int, store: Store, listen: Listener
+) -> texts.Rows:
+    """Rows drawn from the parent, kept in the run folder: sampling takes minutes."""
+    from pennyweight.evals import sample
+
+    if store.get("sampled") is None:
+        count = config.data.sampled_rows
+        listen.begin("sample", total=count, unit="rows")
+        parent = load_model(checkpoint.folder)
+        drawn = sample.rows(parent, tokenizer, count, context, seed=config.seed)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(drawn).items()}
+        store.put_tensors("sampled", tensors)
+        listen.end()
+    kept = {name: tensor.numpy() for name, tensor in store.tensors("sampled").items()}
+    return texts.Rows(**kept)

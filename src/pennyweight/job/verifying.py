@@ -1,0 +1,87 @@
+"""Open the written folder again and hold it against every promise; measure parent and child side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pennyweight import verify
+from pennyweight.checkpoint import Checkpoint
+from pennyweight.evals.agree import agree
+from pennyweight.evals.loss import loss
+from pennyweight.evals.speed import speed as measure_speed
+from pennyweight.heterogeneous import load_model
+from pennyweight.job import Job
+from pennyweight.pack import dequantised
+from pennyweight.slots import Choice, Slot, reshape_all
+from pennyweight.walk import Streamed, Walk
+
+
+def verify_child(
+    job: Job, layout: Mapping[Slot, Choice], chosen: Mapping[str, Any], healed: Path, candidate: Path
+) -> dict[str, Any]:
+    job.listen.begin("verify", total=4, unit="checks")
+    predicted = chosen["solutions"][0]["predicted"]
+    checks = verify.check_bytes(candidate, job.budget.weight_bytes, predicted["file_bytes"])
+    shapes = reshape_all(job.shapes, layout)
+    checks.append(verify.check_shapes(candidate, shapes))
+    job.listen.advance(1)
+    whole = job.fits_whole
+    rows = job.text.held_out
+    prompts = torch.from_numpy(rows.ids[: min(4, len(rows.ids)), :32])
+    if whole:
+        memory_child = dequantised(load_model(healed, dtype=torch.float32), job.store)
+        checks.append(verify.check_reload(candidate, memory_child, prompts, 32))
+        del memory_child
+    else:
+        short = prompts[:1]
+        expected = Streamed(Walk(Checkpoint(candidate)))(short).logits.argmax(dim=-1)
+        again = verify.stored_tokens(Walk(Checkpoint(healed)), job.store, short)
+        same = int((expected == again).sum())
+        checks.append(
+            verify.Check(
+                "next tokens of the written folder, walked layer by layer",
+                same == expected.numel(),
+                expected.numel(),
+                same,
+            )
+        )
+    job.listen.advance(2)
+
+    def model(folder: Path) -> Any:
+        return load_model(folder, dtype=torch.float32) if whole else Streamed(Walk(Checkpoint(folder), dtype=job.dtype))
+
+    parent, child = model(job.model), model(candidate)
+    batch = 8 if whole else len(rows.ids)
+    quality = {
+        "parent": asdict(loss(parent, rows, batch_size=batch)),
+        "child": asdict(loss(child, rows, batch_size=batch)),
+        "agreement": asdict(agree(parent, child, rows, batch_size=batch)),
+    }
+    job.listen.advance(3)
+    samples, speed = {}, None
+    if whole:
+        texts_of = lambda m: [job.tokenizer.decode(row) for row in verify.generate(m, prompts[:, :24], 48)]  # noqa: E731
+        samples = {
+            "prompts": [job.tokenizer.decode(row) for row in prompts[:, :24]],
+            "parent": texts_of(parent),
+            "child": texts_of(child),
+        }
+        if job.config.machine == "this":
+            speed = {
+                name: asdict(measure_speed(load_model(folder), job.workload, steps=20))
+                for name, folder in (("parent", job.model), ("child", candidate))
+            }
+    job.listen.advance(4)
+    job.listen.end()
+    return {
+        "checks": [check.to_json() for check in checks],
+        "whole": whole,
+        "quality": quality,
+        "samples": samples,
+        "speed": speed,
+    }
