@@ -39,23 +39,17 @@ def pack(
     add. Matrices whose slot has no bits stay bfloat16."""
     listen.begin("pack", total=child.layers, unit="layers")
     positions = child.positions(calibration.shape[1])
-    slot, embedding = Slot("embed"), child.embedding()
     if store.get("pack/embed") is None:
-        store.put_tensors(
-            "pack/embed",
-            _packed(slot, Parts(embedding, "embed", child.shapes[slot]), layout.get(slot, PARENT), SlotStats({})),
-        )
-    else:
-        put_in(embedding, store.tensors("pack/embed"), "model.embed_tokens.")
+        slot = Slot("embed")
+        parts = Parts(child.embedding(), "embed", child.shapes[slot])
+        store.put_tensors("pack/embed", _packed(slot, parts, layout.get(slot, PARENT), SlotStats({})))
+        del parts  # the largest matrix of all; layers need room
     hidden = None
     for index in range(child.layers):
         key = f"pack/{index}"
         if store.get(key) is None:
             if hidden is None:
-                with autocast(child.dtype):
-                    hidden = (
-                        store.tensors(f"pack/hidden-{index}")["hidden"] if index else embedding(calibration).float()
-                    )
+                hidden = _entering(index, store, calibration)
             layer = child.layer(index)
             tensors = _pack_layer(child, layer, index, layout, hidden, positions)
             with autocast(child.dtype):
@@ -78,6 +72,13 @@ def pack(
         for name, tensor in store.tensors(key).items():
             writer.add(name, tensor)
     return writer.finish(_config(child, layout), like=child.checkpoint.folder, files=files)
+
+
+def _entering(index: int, store: Store, calibration: torch.Tensor) -> torch.Tensor:
+    """What enters a layer (rows, tokens, hidden_size): what the layer before left, or the packed embedding's rows."""
+    if index:
+        return store.tensors(f"pack/hidden-{index}")["hidden"]
+    return in_memory(store.tensors("pack/embed"), "model.embed_tokens.weight")[calibration].float()
 
 
 def _pack_layer(
@@ -151,6 +152,13 @@ def _config(child: Walk, layout: Layout) -> dict[str, Any]:
             "ignore": [],
         }
     return config
+
+
+def in_memory(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The matrix `name` among packed tensors, in 16 bits."""
+    if name in tensors:
+        return tensors[name]
+    return packed_int.unpack({f"weight_{part}": tensors[f"{name}_{part}"] for part in ("packed", "scale", "shape")})
 
 
 def put_in(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:

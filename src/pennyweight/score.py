@@ -32,11 +32,10 @@ from pennyweight.checkpoint import Checkpoint, read_entry, read_header
 from pennyweight.families._decoder import BLOCK, NORM, Parts
 from pennyweight.slots import Choice, Slot
 from pennyweight.stats import SlotStats, autocast, of_slot
-from pennyweight.walk import Walk, apply, run_layer
+from pennyweight.walk import Walk, apply, float_logits, run_layer
 
 METRICS = ("kl", "lm", "cosine", "nmse")
 _LOGITS_PER_BLOCK = 2**23  # of the final comparison: bounds the tokens whose logits are held at once
-_HEAD_ROWS = 2**14  # of the output matrix in float32 at once
 
 
 @dataclass(frozen=True)
@@ -219,23 +218,16 @@ def _logit_sums(
     for start in range(0, len(flat_parent), tokens):
         block = slice(start, start + tokens)
         states, wanted = flat_parent[block], flat_targets[block, None]
-        logits = _float_logits(states, head)
+        logits = float_logits(states, head.weight)
         p = logits.softmax(dim=-1)
         for sums, child, own in flat_rows:
             if own is None:
                 difference = head(child[block] - states).float()
             else:
-                difference = _float_logits(child[block], own).sub_(logits)
+                difference = float_logits(child[block], own.weight).sub_(logits)
             kl, lm = divergence(p, difference, wanted)
             sums["kl"] += float(kl.double().sum())
             sums["lm"] += float(lm.double().sum())
-
-
-def _float_logits(states: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-    """Logits in float32 arithmetic, the matrix converted a part at a time: whole it would be twice the checkpoint's."""
-    with torch.autocast("cpu", enabled=False):
-        parts = [states.float() @ rows.float().T for rows in head.weight.split(_HEAD_ROWS)]
-    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 def divergence(p: torch.Tensor, difference: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 from pennyweight.checkpoint import Checkpoint, safetensors_bytes
 from pennyweight.heterogeneous import load_model
 from pennyweight.slots import BFLOAT16, Noop, Shapes
-from pennyweight.walk import Walk, run_layer
+from pennyweight.walk import Walk, float_logits, run_layer
 
 
 @dataclass(frozen=True)
@@ -94,24 +94,20 @@ def check_reload(folder: Path, memory_child: Any, prompts: torch.Tensor, tokens:
 def stored_tokens(child: Walk, store: Any, ids: torch.Tensor) -> torch.Tensor:
     """Greedy next token at every position of `ids`, from the 16-bit child with its packed matrices put in from the run
     folder, one layer at a time: the child in memory for models too large to hold. (rows, tokens)."""
-    from pennyweight.pack import put_in
+    from pennyweight.pack import in_memory, put_in
 
     positions = child.positions(ids.shape[1])
-    embedding = child.embedding()
-    put_in(embedding, store.tensors("pack/embed"), "model.embed_tokens.")
-    hidden = embedding(ids).float()
-    del embedding
+
+    def matrix(key: str, name: str) -> torch.Tensor:
+        return in_memory(store.tensors(key), name)
+
+    hidden = matrix("pack/embed", "model.embed_tokens.weight")[ids].float()
     for index in range(child.layers):
         layer = child.layer(index)
         put_in(layer, store.tensors(f"pack/{index}"), f"model.layers.{index}.")
         hidden = run_layer(layer, hidden, positions)
-    head = child.head()
-    put_in(
-        head,
-        store.tensors("pack/embed" if child.tied else "pack/head"),
-        "model.embed_tokens." if child.tied else "lm_head.",
-    )
-    return head(child.norm()(hidden)).argmax(dim=-1)
+    head = matrix("pack/embed", "model.embed_tokens.weight") if child.tied else matrix("pack/head", "lm_head.weight")
+    return float_logits(child.norm()(hidden), head).argmax(dim=-1)
 
 
 def check_folder(folder: Path, tokens: int) -> list[Check]:

@@ -20,7 +20,9 @@ from pennyweight import heterogeneous, kinds
 from pennyweight.checkpoint import Checkpoint
 from pennyweight.families._decoder import BLOCK, NORM, Parts, tensor_names
 from pennyweight.formats import packed_int
-from pennyweight.slots import BFLOAT16, Choice, Shape, Slot, Stored
+from pennyweight.slots import BFLOAT16, Choice, Kind, Shape, Slot, Stored
+
+_VOCABULARY_PART = 2**14  # of the output matrix in float32 at once
 
 
 class Walk:
@@ -82,12 +84,16 @@ class Walk:
         return found
 
     def _read(self, name: str) -> torch.Tensor:
-        """One tensor, dequantised if it is stored packed. Raises ValueError if it is not finite."""
+        """One tensor in the walk's dtype. Raises ValueError if it is not finite."""
+        return self._as_stored(name).to(self.dtype)
+
+    def _as_stored(self, name: str) -> torch.Tensor:
+        """One tensor as it is on disk, or in bfloat16 if it is packed. Raises ValueError if it is not finite."""
         if name in self.checkpoint.entries:
-            tensor = self.checkpoint.read(name).to(self.dtype)
+            tensor = self.checkpoint.read(name)
         else:
             parts = {f"weight_{part}": self.checkpoint.read(f"{name}_{part}") for part in ("packed", "scale", "shape")}
-            tensor = packed_int.unpack(parts).to(self.dtype)
+            tensor = packed_int.unpack(parts)
         bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.view(-1).split(2**24))
         if bad:
             raise ValueError(f"{name} holds {bad} NaN or infinite values; the checkpoint is damaged, fetch it again")
@@ -127,6 +133,10 @@ class Walk:
         head.weight = nn.Parameter(weight, requires_grad=False)
         return head
 
+    def vocabulary_matrix(self, kind: Kind) -> torch.Tensor:
+        """The matrix of `embed` or `head` in no more bits than on disk: float32 would double the largest of all."""
+        return self._as_stored("lm_head.weight" if kind == "head" and not self.tied else "model.embed_tokens.weight")
+
     @cached_property
     def _rotary(self) -> nn.Module:
         return getattr(self._modeling, f"{self.family.PREFIX}RotaryEmbedding")(config=self.config)
@@ -136,6 +146,13 @@ class Walk:
         ids = torch.arange(tokens).unsqueeze(0)
         probe = torch.zeros(1, dtype=torch.float32)
         return {"position_ids": ids, "position_embeddings": self._rotary(probe, ids)}
+
+
+def float_logits(states: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 arithmetic, the matrix converted a part at a time: whole it would be twice the checkpoint's."""
+    with torch.autocast("cpu", enabled=False):
+        parts = [states.float() @ rows.float().T for rows in matrix.split(_VOCABULARY_PART)]
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 def run_layer(layer: nn.Module, hidden: torch.Tensor, positions: dict[str, Any]) -> torch.Tensor:
@@ -177,7 +194,7 @@ class Streamed:
     def __call__(self, ids: torch.Tensor, **ignored: Any) -> Streamed.Output:
         positions = self.walk.positions(ids.shape[1])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.walk.dtype == torch.bfloat16):
-            hidden = self.walk.embedding()(ids).float()
+            hidden = self.walk.vocabulary_matrix("embed")[ids].float()
             for index in range(self.walk.layers):
                 hidden = run_layer(self.walk.layer(index), hidden, positions)
-            return Streamed.Output(self.walk.head()(self.walk.norm()(hidden)).float())
+            return Streamed.Output(float_logits(self.walk.norm()(hidden), self.walk.vocabulary_matrix("head")))
