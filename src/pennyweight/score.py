@@ -119,23 +119,37 @@ def score_chunk(
                 pending.append((Slot("embed"), choice, embedding(torch.from_numpy(ids[:, :-1])).float()))
                 del embedding
             for index in range(job.first_layer, walk.layers):
-                layer = walk.layer(index)
-                pending = [(slot, choice, run_layer(layer, hidden, positions)) for slot, choice, hidden in pending]
-                here = [slot for slot in wanted if slot.layer == index]
-                if not here:
-                    continue
-                hidden = _load(hidden_path(folder, chunk, index))["hidden"]
-                tensors = _load(stats[index]) if index in stats else {}
-                for slot in here:
-                    of = of_slot(tensors, slot.kind)
-                    for choice in wanted[slot]:
-                        edited = fork(layer, slot.kind)
-                        apply(walk.parts(edited, slot), choice, of)
-                        pending.append((slot, choice, run_layer(edited, hidden, positions)))
-                        executor.tick(len(pending))
+                here = {slot: offered for slot, offered in job.slots if slot.layer == index}
+                entering = _load(hidden_path(folder, chunk, index))["hidden"] if here else None
+                pending = _through_layer(walk, index, here, entering, stats.get(index), pending, positions)
         final = _load(hidden_path(folder, chunk, walk.layers))["hidden"]
         pending += [(Slot("head"), choice, final) for choice in wanted.get(Slot("head"), ())]
         return compare(walk, final, pending, torch.from_numpy(ids[:, 1:]), torch.from_numpy(scored))
+
+
+def _through_layer(
+    walk: Walk,
+    index: int,
+    choices: Mapping[Slot, tuple[Choice, ...]],
+    entering: torch.Tensor | None,
+    stats: Path | None,
+    pending: list[tuple[Slot, Choice, torch.Tensor]],
+    positions: dict[str, Any],
+) -> list[tuple[Slot, Choice, torch.Tensor]]:
+    """Pending states one layer further, and those of this layer's own choices begun from what enters the parent's. A
+    function of its own, so that the layer and its moments are gone before the next layer or the logits need room."""
+    layer = walk.layer(index)
+    pending = [(slot, choice, run_layer(layer, hidden, positions)) for slot, choice, hidden in pending]
+    tensors = _load(stats) if choices and stats is not None else {}
+    for slot, offered in choices.items():
+        of = of_slot(tensors, slot.kind)
+        for choice in offered:
+            edited = fork(layer, slot.kind)
+            apply(walk.parts(edited, slot), choice, of)
+            assert entering is not None
+            pending.append((slot, choice, run_layer(edited, entering, positions)))
+            executor.tick(len(pending))
+    return pending
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
