@@ -1,0 +1,64 @@
+"""What the verbs share: the application, common options, and errors as one screen and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import pennyweight
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=pennyweight.__doc__)
+
+DEFAULT_AXES = "noop,linear,kv_heads,ffn_width,window,bits"
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder.")]
+
+
+@contextlib.contextmanager
+def errors() -> Iterator[None]:
+    """Turn what users can cause into one screen and an exit code; bugs keep their traceback."""
+    from pennyweight.search._problem import Infeasible
+
+    try:
+        yield
+    except Infeasible as err:
+        say(f"infeasible budget: {err}")
+        raise typer.Exit(3) from err
+    except KeyboardInterrupt as err:
+        say("interrupted; the same command goes on where it stopped")
+        raise typer.Exit(75) from err
+    except OSError as err:
+        if err.errno == errno.ENOSPC:
+            say(f"the disk is full ({err.filename or 'while writing'}); free some space, the same command goes on")
+            raise typer.Exit(75) from err
+        say(str(err))
+        raise typer.Exit(2) from err
+    except (ValueError, RuntimeError) as err:
+        say(str(err))
+        raise typer.Exit(4 if type(err).__name__ == "VerificationFailed" else 2) from err
+
+
+def say(message: str) -> None:
+    print(f"penny: {message}", file=sys.stderr)
+
+
+def quiet_libraries() -> None:
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"transformers|torch")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def table(values: dict[str, Any], prefix: str = "") -> None:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            table(value, f"{prefix}{name}.")
+        else:
+            print(f"{prefix + name:<32} {value:.6g}" if isinstance(value, float) else f"{prefix + name:<32} {value}")

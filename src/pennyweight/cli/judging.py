@@ -1,0 +1,99 @@
+"""penny eval, penny check, penny report: what a finished model is worth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pennyweight.cli._common import Json, Model, app, errors, quiet_libraries, table
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    against: Annotated[Path | None, typer.Option(help="The parent: adds KL and agreement.")] = None,
+    text: Annotated[str, typer.Option(help='"builtin" or a text file or folder.')] = "builtin",
+    rows: Annotated[int, typer.Option(help="Rows to measure.")] = 32,
+    context_tokens: int = 512,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm_eval tasks or their YAML files, comma-separated (extra: eval).")
+    ] = None,
+    task_file: Annotated[
+        list[Path] | None, typer.Option(help="Local multiple-choice or completion files (.jsonl, .jsonl.gz).")
+    ] = None,
+    task_items: Annotated[int, typer.Option(help="Items per task file.")] = 200,
+    as_json: Json = False,
+) -> None:
+    """Bits per byte, perplexity, agreement with the parent, tasks."""
+    with errors():
+        quiet_libraries()
+        from dataclasses import asdict
+
+        from pennyweight import texts
+        from pennyweight.evals import agree, loss
+        from pennyweight.heterogeneous import load_model
+        from pennyweight.job import load_tokenizer
+
+        child, tokenizer = load_model(model), load_tokenizer(model)
+        documents = texts.stdlib(held_out=True) if text == "builtin" else texts.from_path(Path(text))
+        measured = texts.rows(documents, tokenizer, context_tokens).take(rows)
+        found = loss.loss(child, measured)
+        result: dict[str, Any] = {
+            "bits_per_byte": found.bits_per_byte,
+            "perplexity": found.perplexity,
+            "tokens": found.tokens,
+        }
+        if against is not None:
+            result["agreement"] = asdict(agree.agree(load_model(against), child, measured))
+        if tasks or task_file:
+            from pennyweight.evals import tasks as task_room
+
+            result["tasks"] = {
+                path.name: asdict(task_room.local(child, tokenizer, path, items=task_items)) for path in task_file or []
+            }
+            if tasks:
+                result["tasks"] |= task_room.harness(child, tokenizer, tasks.split(","), items=task_items)
+        if as_json:
+            print(json.dumps(result))
+        else:
+            table(result)
+
+
+@app.command()
+def check(
+    model: Model,
+    tokens: Annotated[int, typer.Option(help="Greedy tokens to compare.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Open a finished folder: sizes, slots, and equal greedy tokens in transformers and layer by layer."""
+    with errors():
+        quiet_libraries()
+        from pennyweight.verify import check_folder
+
+        checks = check_folder(model, tokens)
+        if as_json:
+            print(json.dumps([c.to_json() for c in checks]))
+        for c in checks if not as_json else []:
+            print(f"{'ok  ' if c.ok else 'FAIL'} {c.name}: expected {c.expected}, found {c.found}")
+        if not all(c.ok for c in checks):
+            raise typer.Exit(4)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A finished folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the page; default FOLDER/report.html.")] = None,
+) -> None:
+    """Draw report.html again from a folder's report.json."""
+    with errors():
+        from pennyweight.report import html
+
+        source = folder / "report.json"
+        if not source.is_file():
+            raise FileNotFoundError(f"{source} does not exist; give a folder made by penny fit")
+        page = out or folder / "report.html"
+        page.write_text(html.render(json.loads(source.read_text())), encoding="utf-8")
+        print(page)

@@ -1,0 +1,191 @@
+"""penny fit, penny demo, penny train: long jobs that make models."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pennyweight.cli._common import Json, Model, app, errors, quiet_libraries
+
+if TYPE_CHECKING:
+    from pennyweight.config import FitConfig
+
+
+@app.command()
+def fit(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of the result.")],
+    memory: Annotated[str | None, typer.Option(help="Weights + KV cache + work space, e.g. 3GiB.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Bytes of the weight files, e.g. 700MB, or a share of the parent: 22%.")
+    ] = None,
+    ttft: Annotated[str | None, typer.Option(help="Time to first token, e.g. 800ms.")] = None,
+    tpot: Annotated[str | None, typer.Option(help="Time per output token, e.g. 40ms.")] = None,
+    throughput: Annotated[str | None, typer.Option(help="Generated tokens per second, e.g. 500tok/s.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt tokens of the workload.")] = None,
+    new: Annotated[str | None, typer.Option(help="Generated tokens of the workload.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Sequences at once.")] = None,
+    context: Annotated[str | None, typer.Option(help="Tokens that memory is reserved for, per sequence.")] = None,
+    axes: Annotated[
+        str | None, typer.Option(help="Comma-separated: noop, linear, kv_heads, ffn_width, window, bits.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help='"builtin", "parent", or a text file or folder.')] = None,
+    context_tokens: Annotated[int | None, typer.Option(help="Tokens per row of calibration text.")] = None,
+    calibration_rows: int | None = None,
+    score_rows: int | None = None,
+    held_out_rows: int | None = None,
+    metric: Annotated[str | None, typer.Option(help="kl, lm, cosine or nmse.")] = None,
+    search: Annotated[str | None, typer.Option(help="mip, greedy, uniform, random or evolve.")] = None,
+    solutions: Annotated[int | None, typer.Option(help="How many different solutions to list.")] = None,
+    min_different: Annotated[int | None, typer.Option(help="Slots in which solutions must differ.")] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="Solve also for BOUND=VALUE, e.g. weights=30%. Repeatable.")
+    ] = None,
+    heal_tokens: Annotated[int | None, typer.Option(help="Tokens of whole-model distillation; 0 for none.")] = None,
+    local_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per block of local distillation; 0 for none.")
+    ] = None,
+    machine: Annotated[str | None, typer.Option(help='"this", a shipped machine or a JSON file.')] = None,
+    prices: Annotated[str | None, typer.Option(help="computed or measured.")] = None,
+    max_ram: Annotated[str | None, typer.Option(help="Memory the job may plan with, e.g. 8GiB or 50%.")] = None,
+    engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
+    config: Annotated[Path | None, typer.Option(help="YAML file with the same keys; flags win.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder; default <out>.run.")] = None,
+    seed: int | None = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan only.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the effective config and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make the model that fits a budget best, and check it."""
+    with errors():
+        from pennyweight.config import FitConfig, merged, read
+        from pennyweight.units import parse_count
+
+        def count(value: str | None) -> int | None:
+            return None if value is None else parse_count(value)
+
+        base = read(config) if config is not None else FitConfig()
+        effective = merged(
+            base,
+            {
+                "budget": {"memory": memory, "weights": weights, "ttft": ttft, "tpot": tpot, "throughput": throughput},
+                "workload": {
+                    "prompt": count(prompt),
+                    "new": count(new),
+                    "concurrency": concurrency,
+                    "context": count(context),
+                },
+                "data": {
+                    "text": text,
+                    "context": context_tokens,
+                    "calibration_rows": calibration_rows,
+                    "score_rows": score_rows,
+                    "held_out_rows": held_out_rows,
+                },
+                "heal": {"whole_tokens": heal_tokens, "local_tokens": local_tokens},
+                "axes": None if axes is None else tuple(axes.split(",")),
+                "metric": metric,
+                "search": search,
+                "solutions": solutions,
+                "min_different": min_different,
+                "sweep": None if sweep is None else tuple(sweep),
+                "machine": machine,
+                "prices": prices,
+                "max_ram": max_ram,
+                "seed": seed,
+            },
+        )
+        if print_config:
+            import yaml
+
+            print(yaml.safe_dump(effective.model_dump(mode="json"), sort_keys=False), end="")
+            return
+        _fit(model, out, effective, run=run, engine=engine, dry_run=dry_run, as_json=as_json)
+
+
+def _fit(
+    model: Path, out: Path, config: FitConfig, *, run: Path | None, engine: str, dry_run: bool, as_json: bool
+) -> None:
+    quiet_libraries()
+    from pennyweight import allocator
+    from pennyweight.job import open_job
+    from pennyweight.job.plan import plan as job_plan
+    from pennyweight.job.run import run_job
+    from pennyweight.progress import Terminal
+
+    if not any(config.budget.model_dump().values()):
+        raise ValueError("a budget is needed: at least one of --memory, --weights, --ttft, --tpot, --throughput")
+    job = open_job(model, out, config, run=run, engine=engine, listen=Terminal())  # type: ignore[arg-type]
+    if job.fits_whole:  # otherwise memory is what is short, not time
+        allocator.keep_freed_memory()
+    if dry_run:
+        print(json.dumps(job_plan(job), indent=None if as_json else 1))
+        return
+    report = run_job(job)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _summary(report)
+    print(out)
+
+
+def _summary(report: dict[str, Any]) -> None:
+    from pennyweight.units import show_bytes
+
+    quality = report["verified"]["quality"]
+    parent, child = (quality[name]["nats"] / math.log(2) / quality[name]["nbytes"] for name in ("parent", "child"))
+    agreement = quality["agreement"]
+    size, whole, checks = report["file_bytes"], report["parent"]["bytes"], report["verified"]["checks"]
+    print(f"size       {show_bytes(size)}, {size / whole:.1%} of the parent's {show_bytes(whole)}")
+    print(f"quality    {child:.4f} bits per byte on held-out text, parent {parent:.4f} ({child / parent - 1:+.2%})")
+    print(f"agreement  KL {agreement['kl']:.4f} nats per token, same first choice {agreement['top1']:.1%}")
+    print(f"checks     {sum(check['ok'] for check in checks)} of {len(checks)} passed")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path(".demo/model"),
+    weights: Annotated[str, typer.Option(help="Budget as a share of the parent's bytes.")] = "22%",
+    model: Annotated[Path | None, typer.Option(help="Another model folder; default: the shipped one.")] = None,
+) -> None:
+    """The whole job on the model that ships with pennyweight: about 4 minutes on 2 cores, offline."""
+    with errors():
+        from pennyweight.config import FitConfig, merged
+
+        parent = model or Path(__file__).parent / "data" / "reference-dense"
+        settings = {
+            "budget": {"weights": weights},
+            "sweep": tuple(f"weights={share}%" for share in (18, 25, 30, 40, 60)),
+            "heal": {"local_tokens": 30_000, "whole_tokens": 120_000},
+        }
+        print(f"fitting {parent.name} to {weights} of its bytes", file=sys.stderr)
+        _fit(parent, out, merged(FitConfig(), settings), run=None, engine="local", dry_run=False, as_json=False)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe of kind train (recipes/*.yaml).")],
+    books: Annotated[Path, typer.Option(help="Folder of the books the recipe names.")],
+    out: Annotated[Path, typer.Option(help="Run folder; the model is written to OUT/model.")],
+) -> None:
+    """Train a small reference model from a recipe; goes on where it stopped."""
+    with errors():
+        import yaml
+        from pydantic import ValidationError
+
+        from pennyweight import allocator
+        from pennyweight.progress import Terminal
+        from pennyweight.train import Recipe
+        from pennyweight.train import train as run
+
+        allocator.keep_freed_memory()
+        try:
+            wanted = Recipe(**yaml.safe_load(recipe.read_text()))
+        except (yaml.YAMLError, ValidationError, TypeError) as err:
+            raise ValueError(f"{recipe}: {err}") from err
+        print(run(wanted, books=books, out=out, listen=Terminal()))
