@@ -1,12 +1,230 @@
-// The only door between Python and the native code.
+// The only door between Python and the native code. Arrays come as numpy arrays, C-contiguous; the GIL is released
+// wherever work is done.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <stdexcept>
+
 #include "cpu_features.h"
+#include "engine.h"
+#include "kernels.h"
+#include "pack.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace pennyweight;
+
+namespace {
+
+template <class T, int kDims>
+using In = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+template <class T, int kDims>
+using Out = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+
+const Kernels& kernels_named(const std::string& name) {
+    if (name == "best") return best_kernels();
+    for (const Kernels* table : {kernels_avx512(), kernels_avx2(), kernels_neon(), &kernels_scalar()})
+        if (table && name == table->name) return *table;
+    throw std::invalid_argument("no kernels named " + name + " on this processor; see kernel_names()");
+}
+
+void expect(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+std::vector<float> floats(const In<float, 1>& array) { return {array.data(), array.data() + array.size()}; }
+
+// y = matrix x for every row of x, by one thread: for tests and benchmarks of single products.
+void times(const Matrix& matrix, In<float, 2> x, Out<float, 2> y, const std::string& kernels, float threshold) {
+    const Kernels& k = kernels_named(kernels);
+    expect(int(x.shape(1)) == matrix.in() && int(y.shape(1)) == matrix.out() && x.shape(0) == y.shape(0),
+           "x is (tokens, columns), y is (tokens, rows)");
+    nb::gil_scoped_release released;
+    const int count = int(x.shape(0)), cols = matrix.in(), rows = matrix.out();
+    for (int t = 0; t < count; t++) {
+        const float* from = x.data() + std::size_t(t) * cols;
+        float* to = y.data() + std::size_t(t) * rows;
+        if (matrix.layout == Matrix::Layout::wide) {
+            k.wide_times(matrix.wide, &from, 1, to, rows, 0, rows);
+        } else if (matrix.layout == Matrix::Layout::rows) {
+            const int padded = matrix.rows.padded_cols();
+            std::vector<float> full(padded), scale(padded / 32), sum(padded / 32), out(matrix.rows.tiles() * 16);
+            std::vector<std::int8_t> codes(padded);
+            std::vector<std::int32_t> minus8(padded / 32);
+            std::copy(from, from + cols, full.begin());
+            k.quantise(full.data(), padded, codes.data(), scale.data(), minus8.data(), sum.data());
+            const Activations a{codes.data(), scale.data(), minus8.data(), sum.data()};
+            k.rows_times(matrix.rows, &a, 1, out.data(), 0, 0, matrix.rows.tiles());
+            std::copy(out.begin(), out.begin() + rows, to);
+        } else {
+            std::vector<std::int32_t> index(cols + 16);
+            std::vector<float> value(cols + 16), out(matrix.zigzag.padded_rows());
+            const float* importance = matrix.importance.empty() ? nullptr : matrix.importance.data();
+            const int kept = k.collect(from, importance, threshold, cols, index.data(), value.data());
+            k.zigzag_times(matrix.zigzag, index.data(), value.data(), kept, out.data(), 0, matrix.zigzag.tiles());
+            std::copy(out.begin(), out.begin() + rows, to);
+        }
+    }
+}
+
+}  // namespace
 
 NB_MODULE(_native, module) {
     module.doc() = "Native half of pennyweight.";
-    module.def("cpu_features", &pennyweight::cpu_features,
-               "Instruction sets of this processor, e.g. ['avx2', 'fma', 'avx512f'].");
+    module.def("cpu_features", &cpu_features, "Instruction sets of this processor, e.g. ['avx2', 'fma', 'avx512f'].");
+    module.def(
+        "kernel_names",
+        [] {
+            std::vector<std::string> names;
+            for (const Kernels* table : {kernels_avx512(), kernels_avx2(), kernels_neon(), &kernels_scalar()})
+                if (table) names.emplace_back(table->name);
+            return names;
+        },
+        "Kernel tables that run here, the fastest first.");
+
+    nb::enum_<Cache>(module, "Cache", "How keys and values are kept.")
+        .value("float16", Cache::float16)
+        .value("fp8", Cache::fp8)
+        .value("float32", Cache::float32);
+
+    nb::enum_<Wide::Type>(module, "Float", "How floats are stored.")
+        .value("float16", Wide::Type::float16)
+        .value("bfloat16", Wide::Type::bfloat16)
+        .value("float32", Wide::Type::float32);
+
+    nb::class_<Matrix>(module, "Matrix", "A weight matrix in one of the layouts of docs/formats.md.")
+        .def_static(
+            "wide",
+            [](In<std::uint8_t, 2> weights, Wide::Type type) {
+                const int bytes = type == Wide::Type::float32 ? 4 : 2;
+                expect(weights.shape(1) % bytes == 0, "weights is the bytes of (rows, columns) floats");
+                return make_wide(weights.data(), int(weights.shape(0)), int(weights.shape(1)) / bytes, type);
+            },
+            "weights"_a.noconvert(), "type"_a)
+        .def_static(
+            "rows",
+            [](In<std::uint8_t, 2> codes, In<std::uint16_t, 2> scales, std::optional<In<std::uint16_t, 2>> minima, int cols,
+               int bits, int group, bool bfloat16) {
+                const int rows = int(codes.shape(0)), groups = group ? cols / group : 0;
+                expect(std::size_t(cols) * bits <= codes.shape(1) * 8, "codes has too few bytes a row");
+                expect(int(scales.shape(0)) == rows && int(scales.shape(1)) == groups, "scales is (rows, columns / group)");
+                expect(!minima || (minima->shape(0) == scales.shape(0) && minima->shape(1) == scales.shape(1)),
+                       "minima is (rows, columns / group)");
+                nb::gil_scoped_release released;
+                return make_rows(codes.data(), codes.shape(1), scales.data(), minima ? minima->data() : nullptr, rows, cols,
+                                 bits, group, bfloat16 ? Half::bfloat16 : Half::float16);
+            },
+            "codes"_a.noconvert(), "scales"_a.noconvert(), "minima"_a.none(), "cols"_a, "bits"_a, "group"_a, "bfloat16"_a)
+        .def_static(
+            "zigzag",
+            [](In<std::uint8_t, 1> chunks, int rows, int cols, int tile_rows, int group, bool affine) {
+                return make_zigzag(chunks.data(), chunks.size(), rows, cols, tile_rows, group, affine);
+            },
+            "chunks"_a.noconvert(), "rows"_a, "cols"_a, "tile_rows"_a, "group"_a, "affine"_a)
+        .def_prop_ro("shape", [](const Matrix& m) { return std::make_tuple(m.out(), m.in()); })
+        .def_prop_ro("nbytes", &Matrix::nbytes)
+        .def_rw("threshold", &Matrix::threshold)
+        .def("set_importance", [](Matrix& m, In<float, 1> v) {
+            expect(int(v.size()) == m.in(), "one importance per column");
+            m.importance = floats(v);
+        })
+        .def("row", [](const Matrix& m, int row, Out<float, 1> out) {
+            expect(row >= 0 && row < m.out() && int(out.size()) == m.in(), "row within the matrix, out one row long");
+            dequantise_row(m, row, out.data());
+        })
+        .def("times", &times, "x"_a.noconvert(), "y"_a.noconvert(), "kernels"_a = "best", "threshold"_a = -1.0f);
+
+    nb::class_<Linear>(module, "Linear", "Matrices stacked on one input, and a bias.")
+        .def(nb::init<>())
+        .def("add", [](Linear& l, std::shared_ptr<Matrix> m) {
+            expect(l.parts.empty() || l.in() == m->in(), "stacked matrices have the same columns");
+            l.parts.push_back(std::move(m));
+        })
+        .def("set_bias", [](Linear& l, In<float, 1> v) {
+            expect(int(v.size()) == l.out(), "one bias per row");
+            l.bias = floats(v);
+        });
+
+    nb::class_<Layer> layer(module, "Layer");
+    layer.def(nb::init<>())
+        .def_rw("qkv", &Layer::qkv)
+        .def_rw("o", &Layer::o)
+        .def_rw("gate_up", &Layer::gate_up)
+        .def_rw("down", &Layer::down)
+        .def_rw("heads", &Layer::heads)
+        .def_rw("kv_heads", &Layer::kv_heads)
+        .def_rw("head_dim", &Layer::head_dim)
+        .def_rw("window", &Layer::window)
+        .def("set_mixer_norm", [](Layer& l, In<float, 1> v) { l.mixer_norm = floats(v); })
+        .def("set_ffn_norm", [](Layer& l, In<float, 1> v) { l.ffn_norm = floats(v); })
+        .def("set_q_norm", [](Layer& l, In<float, 1> v) { l.q_norm = floats(v); })
+        .def("set_k_norm", [](Layer& l, In<float, 1> v) { l.k_norm = floats(v); })
+        .def("set_sinks", [](Layer& l, In<float, 1> v) { l.sinks = floats(v); });
+
+    nb::class_<Model>(module, "Model")
+        .def(nb::init<>())
+        .def_rw("hidden_size", &Model::hidden_size)
+        .def_rw("vocab_size", &Model::vocab_size)
+        .def_rw("epsilon", &Model::epsilon)
+        .def_rw("cache", &Model::cache)
+        .def_rw("embedding", &Model::embedding)
+        .def_rw("head", &Model::head)
+        .def_rw("attention_scale", &Model::attention_scale)
+        .def("set_final_norm", [](Model& m, In<float, 1> v) { m.final_norm = floats(v); })
+        .def_prop_ro("has_windows",
+                     [](const Model& m) {
+                         return std::any_of(m.layers.begin(), m.layers.end(), [](const Layer& l) { return l.window > 0; });
+                     })
+        .def_ro("max_positions", &Model::max_positions)
+        .def("set_rotary",
+             [](Model& m, In<float, 2> cosine, In<float, 2> sine) {
+                 expect(cosine.shape(0) == sine.shape(0) && cosine.shape(1) == sine.shape(1), "cosine and sine alike");
+                 m.max_positions = int(cosine.shape(0));
+                 m.rotary_half = int(cosine.shape(1));
+                 m.cosine.assign(cosine.data(), cosine.data() + cosine.size());
+                 m.sine.assign(sine.data(), sine.data() + sine.size());
+             })
+        .def("add_layer", [](Model& m, const Layer& l) { m.layers.push_back(l); });
+
+    nb::class_<Engine>(module, "Engine", "Runs tokens through a model; see runtime/engine.py for the face users see.")
+        .def(
+            "__init__",
+            [](Engine* self, const Model& model, int threads, const std::string& kernels) {
+                new (self) Engine(model, threads, kernels_named(kernels));
+            },
+            "model"_a, "threads"_a, "kernels"_a = "best")
+        .def("open", &Engine::open, "capacity"_a)
+        .def("close", &Engine::close)
+        .def("copy", &Engine::copy, "source"_a, "target"_a, "tokens"_a)
+        .def(
+            "step",
+            [](Engine& e, In<std::int32_t, 2> rows, Out<float, 2> logits, bool sparse) {
+                expect(rows.shape(1) == 4, "rows is (n, 4): sequence, position, token, wants logits");
+                std::vector<Row> list;
+                std::size_t wanted = 0;
+                for (std::size_t i = 0; i < rows.shape(0); i++) {
+                    const std::int32_t* r = rows.data() + 4 * i;
+                    list.push_back({r[0], r[1], r[2], r[3] != 0});
+                    wanted += r[3] != 0;
+                }
+                expect(logits.shape(0) == wanted && int(logits.shape(1)) == e.model().vocab_size,
+                       "logits is (rows that want them, vocabulary)");
+                nb::gil_scoped_release released;
+                e.step(list, sparse, logits.data());
+            },
+            "rows"_a.noconvert(), "logits"_a.noconvert(), "sparse"_a = false)
+        .def_prop_ro("threads", &Engine::threads)
+        .def_prop_ro("kernels", [](const Engine& e) { return std::string(e.kernels().name); })
+        .def_prop_ro("weight_bytes", &Engine::weight_bytes)
+        .def_prop_ro("bytes_read_per_token", &Engine::bytes_read_per_token)
+        .def_prop_ro("cache_bytes", &Engine::cache_bytes)
+        .def("cache_bytes_of", &Engine::cache_bytes_of)
+        .def_prop_ro("kept_share", &Engine::kept_share)
+        .def_ro_static("max_rows", &Engine::kMaxRows);
 }

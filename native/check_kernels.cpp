@@ -1,0 +1,330 @@
+// Every kernel table against the scalar one, on random matrices of odd shapes: products of packed weights are the same
+// floats, bit for bit; sums across lanes agree within rounding, attention with double precision.
+//
+// Built and run by tests/test_kernels.py, also with AddressSanitizer and UndefinedBehaviorSanitizer, and for Arm under
+// qemu. Outputs start as NaN; weights of columns that are not listed have NaN scales, so that reading one shows.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "half.h"
+#include "kernels.h"
+
+using namespace pennyweight;
+
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+int failures = 0;
+
+void expect_same(const std::string& what, const float* found, const float* wanted, int n) {
+    for (int i = 0; i < n; i++)
+        if (std::memcmp(found + i, wanted + i, sizeof(float)) != 0 && !(found[i] == 0 && wanted[i] == 0)) {
+            std::printf("%s: element %d of %d is %.9g, the scalar kernel says %.9g\n", what.c_str(), i, n, found[i],
+                        wanted[i]);
+            failures++;
+            return;
+        }
+}
+
+// Exactly as many bytes as promised, so that the sanitizer sees a read past the end.
+std::unique_ptr<std::uint8_t[]> random_bytes(std::size_t n, std::mt19937& random) {
+    auto bytes = std::make_unique<std::uint8_t[]>(n);
+    for (std::size_t i = 0; i < n; i++) bytes[i] = std::uint8_t(random());
+    return bytes;
+}
+
+void put_half(std::uint8_t* at, float value, Half kind) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    std::uint16_t half = std::uint16_t(bits >> 16);
+    if (kind == Half::float16) {  // normal values only, rounded down
+        const int exponent = int(bits >> 23 & 255) - 127 + 15;
+        half = std::isnan(value) ? 0x7e00 : std::uint16_t((bits >> 16 & 0x8000) | exponent << 10 | (bits >> 13 & 1023));
+    }
+    std::memcpy(at, &half, 2);
+}
+
+std::vector<float> activations(int n, std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(n);
+    for (float& v : x) v = normal(random) * (random() % 200 == 0 ? 12.0f : 1.0f);
+    for (int i = 0; i < n; i += 7) x[i] = 0;
+    return x;
+}
+
+struct Quantised {
+    std::vector<std::int8_t> codes;
+    std::vector<float> scale, sum;
+    std::vector<std::int32_t> minus8;
+    Activations view() const { return {codes.data(), scale.data(), minus8.data(), sum.data()}; }
+};
+
+Quantised quantised(const Kernels& k, const std::vector<float>& x) {
+    const int n = int(x.size());
+    Quantised q{std::vector<std::int8_t>(n), std::vector<float>(n / 32), std::vector<float>(n / 32),
+                std::vector<std::int32_t>(n / 32)};
+    k.quantise(x.data(), n, q.codes.data(), q.scale.data(), q.minus8.data(), q.sum.data());
+    return q;
+}
+
+void check_rows(const Kernels& k, std::mt19937& random) {
+    const Kernels& scalar = kernels_scalar();
+    for (int bits : {4, 8})
+        for (bool affine : {false, true})
+            for (int group : {32, 64, 128})
+                for (int rows : {1, 16, 33})
+                    for (int cols : {1, 32, 63, 257})
+                        for (int count : {1, 2, 3, 7, 13}) {
+                            Rows w{rows, cols, bits, group, affine, random() % 2 ? Half::bfloat16 : Half::float16};
+                            auto data = random_bytes(w.bytes(), random);
+                            w.data = data.get();
+                            for (int tile = 0; tile < w.tiles(); tile++)
+                                for (int g = 0; g < w.groups(); g++)
+                                    for (int i = 0; i < (affine ? 2 : 1) * Rows::kTile; i++)
+                                        put_half(data.get() + tile * w.tile_bytes() + (g + 1) * w.group_bytes() -
+                                                     2 * ((affine ? 2 : 1) * Rows::kTile - i),
+                                                 0.01f + 0.001f * float(random() % 64), w.half);
+                            std::vector<Quantised> kept;
+                            std::vector<Activations> x;
+                            for (int t = 0; t < count; t++)
+                                kept.push_back(quantised(scalar, activations(w.padded_cols(), random)));
+                            for (auto& q : kept) x.push_back(q.view());
+                            const int padded = w.tiles() * Rows::kTile;
+                            std::vector<float> wanted(padded * count, kNaN), found(padded * count, kNaN);
+                            scalar.rows_times(w, x.data(), count, wanted.data(), padded, 0, w.tiles());
+                            k.rows_times(w, x.data(), count, found.data(), padded, 0, w.tiles());
+                            expect_same(std::string(k.name) + " rows_times, " + std::to_string(bits) + " bits, group " +
+                                            std::to_string(group) + (affine ? ", affine, " : ", ") +
+                                            std::to_string(rows) + " x " + std::to_string(cols) + ", " +
+                                            std::to_string(count) + " tokens",
+                                        found.data(), wanted.data(), padded * count);
+                        }
+}
+
+void check_zigzag(const Kernels& k, std::mt19937& random) {
+    const Kernels& scalar = kernels_scalar();
+    for (bool affine : {false, true})
+        for (int group : {32, 64, 128})
+            for (int tile_rows : {128, 384, 2176})
+                for (int cols : {1, 3, 4, 15, 17, 64})
+                    for (float threshold : {-1.0f, 0.0f, 0.7f, std::numeric_limits<float>::infinity()}) {
+                        Zigzag w{tile_rows + 5, cols, tile_rows, group, affine};
+                        auto data = random_bytes(w.bytes(), random);
+                        w.data = data.get();
+                        const auto x = activations(cols, random);
+                        std::vector<std::int32_t> index(cols + 16);
+                        std::vector<float> value(cols + 16);
+                        const int count = scalar.collect(x.data(), nullptr, threshold, cols, index.data(), value.data());
+                        for (int tile = 0; tile < w.tiles(); tile++)
+                            for (int j = 0; j < cols; j++) {
+                                const bool listed = std::find(index.begin(), index.begin() + count, j) != index.begin() + count;
+                                std::uint8_t* chunk = data.get() + tile * w.tile_bytes() + j * w.chunk_bytes();
+                                for (int i = 0; i < (affine ? 2 : 1) * w.groups(); i++)
+                                    put_half(chunk + 2 * i, listed ? 0.01f + 0.001f * float(random() % 64) : kNaN,
+                                             Half::float16);
+                            }
+                        std::vector<float> wanted(w.padded_rows(), kNaN), found(w.padded_rows(), kNaN);
+                        scalar.zigzag_times(w, index.data(), value.data(), count, wanted.data(), 0, w.tiles());
+                        k.zigzag_times(w, index.data(), value.data(), count, found.data(), 0, w.tiles());
+                        for (float v : wanted)
+                            if (std::isnan(v)) {
+                                std::printf("scalar zigzag_times read a column that is not listed\n");
+                                failures++;
+                                break;
+                            }
+                        expect_same(std::string(k.name) + " zigzag_times, group " + std::to_string(group) +
+                                        (affine ? ", affine, " : ", ") + std::to_string(w.rows) + " x " +
+                                        std::to_string(cols) + ", " + std::to_string(count) + " columns",
+                                    found.data(), wanted.data(), w.padded_rows());
+                    }
+}
+
+void check_quantise_and_collect(const Kernels& k, std::mt19937& random) {
+    const Kernels& scalar = kernels_scalar();
+    for (int n : {32, 64, 224, 4096}) {
+        const auto x = activations(n, random);
+        const Quantised wanted = quantised(scalar, x), found = quantised(k, x);
+        expect_same(std::string(k.name) + " quantise, scale", found.scale.data(), wanted.scale.data(), n / 32);
+        expect_same(std::string(k.name) + " quantise, sum", found.sum.data(), wanted.sum.data(), n / 32);
+        if (found.codes != wanted.codes || found.minus8 != wanted.minus8) {
+            std::printf("%s quantise: other codes\n", k.name);
+            failures++;
+        }
+    }
+    for (int n : {1, 3, 15, 16, 17, 63, 257, 4096})
+        for (float threshold : {-1.0f, 0.0f, 0.5f, std::numeric_limits<float>::infinity()})
+            for (bool weighted : {false, true}) {
+                const auto x = activations(n, random);
+                const std::vector<float> weight(n, 0.5f);
+                std::vector<std::int32_t> wanted(n + 16, -1), found(n + 16, -1);
+                std::vector<float> wanted_x(n + 16, kNaN), found_x(n + 16, kNaN);
+                const float* by = weighted ? weight.data() : nullptr;
+                const int a = scalar.collect(x.data(), by, threshold, n, wanted.data(), wanted_x.data());
+                const int b = k.collect(x.data(), by, threshold, n, found.data(), found_x.data());
+                if (a != b || !std::equal(wanted.begin(), wanted.begin() + a, found.begin())) {
+                    std::printf("%s collect: %d columns of %d above %g, the scalar kernel finds %d\n", k.name, b, n,
+                                double(threshold), a);
+                    failures++;
+                }
+                expect_same(std::string(k.name) + " collect", found_x.data(), wanted_x.data(), a);
+            }
+}
+
+void expect_near(const std::string& what, const std::vector<float>& found, const std::vector<float>& wanted,
+                 double relative) {
+    double error = 0, size = 0;
+    for (std::size_t i = 0; i < wanted.size(); i++) {
+        error += std::pow(double(found[i]) - wanted[i], 2);
+        size += std::pow(double(wanted[i]), 2);
+    }
+    if (!(std::sqrt(error) <= relative * std::sqrt(size))) {
+        std::printf("%s: relative error %.3g, allowed %.3g\n", what.c_str(), std::sqrt(error / size), relative);
+        failures++;
+    }
+}
+
+void check_floats(const Kernels& k, std::mt19937& random) {
+    const Kernels& scalar = kernels_scalar();
+    const std::string name = k.name;
+    for (int n : {1, 3, 15, 16, 17, 63, 257, 2048}) {
+        const auto x = activations(n, random), y = activations(n, random);
+        std::vector<float> wanted(n, kNaN), found(n, kNaN);
+        scalar.rms_norm(x.data(), y.data(), 1e-5f, n, wanted.data());
+        k.rms_norm(x.data(), y.data(), 1e-5f, n, found.data());
+        expect_near(name + " rms_norm of " + std::to_string(n), found, wanted, 1e-6);
+        scalar.swiglu(x.data(), y.data(), n, wanted.data());
+        k.swiglu(x.data(), y.data(), n, found.data());
+        expect_near(name + " swiglu of " + std::to_string(n), found, wanted, 1e-6);
+        for (int i = 0; i < n; i++) wanted[i] = x[i] / (1 + std::exp(-double(x[i]))) * y[i];
+        expect_near(name + " swiglu against libm", found, wanted, 1e-6);
+        std::vector<float> a = x, b = x;
+        scalar.add(a.data(), y.data(), n);
+        k.add(b.data(), y.data(), n);
+        expect_near(name + " add", b, a, 0);
+        std::vector<std::uint16_t> halves(n), others(n);
+        scalar.to_half(x.data(), n, halves.data());
+        k.to_half(x.data(), n, others.data());
+        if (halves != others) std::printf("%s to_half: other bits\n", k.name), failures++;
+        if (n % 2 == 0) {
+            a = b = x;
+            scalar.rotate(a.data(), y.data(), wanted.data(), n / 2);
+            k.rotate(b.data(), y.data(), wanted.data(), n / 2);
+            expect_near(name + " rotate", b, a, 1e-6);
+        }
+        for (int count : {1, 5}) {
+            const int rows = 7;
+            std::vector<std::vector<float>> tokens;
+            std::vector<const float*> at;
+            for (int t = 0; t < count; t++) tokens.push_back(activations(n, random));
+            for (auto& t : tokens) at.push_back(t.data());
+            std::vector<float> wanted_y(rows * count, kNaN), found_y(rows * count, kNaN);
+            for (auto type : {Wide::Type::float16, Wide::Type::bfloat16, Wide::Type::float32}) {
+                Wide w{rows, n, type, nullptr};
+                auto weights = random_bytes(rows * w.row_bytes(), random);
+                w.data = weights.get();
+                for (int i = 0; i < rows * n; i++)
+                    if (const float v = 0.5f + float(random() % 1000) * 0.001f; type == Wide::Type::float32)
+                        std::memcpy(weights.get() + 4 * i, &v, 4);
+                    else
+                        put_half(weights.get() + 2 * i, v, type == Wide::Type::float16 ? Half::float16 : Half::bfloat16);
+                scalar.wide_times(w, at.data(), count, wanted_y.data(), rows, 0, rows);
+                k.wide_times(w, at.data(), count, found_y.data(), rows, 0, rows);
+                expect_near(name + " wide_times", found_y, wanted_y, 1e-5);
+            }
+        }
+    }
+}
+
+// Against attention in double precision, with caches full of NaN where no position is seen.
+void check_attend(const Kernels& k, std::mt19937& random) {
+    for (Cache cache : {Cache::float16, Cache::fp8, Cache::float32})
+        for (int head_dim : {8, 64, 80, 128})
+            for (auto [first, last] : {std::pair{0, 1}, {0, 16}, {0, 37}, {5, 37}, {40, 75}})
+                for (int count : {1, 3, 4, 8})
+                    for (bool sinks : {false, true}) {
+                        const int blocks = 4;  // a ring of 64 positions
+                        const int padded = Attention::padded(head_dim), places = blocks * Attention::kBlock;
+                        std::vector<std::uint16_t> keys(places * head_dim, 0x7e00), values(places * padded, 0x7e00);
+                        std::vector<std::uint8_t> keys8(places * head_dim, 0x7f), values8(places * padded, 0x7f);
+                        std::vector<float> keys32(places * head_dim, kNaN), values32(places * padded, kNaN);
+                        const auto kept = [&](float v) {
+                            return cache == Cache::fp8       ? from_fp8(to_fp8(v))
+                                   : cache == Cache::float16 ? from_float16(to_float16(v))
+                                                             : v;
+                        };
+                        std::vector<std::vector<float>> key(last), value(last);
+                        for (int p = 0; p < last; p++) {
+                            key[p] = activations(head_dim, random);
+                            value[p] = activations(head_dim, random);
+                            if (p < first) continue;
+                            for (int d = 0; d < padded; d++) {
+                                const float v = d < head_dim ? value[p][d] : 0;
+                                values[p % places * padded + d] = to_float16(v);
+                                values8[p % places * padded + d] = to_fp8(v);
+                                values32[p % places * padded + d] = v;
+                                if (d >= head_dim) continue;
+                                const int at = (p % places / 16 * head_dim + d) * 16 + p % 16;
+                                keys[at] = to_float16(key[p][d]);
+                                keys8[at] = to_fp8(key[p][d]);
+                                keys32[at] = key[p][d];
+                                key[p][d] = kept(key[p][d]);
+                                value[p][d] = kept(v);
+                            }
+                        }
+                        std::vector<float> scratch(4 * (last - first + 32), kNaN);
+                        const void* all[] = {keys.data(), keys8.data(), keys32.data()};
+                        const void* all_values[] = {values.data(), values8.data(), values32.data()};
+                        Attention a{all[int(cache)], all_values[int(cache)], cache, head_dim, blocks, first, last, 0.05f,
+                                    scratch.data()};
+                        std::vector<std::vector<float>> queries;
+                        std::vector<const float*> query;
+                        std::vector<float> found(count * head_dim, kNaN), wanted(count * head_dim), sink(count, 0.7f);
+                        std::vector<float*> out;
+                        for (int m = 0; m < count; m++) queries.push_back(activations(head_dim, random));
+                        for (int m = 0; m < count; m++) {
+                            query.push_back(queries[m].data());
+                            out.push_back(found.data() + m * head_dim);
+                            double total = sinks ? std::exp(0.7) : 0;
+                            std::vector<double> mixed(head_dim);
+                            for (int p = first; p < last; p++) {
+                                double dot = 0;
+                                for (int d = 0; d < head_dim; d++) dot += double(queries[m][d]) * key[p][d];
+                                const double weight = std::exp(0.05f * dot);
+                                total += weight;
+                                for (int d = 0; d < head_dim; d++) mixed[d] += weight * value[p][d];
+                            }
+                            for (int d = 0; d < head_dim; d++) wanted[m * head_dim + d] = float(mixed[d] / total);
+                        }
+                        k.attend(a, query.data(), count, sinks ? sink.data() : nullptr, out.data());
+                        expect_near(std::string(k.name) + " attend, head_dim " + std::to_string(head_dim) + ", positions " +
+                                        std::to_string(first) + " to " + std::to_string(last) + ", cache " + std::to_string(int(cache)),
+                                    found, wanted, 2e-6);
+                    }
+}
+
+}  // namespace
+
+int main() {
+    std::mt19937 random(1);
+    check_attend(kernels_scalar(), random);
+    for (const Kernels* k : {kernels_avx512(), kernels_avx2(), kernels_neon()}) {
+        if (!k) continue;
+        check_floats(*k, random);
+        check_attend(*k, random);
+        check_quantise_and_collect(*k, random);
+        check_rows(*k, random);
+        check_zigzag(*k, random);
+        std::printf("%s checked\n", k->name);
+    }
+    if (failures) std::printf("%d differences\n", failures);
+    return failures ? 1 : 0;
+}

@@ -1,0 +1,63 @@
+// The arithmetic that has to be fast, as one table of functions per instruction set.
+//
+// kernels_scalar.cpp is the definition. The others give the same integer sums bit for bit, and the same floats too
+// where rows do not mix (products with Rows and Zigzag): every row adds its terms in the same order with fused
+// multiply-adds. Sums across lanes (norms, dot products of attention) agree within 1e-6 relative.
+#pragma once
+
+#include "matrices.h"
+
+namespace pennyweight {
+
+struct Kernels {
+    const char* name = nullptr;
+
+    // x (n), n a multiple of 32, into 8 bits a block of 32: scale = max |x| / 127, nearest even. See Activations.
+    void (*quantise)(const float* x, int n, std::int8_t* codes, float* scale, std::int32_t* minus8, float* sum) = nullptr;
+
+    // y[t * stride + r] = row 16 first + r of w times token t, for the rows of tiles [first, last); `count` tokens.
+    // y must have room for the padded rows of the last tile.
+    void (*rows_times)(const Rows& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first,
+                       int last) = nullptr;
+
+    // Columns with |x| * weight > threshold (weight may be null: all 1), ascending, and their x; returns how many.
+    // `index` and `value` must have room for n + 16.
+    int (*collect)(const float* x, const float* weight, float threshold, int n, std::int32_t* index, float* value) = nullptr;
+
+    // y (padded rows of tiles [first, last)) = the listed columns of w times their values.
+    void (*zigzag_times)(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
+                         int last) = nullptr;
+
+    // y[t * stride + r] = row r of w times x[t] in float32, for rows [first, last).
+    void (*wide_times)(const Wide& w, const float* const* x, int count, float* y, std::ptrdiff_t stride, int first,
+                       int last) = nullptr;
+
+    // out[i] = x[i] weight[i] / sqrt(mean of squares + epsilon); out may be x.
+    void (*rms_norm)(const float* x, const float* weight, float epsilon, int n, float* out) = nullptr;
+
+    // Rotary embedding of one head, half-split: pairs (i, half + i), in place.
+    void (*rotate)(float* head, const float* cosine, const float* sine, int half) = nullptr;
+
+    // out = gate / (1 + e^-gate) * up; out may be gate.
+    void (*swiglu)(const float* gate, const float* up, int n, float* out) = nullptr;
+
+    // x += y
+    void (*add)(float* x, const float* y, int n) = nullptr;
+
+    // x as float16, nearest even.
+    void (*to_half)(const float* x, int n, std::uint16_t* out) = nullptr;
+
+    // out[m] (head_dim) = softmax over positions of (query[m] . key * scale) times values, for `count` queries; `sink`,
+    // if any, holds a logit per query that takes part in the softmax and has no value.
+    void (*attend)(const Attention& a, const float* const* query, int count, const float* sink, float* const* out) = nullptr;
+};
+
+const Kernels& kernels_scalar();
+const Kernels* kernels_avx2();    // null where this build or this processor has no such instructions
+const Kernels* kernels_avx512();  // needs BW, VL and VNNI
+const Kernels* kernels_neon();    // needs dotprod
+
+// The fastest this processor runs.
+const Kernels& best_kernels();
+
+}  // namespace pennyweight

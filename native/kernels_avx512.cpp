@@ -1,0 +1,339 @@
+// AVX-512 with BW, VL and VNNI. Compiled with those instructions; entered only on processors that have them.
+#include "kernels.h"
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+
+#include <immintrin.h>
+#include "vector_ops.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace pennyweight {
+namespace {
+
+struct Lanes {
+    static constexpr int kWidth = 16;
+    __m512 v;
+    static Lanes load(const float* x) { return {_mm512_loadu_ps(x)}; }
+    static Lanes load_half(const std::uint16_t* x) {
+        return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))};
+    }
+    static Lanes load_brain(const std::uint16_t* x) {
+        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+    }
+    static Lanes load_fp8(const std::uint8_t* x) {
+        const __m256i raw = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+        const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(raw, _mm256_set1_epi16(0x80)), 8);
+        const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(raw, _mm256_set1_epi16(0x7f)), 7);
+        return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, rest)), _mm512_set1_ps(256.0f))};
+    }
+    static Lanes broadcast(float x) { return {_mm512_set1_ps(x)}; }
+    void store(float* x) const { _mm512_storeu_ps(x, v); }
+    void store_half(std::uint16_t* x) const {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+    static Lanes mul(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
+    static Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
+    static Lanes sub(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
+    static Lanes div(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
+    static Lanes min(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
+    static Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
+    static Lanes nearest(Lanes a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+    static Lanes times_two_to(Lanes a, Lanes n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+    float sum() const { return _mm512_reduce_add_ps(v); }
+};
+
+inline __m512 halves(const void* at, Half kind) {
+    const __m256i raw = _mm256_loadu_si256(static_cast<const __m256i*>(at));
+    return kind == Half::float16 ? _mm512_cvtph_ps(raw)
+                                 : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+void quantise(const float* x, int n, std::int8_t* codes, float* scale, std::int32_t* minus8, float* sum) {
+    for (int b = 0; b < n / Rows::kBlock; b++) {
+        const __m512 low = _mm512_loadu_ps(x + 32 * b), high = _mm512_loadu_ps(x + 32 * b + 16);
+        const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+        const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+        const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
+        const __m512i c = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 32 * b), _mm512_cvtepi32_epi8(a));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 32 * b + 16), _mm512_cvtepi32_epi8(c));
+        const int total = _mm512_reduce_add_epi32(_mm512_add_epi32(a, c));
+        scale[b] = most * (1.0f / 127.0f);
+        minus8[b] = -8 * total;
+        sum[b] = scale[b] * float(total);
+    }
+}
+
+// Rows of one tile times `kTokens` tokens. A unit of weights is loaded and split once for all of them.
+template <int kBits, bool kAffine, int kTokens>
+inline void tile_times(const Rows& w, const std::uint8_t* at, const Activations* x, float* y, std::ptrdiff_t stride) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const int blocks = w.group / Rows::kBlock, groups = w.groups();
+    const std::size_t block_bytes = w.block_bytes();
+    __m512 out[kTokens];
+    for (auto& o : out) o = _mm512_setzero_ps();
+    int b = 0;
+    for (int g = 0; g < groups; g++) {
+        __m512 part[kTokens];
+        float sum[kTokens] = {};
+        for (auto& p : part) p = _mm512_setzero_ps();
+        for (int end = b + blocks; b < end; b++, at += block_bytes) {
+            __m512i exact[kTokens];
+#pragma GCC unroll 8
+            for (int t = 0; t < kTokens; t++) {
+                if constexpr (kAffine) exact[t] = _mm512_setzero_si512();
+                else if constexpr (kBits == 4) exact[t] = _mm512_set1_epi32(x[t].minus8[b]);
+                else exact[t] = _mm512_slli_epi32(_mm512_set1_epi32(x[t].minus8[b]), 4);
+            }
+#pragma GCC unroll 8
+            for (int v = 0; v < (kBits == 4 ? 4 : 8); v++) {
+                const __m512i unit = _mm512_loadu_si512(at + 64 * v);
+                // The same stream two pages ahead: the hardware prefetcher stops at every page.
+                _mm_prefetch(reinterpret_cast<const char*>(at + 64 * v + 4096), _MM_HINT_T0);
+                if constexpr (kBits == 4) {
+                    const __m512i low = _mm512_and_si512(unit, nibble);
+                    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(unit, 4), nibble);
+#pragma GCC unroll 8
+                    for (int t = 0; t < kTokens; t++) {
+                        const auto* quad = reinterpret_cast<const std::int32_t*>(x[t].codes + 32 * b);
+                        exact[t] = _mm512_dpbusd_epi32(exact[t], low, _mm512_set1_epi32(quad[2 * v]));
+                        exact[t] = _mm512_dpbusd_epi32(exact[t], high, _mm512_set1_epi32(quad[2 * v + 1]));
+                    }
+                } else {
+#pragma GCC unroll 8
+                    for (int t = 0; t < kTokens; t++) {
+                        const auto* quad = reinterpret_cast<const std::int32_t*>(x[t].codes + 32 * b);
+                        exact[t] = _mm512_dpbusd_epi32(exact[t], unit, _mm512_set1_epi32(quad[v]));
+                    }
+                }
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < kTokens; t++) {
+                part[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact[t]), _mm512_set1_ps(x[t].scale[b]), part[t]);
+                if constexpr (kAffine) sum[t] += x[t].sum[b];
+            }
+        }
+        const __m512 scale = halves(at, w.half);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; t++) out[t] = _mm512_fmadd_ps(part[t], scale, out[t]);
+        at += 2 * Rows::kTile;
+        if constexpr (kAffine) {
+            const __m512 minimum = halves(at, w.half);
+            for (int t = 0; t < kTokens; t++) out[t] = _mm512_fmadd_ps(_mm512_set1_ps(sum[t]), minimum, out[t]);
+            at += 2 * Rows::kTile;
+        }
+    }
+    for (int t = 0; t < kTokens; t++) _mm512_storeu_ps(y + t * stride, out[t]);
+}
+
+template <int kBits, bool kAffine>
+void rows_times_as(const Rows& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first,
+                   int last) {
+    for (int tile = first; tile < last; tile++) {
+        const std::uint8_t* at = w.data + tile * w.tile_bytes();
+        float* to = y + (tile - first) * Rows::kTile;
+        int t = 0;
+        for (; t + 8 <= count; t += 8) tile_times<kBits, kAffine, 8>(w, at, x + t, to + t * stride, stride);
+        for (; t + 4 <= count; t += 4) tile_times<kBits, kAffine, 4>(w, at, x + t, to + t * stride, stride);
+        for (; t + 2 <= count; t += 2) tile_times<kBits, kAffine, 2>(w, at, x + t, to + t * stride, stride);
+        for (; t < count; t++) tile_times<kBits, kAffine, 1>(w, at, x + t, to + t * stride, stride);
+    }
+}
+
+void rows_times(const Rows& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first, int last) {
+    auto* run = w.bits == 4 ? (w.affine ? rows_times_as<4, true> : rows_times_as<4, false>)
+                            : (w.affine ? rows_times_as<8, true> : rows_times_as<8, false>);
+    run(w, x, count, y, stride, first, last);
+}
+
+int collect(const float* x, const float* weight, float threshold, int n, std::int32_t* index, float* value) {
+    const __m512 bound = _mm512_set1_ps(threshold);
+    __m512i here = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    int found = 0;
+    for (int j = 0; j < n; j += 16) {
+        const __mmask16 inside = n - j >= 16 ? __mmask16(0xffff) : __mmask16((1u << (n - j)) - 1);
+        const __m512 v = _mm512_maskz_loadu_ps(inside, x + j);
+        __m512 size = _mm512_abs_ps(v);
+        if (weight) size = _mm512_mul_ps(size, _mm512_maskz_loadu_ps(inside, weight + j));
+        const __mmask16 keep = _mm512_mask_cmp_ps_mask(inside, size, bound, _CMP_GT_OQ);
+        // Compress in registers and store whole: the memory form is microcoded on Zen 4. Hence the room for 16 more.
+        _mm512_storeu_si512(index + found, _mm512_maskz_compress_epi32(keep, here));
+        _mm512_storeu_ps(value + found, _mm512_maskz_compress_ps(keep, v));
+        found += __builtin_popcount(keep);
+        here = _mm512_add_epi32(here, _mm512_set1_epi32(16));
+    }
+    return found;
+}
+
+constexpr int kStep = 16;         // columns at a time, in four quads
+constexpr int kMaxGroups = 1024;  // of a tile
+
+struct Folded {  // what a step of 16 columns makes of activations and scales, for every group of rows
+    alignas(64) std::int32_t quad[kStep / 4][kMaxGroups];  // four 8-bit codes of a quad of columns
+    alignas(64) float scale[kMaxGroups];
+    alignas(64) std::int32_t minus8[kMaxGroups];
+    alignas(64) float bias[kMaxGroups];
+};
+
+// code[c][g] = x[c] * scale[c][g] in 8 bits, with one float a group; for 16 groups at a time.
+template <bool kAffine>
+inline void fold(const Zigzag& w, const std::uint8_t* const* chunk, const float* x, Folded& out) {
+    const int groups = w.groups();
+    for (int g = 0; g < groups; g += 16) {
+        const __mmask16 inside = groups - g >= 16 ? __mmask16(0xffff) : __mmask16((1u << (groups - g)) - 1);
+        __m512 e[kStep], most = _mm512_setzero_ps();
+#pragma GCC unroll 16
+        for (int c = 0; c < kStep; c++) {
+            const __m256i raw = _mm256_maskz_loadu_epi16(inside, chunk[c] + 2 * g);
+            e[c] = _mm512_mul_ps(_mm512_cvtph_ps(raw), _mm512_set1_ps(x[c]));
+            most = _mm512_max_ps(most, _mm512_abs_ps(e[c]));
+        }
+        if constexpr (kAffine) {
+            __m512 bias = _mm512_load_ps(out.bias + g);
+            for (int c = 0; c < kStep; c++) {
+                const __m256i raw = _mm256_maskz_loadu_epi16(inside, chunk[c] + 2 * (groups + g));
+                bias = _mm512_fmadd_ps(_mm512_set1_ps(x[c]), _mm512_cvtph_ps(raw), bias);
+                bias = _mm512_fmadd_ps(_mm512_set1_ps(8.0f), e[c], bias);  // codes count from 8
+            }
+            _mm512_store_ps(out.bias + g, bias);
+        }
+        const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ);
+        const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(127.0f), most);
+        _mm512_store_ps(out.scale + g, _mm512_mul_ps(most, _mm512_set1_ps(1.0f / 127.0f)));
+        __m512i total = _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int q = 0; q < kStep / 4; q++) {
+            __m512i code[4];
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) {
+                code[c] = _mm512_cvtps_epi32(_mm512_mul_ps(e[4 * q + c], inverse));
+                total = _mm512_add_epi32(total, code[c]);
+            }
+            const __m512i even = _mm512_mask_blend_epi16(0xAAAAAAAA, code[0], _mm512_slli_epi32(code[2], 16));
+            const __m512i odd = _mm512_mask_blend_epi16(0xAAAAAAAA, code[1], _mm512_slli_epi32(code[3], 16));
+            const __m512i four = _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAAull, even, _mm512_slli_epi16(odd, 8));
+            _mm512_store_si512(out.quad[q] + g, four);
+        }
+        _mm512_store_si512(out.minus8 + g, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(total, 3)));
+    }
+}
+
+template <bool kAffine, int kGroup>
+void zigzag_times_as(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
+                     int last) {
+    static thread_local Folded folded;
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const std::size_t chunk_bytes = w.chunk_bytes(), scale_bytes = w.scale_bytes();
+    const int units = w.tile_rows / Zigzag::kUnitRows;
+    for (int tile = first; tile < last; tile++) {
+        const std::uint8_t* base = w.data + tile * w.tile_bytes();
+        float* out = y + std::ptrdiff_t(tile) * w.tile_rows;
+        for (int r = 0; r < w.tile_rows; r += 16) _mm512_storeu_ps(out + r, _mm512_setzero_ps());
+        if constexpr (kAffine) std::fill(folded.bias, folded.bias + round_up(w.groups(), 16), 0.0f);
+        for (int start = 0; start < count; start += kStep) {
+            // A step that is not full takes its last column again, with an activation of zero.
+            const std::uint8_t *chunk[kStep], *next[kStep];
+            float x[kStep];
+            for (int c = 0; c < kStep; c++) {
+                chunk[c] = base + index[std::min(start + c, count - 1)] * chunk_bytes;
+                next[c] = base + index[std::min(start + kStep + c, count - 1)] * chunk_bytes;
+                x[c] = start + c < count ? value[start + c] : 0.0f;
+            }
+            fold<kAffine>(w, chunk, x, folded);
+            // No prefetcher follows columns that are picked; the list tells what comes. Into L2: L1 would overflow.
+            for (int c = 0; c < kStep; c++)
+                for (std::size_t o = 0; o < scale_bytes; o += 64)
+                    _mm_prefetch(reinterpret_cast<const char*>(next[c] + o), _MM_HINT_T1);
+            for (int unit = 0; unit < units; unit++) {
+                const std::size_t at = scale_bytes + 64 * unit;
+                __m512i low[4], both[4];  // sums of low nibbles; of whole bytes, low + 16 high
+                for (int u = 0; u < 4; u++) low[u] = both[u] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+                for (int q = 0; q < kStep / 4; q++) {
+                    __m512i column[4];
+#pragma GCC unroll 4
+                    for (int c = 0; c < 4; c++) {
+                        _mm_prefetch(reinterpret_cast<const char*>(next[4 * q + c] + at), _MM_HINT_T1);
+                        column[c] = _mm512_loadu_si512(chunk[4 * q + c] + at);
+                    }
+                    const __m512i a = _mm512_unpacklo_epi8(column[0], column[1]);
+                    const __m512i b = _mm512_unpackhi_epi8(column[0], column[1]);
+                    const __m512i c = _mm512_unpacklo_epi8(column[2], column[3]);
+                    const __m512i d = _mm512_unpackhi_epi8(column[2], column[3]);
+                    const __m512i rows[4] = {_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c),
+                                             _mm512_unpacklo_epi16(b, d), _mm512_unpackhi_epi16(b, d)};
+#pragma GCC unroll 4
+                    for (int u = 0; u < 4; u++) {
+                        const __m512i codes = _mm512_set1_epi32(folded.quad[q][(128 * unit + 32 * u) / kGroup]);
+                        both[u] = _mm512_dpbusd_epi32(both[u], rows[u], codes);
+                        low[u] = _mm512_dpbusd_epi32(low[u], _mm512_and_si512(rows[u], nibble), codes);
+                    }
+                }
+                float* to = out + 128 * unit;
+#pragma GCC unroll 4
+                for (int u = 0; u < 4; u++) {
+                    const int g = (128 * unit + 32 * u) / kGroup;
+                    const __m512i minus8 = _mm512_set1_epi32(folded.minus8[g]);
+                    const __m512 scale = _mm512_set1_ps(folded.scale[g]);
+                    const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(both[u], low[u]), 4);
+                    for (int half = 0; half < 2; half++) {
+                        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(half ? high : low[u], minus8));
+                        float* row = to + 32 * u + 16 * half;
+                        _mm512_storeu_ps(row, _mm512_fmadd_ps(sum, scale, _mm512_loadu_ps(row)));
+                    }
+                }
+            }
+        }
+        if constexpr (kAffine)
+            for (int r = 0; r < w.tile_rows; r += 16) {
+                const __m512 bias = _mm512_set1_ps(folded.bias[r / kGroup]);
+                _mm512_storeu_ps(out + r, _mm512_add_ps(_mm512_loadu_ps(out + r), bias));
+            }
+    }
+}
+
+template <bool kAffine>
+void zigzag_times_as(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
+                     int last) {
+    auto* run = w.group == 32 ? zigzag_times_as<kAffine, 32>
+                : w.group == 64 ? zigzag_times_as<kAffine, 64>
+                                : zigzag_times_as<kAffine, 128>;
+    run(w, index, value, count, y, first, last);
+}
+
+void zigzag_times(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
+                  int last) {
+    if (count == 0) {
+        std::fill(y + std::ptrdiff_t(first) * w.tile_rows, y + std::ptrdiff_t(last) * w.tile_rows, 0.0f);
+        return;
+    }
+    (w.affine ? zigzag_times_as<true> : zigzag_times_as<false>)(w, index, value, count, y, first, last);
+}
+
+}  // namespace
+
+const Kernels* kernels_avx512() {
+    static const bool have = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                             __builtin_cpu_supports("avx512vnni");
+    static const Kernels table = [] {
+        Kernels made{.name = "avx512", .quantise = quantise, .rows_times = rows_times, .collect = collect,
+                     .zigzag_times = zigzag_times};
+        ops::fill<Lanes>(made);
+        return made;
+    }();
+    return have ? &table : nullptr;
+}
+
+}  // namespace pennyweight
+
+#else
+
+namespace pennyweight {
+const Kernels* kernels_avx512() { return nullptr; }
+}  // namespace pennyweight
+
+#endif

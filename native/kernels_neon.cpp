@@ -1,0 +1,331 @@
+// 64-bit Arm with the dot-product extension (Armv8.2 and later: Apple silicon, Graviton 2 and later, Cortex-A76 and later).
+#include "kernels.h"
+
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+
+#include <arm_neon.h>
+
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include "vector_ops.h"
+
+namespace pennyweight {
+namespace {
+
+struct Lanes {
+    static constexpr int kWidth = 4;
+    float32x4_t v;
+    static Lanes load(const float* x) { return {vld1q_f32(x)}; }
+    static Lanes load_half(const std::uint16_t* x) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)))}; }
+    static Lanes load_brain(const std::uint16_t* x) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(x), 16))}; }
+    static Lanes load_fp8(const std::uint8_t* x) {
+        std::uint32_t four;
+        std::memcpy(&four, x, 4);
+        const uint16x4_t raw = vget_low_u16(vmovl_u8(vcreate_u8(four)));
+        const uint16x4_t sign = vshl_n_u16(vand_u16(raw, vdup_n_u16(0x80)), 8);
+        const uint16x4_t rest = vshl_n_u16(vand_u16(raw, vdup_n_u16(0x7f)), 7);
+        return {vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(vorr_u16(sign, rest))), 256.0f)};
+    }
+    static Lanes broadcast(float x) { return {vdupq_n_f32(x)}; }
+    void store(float* x) const { vst1q_f32(x, v); }
+    void store_half(std::uint16_t* x) const { vst1_u16(x, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+    static Lanes fma(Lanes a, Lanes b, Lanes c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+    static Lanes mul(Lanes a, Lanes b) { return {vmulq_f32(a.v, b.v)}; }
+    static Lanes add(Lanes a, Lanes b) { return {vaddq_f32(a.v, b.v)}; }
+    static Lanes sub(Lanes a, Lanes b) { return {vsubq_f32(a.v, b.v)}; }
+    static Lanes div(Lanes a, Lanes b) { return {vdivq_f32(a.v, b.v)}; }
+    static Lanes min(Lanes a, Lanes b) { return {vminq_f32(a.v, b.v)}; }
+    static Lanes max(Lanes a, Lanes b) { return {vmaxq_f32(a.v, b.v)}; }
+    static Lanes nearest(Lanes a) { return {vrndnq_f32(a.v)}; }
+    static Lanes times_two_to(Lanes a, Lanes n) {  // by the exponent: |n| <= 127, results normal
+        return {vmulq_f32(a.v, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127)), 23)))};
+    }
+    float sum() const { return vaddvq_f32(v); }
+};
+
+inline float32x4_t halves(const std::uint8_t* at, Half kind) {
+    const uint16x4_t raw = vld1_u16(reinterpret_cast<const std::uint16_t*>(at));
+    return kind == Half::float16 ? vcvt_f32_f16(vreinterpret_f16_u16(raw))
+                                 : vreinterpretq_f32_u32(vshll_n_u16(raw, 16));
+}
+
+inline int8x16_t quad_of(const std::int8_t* codes, int quad) {
+    std::int32_t four;
+    std::memcpy(&four, codes + 4 * quad, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+
+void quantise(const float* x, int n, std::int8_t* codes, float* scale, std::int32_t* minus8, float* sum) {
+    for (int b = 0; b < n / Rows::kBlock; b++) {
+        float32x4_t part[8], most = vdupq_n_f32(0);
+        for (int i = 0; i < 8; i++) {
+            part[i] = vld1q_f32(x + 32 * b + 4 * i);
+            most = vmaxq_f32(most, vabsq_f32(part[i]));
+        }
+        const float top = vmaxvq_f32(most), inverse = top > 0 ? 127.0f / top : 0.0f;
+        int32x4_t code[8], added = vdupq_n_s32(0);
+        for (int i = 0; i < 8; i++) {
+            code[i] = vcvtnq_s32_f32(vmulq_n_f32(part[i], inverse));
+            added = vaddq_s32(added, code[i]);
+        }
+        for (int i = 0; i < 4; i++)
+            vst1_s8(codes + 32 * b + 8 * i, vmovn_s16(vcombine_s16(vmovn_s32(code[2 * i]), vmovn_s32(code[2 * i + 1]))));
+        const std::int32_t total = vaddvq_s32(added);
+        scale[b] = top * (1.0f / 127.0f);
+        minus8[b] = -8 * total;
+        sum[b] = scale[b] * float(total);
+    }
+}
+
+// Rows of one tile, four to a register, times `kTokens` tokens.
+template <int kBits, bool kAffine, int kTokens>
+inline void tile_times(const Rows& w, const std::uint8_t* at, const Activations* x, float* y, std::ptrdiff_t stride) {
+    const uint8x16_t nibble = vdupq_n_u8(15), offset = vdupq_n_u8(128);
+    const int blocks = w.group / Rows::kBlock, groups = w.groups();
+    const std::size_t block_bytes = w.block_bytes();
+    float32x4_t out[kTokens][4];
+    for (auto& token : out)
+        for (auto& o : token) o = vdupq_n_f32(0);
+    int b = 0;
+    for (int g = 0; g < groups; g++) {
+        float32x4_t part[kTokens][4];
+        float sum[kTokens] = {};
+        for (auto& token : part)
+            for (auto& p : token) p = vdupq_n_f32(0);
+        for (int end = b + blocks; b < end; b++, at += block_bytes) {
+            int32x4_t exact[kTokens][4];
+            for (int t = 0; t < kTokens; t++) {
+                // Bytes become signed by taking 128 off, which for plain scales is the offset itself.
+                const std::int32_t start = kBits == 4 ? (kAffine ? 0 : x[t].minus8[b]) : (kAffine ? -16 * x[t].minus8[b] : 0);
+                for (auto& e : exact[t]) e = vdupq_n_s32(start);
+            }
+            for (int v = 0; v < (kBits == 4 ? 4 : 8); v++)
+                for (int i = 0; i < 4; i++) {
+                    const uint8x16_t unit = vld1q_u8(at + 64 * v + 16 * i);
+                    if constexpr (kBits == 4) {
+                        const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(unit, nibble));
+                        const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(unit, 4));
+                        for (int t = 0; t < kTokens; t++) {
+                            exact[t][i] = vdotq_s32(exact[t][i], low, quad_of(x[t].codes + 32 * b, 2 * v));
+                            exact[t][i] = vdotq_s32(exact[t][i], high, quad_of(x[t].codes + 32 * b, 2 * v + 1));
+                        }
+                    } else {
+                        const int8x16_t code = vreinterpretq_s8_u8(veorq_u8(unit, offset));
+                        for (int t = 0; t < kTokens; t++)
+                            exact[t][i] = vdotq_s32(exact[t][i], code, quad_of(x[t].codes + 32 * b, v));
+                    }
+                }
+            for (int t = 0; t < kTokens; t++) {
+                for (int i = 0; i < 4; i++)
+                    part[t][i] = vfmaq_n_f32(part[t][i], vcvtq_f32_s32(exact[t][i]), x[t].scale[b]);
+                if constexpr (kAffine) sum[t] += x[t].sum[b];
+            }
+        }
+        for (int i = 0; i < 4; i++) {
+            const float32x4_t scale = halves(at + 8 * i, w.half);
+            for (int t = 0; t < kTokens; t++) out[t][i] = vfmaq_f32(out[t][i], part[t][i], scale);
+        }
+        at += 2 * Rows::kTile;
+        if constexpr (kAffine) {
+            for (int i = 0; i < 4; i++) {
+                const float32x4_t minimum = halves(at + 8 * i, w.half);
+                for (int t = 0; t < kTokens; t++) out[t][i] = vfmaq_n_f32(out[t][i], minimum, sum[t]);
+            }
+            at += 2 * Rows::kTile;
+        }
+    }
+    for (int t = 0; t < kTokens; t++)
+        for (int i = 0; i < 4; i++) vst1q_f32(y + t * stride + 4 * i, out[t][i]);
+}
+
+template <int kBits, bool kAffine>
+void rows_times_as(const Rows& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first,
+                   int last) {
+    for (int tile = first; tile < last; tile++) {
+        const std::uint8_t* at = w.data + tile * w.tile_bytes();
+        float* to = y + (tile - first) * Rows::kTile;
+        int t = 0;
+        for (; t + 2 <= count; t += 2) tile_times<kBits, kAffine, 2>(w, at, x + t, to + t * stride, stride);
+        for (; t < count; t++) tile_times<kBits, kAffine, 1>(w, at, x + t, to + t * stride, stride);
+    }
+}
+
+void rows_times(const Rows& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first, int last) {
+    auto* run = w.bits == 4 ? (w.affine ? rows_times_as<4, true> : rows_times_as<4, false>)
+                            : (w.affine ? rows_times_as<8, true> : rows_times_as<8, false>);
+    run(w, x, count, y, stride, first, last);
+}
+
+// Without a compress instruction: written always, the place moves on only if the column is kept.
+int collect(const float* x, const float* weight, float threshold, int n, std::int32_t* index, float* value) {
+    int found = 0;
+    for (int j = 0; j < n; j++) {
+        const float size = weight ? std::fabs(x[j]) * weight[j] : std::fabs(x[j]);
+        index[found] = j;
+        value[found] = x[j];
+        found += size > threshold;
+    }
+    return found;
+}
+
+constexpr int kStep = 16;
+constexpr int kMaxGroups = 1024;
+
+struct Folded {
+    std::int32_t quad[kStep / 4][kMaxGroups];
+    float scale[kMaxGroups];
+    std::int32_t minus8[kMaxGroups];
+    float bias[kMaxGroups];
+};
+
+// code[c][g] = x[c] * scale[c][g] in 8 bits, with one float a group; four groups at a time.
+template <bool kAffine>
+inline void fold(const Zigzag& w, const std::uint8_t* const* chunk, const float* x, Folded& out) {
+    const int groups = w.groups();
+    for (int g = 0; g < groups; g += 4) {
+        const int inside = std::min(4, groups - g);
+        const auto four_of = [&](const std::uint8_t* at) {
+            std::uint16_t few[4] = {};
+            std::memcpy(few, at, 2 * inside);
+            return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(few)));
+        };
+        float32x4_t e[kStep], most = vdupq_n_f32(0);
+        for (int c = 0; c < kStep; c++) {
+            e[c] = vmulq_n_f32(four_of(chunk[c] + 2 * g), x[c]);
+            most = vmaxq_f32(most, vabsq_f32(e[c]));
+        }
+        if constexpr (kAffine) {
+            float32x4_t bias = vld1q_f32(out.bias + g);
+            for (int c = 0; c < kStep; c++) {
+                bias = vfmaq_n_f32(bias, four_of(chunk[c] + 2 * (groups + g)), x[c]);
+                bias = vfmaq_n_f32(bias, e[c], 8.0f);  // codes count from 8
+            }
+            vst1q_f32(out.bias + g, bias);
+        }
+        const uint32x4_t some = vcgtq_f32(most, vdupq_n_f32(0));
+        const float32x4_t inverse = vreinterpretq_f32_u32(
+            vandq_u32(some, vreinterpretq_u32_f32(vdivq_f32(vdupq_n_f32(127.0f), most))));
+        vst1q_f32(out.scale + g, vmulq_n_f32(most, 1.0f / 127.0f));
+        int32x4_t total = vdupq_n_s32(0);
+        for (int q = 0; q < kStep / 4; q++) {
+            int32x4_t four = vdupq_n_s32(0);
+            for (int c = 3; c >= 0; c--) {
+                const int32x4_t code = vcvtnq_s32_f32(vmulq_f32(e[4 * q + c], inverse));
+                total = vaddq_s32(total, code);
+                four = vorrq_s32(vshlq_n_s32(four, 8), vandq_s32(code, vdupq_n_s32(255)));
+            }
+            vst1q_s32(out.quad[q] + g, four);
+        }
+        vst1q_s32(out.minus8 + g, vmulq_n_s32(total, -8));
+    }
+}
+
+template <bool kAffine>
+void zigzag_times_as(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
+                     int last) {
+    static thread_local Folded folded;
+    const uint8x16_t nibble = vdupq_n_u8(15);
+    const std::size_t chunk_bytes = w.chunk_bytes(), scale_bytes = w.scale_bytes();
+    const int units = w.tile_rows / Zigzag::kUnitRows;
+    for (int tile = first; tile < last; tile++) {
+        const std::uint8_t* base = w.data + tile * w.tile_bytes();
+        float* out = y + std::ptrdiff_t(tile) * w.tile_rows;
+        std::fill(out, out + w.tile_rows, 0.0f);
+        if constexpr (kAffine) std::fill(folded.bias, folded.bias + round_up(w.groups(), 4), 0.0f);
+        for (int start = 0; start < count; start += kStep) {
+            // A step that is not full takes its last column again, with an activation of zero.
+            const std::uint8_t *chunk[kStep], *next[kStep];
+            float x[kStep];
+            for (int c = 0; c < kStep; c++) {
+                chunk[c] = base + index[std::min(start + c, count - 1)] * chunk_bytes;
+                next[c] = base + index[std::min(start + kStep + c, count - 1)] * chunk_bytes;
+                x[c] = start + c < count ? value[start + c] : 0.0f;
+            }
+            fold<kAffine>(w, chunk, x, folded);
+            for (int c = 0; c < kStep; c++)
+                for (std::size_t o = 0; o < scale_bytes; o += 64) __builtin_prefetch(next[c] + o, 0, 2);
+            for (int unit = 0; unit < units; unit++)
+                for (int lane = 0; lane < 4; lane++) {
+                    const std::size_t at = scale_bytes + 64 * unit + 16 * lane;
+                    int32x4_t low[4], high[4];
+                    for (int u = 0; u < 4; u++) {
+                        low[u] = vdupq_n_s32(folded.minus8[(128 * unit + 32 * u) / w.group]);
+                        high[u] = low[u];
+                    }
+                    for (int q = 0; q < kStep / 4; q++) {
+                        uint8x16_t column[4];
+                        for (int c = 0; c < 4; c++) {
+                            if (lane == 0) __builtin_prefetch(next[4 * q + c] + at, 0, 2);
+                            column[c] = vld1q_u8(chunk[4 * q + c] + at);
+                        }
+                        const uint8x16x2_t ab = vzipq_u8(column[0], column[1]), cd = vzipq_u8(column[2], column[3]);
+                        uint8x16_t rows[4];
+                        for (int i = 0; i < 2; i++) {
+                            const uint16x8x2_t both =
+                                vzipq_u16(vreinterpretq_u16_u8(ab.val[i]), vreinterpretq_u16_u8(cd.val[i]));
+                            rows[2 * i] = vreinterpretq_u8_u16(both.val[0]);
+                            rows[2 * i + 1] = vreinterpretq_u8_u16(both.val[1]);
+                        }
+                        for (int u = 0; u < 4; u++) {
+                            const int8x16_t codes = vreinterpretq_s8_s32(
+                                vdupq_n_s32(folded.quad[q][(128 * unit + 32 * u) / w.group]));
+                            low[u] = vdotq_s32(low[u], vreinterpretq_s8_u8(vandq_u8(rows[u], nibble)), codes);
+                            high[u] = vdotq_s32(high[u], vreinterpretq_s8_u8(vshrq_n_u8(rows[u], 4)), codes);
+                        }
+                    }
+                    float* to = out + 128 * unit + 4 * lane;
+                    for (int u = 0; u < 4; u++) {
+                        const float scale = folded.scale[(128 * unit + 32 * u) / w.group];
+                        for (int upper = 0; upper < 2; upper++) {
+                            float* row = to + 32 * u + 16 * upper;
+                            vst1q_f32(row, vfmaq_n_f32(vld1q_f32(row), vcvtq_f32_s32(upper ? high[u] : low[u]), scale));
+                        }
+                    }
+                }
+        }
+        if constexpr (kAffine)
+            for (int r = 0; r < w.tile_rows; r++) out[r] += folded.bias[r / w.group];
+    }
+}
+
+void zigzag_times(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
+                  int last) {
+    if (count == 0) {
+        std::fill(y + std::ptrdiff_t(first) * w.tile_rows, y + std::ptrdiff_t(last) * w.tile_rows, 0.0f);
+        return;
+    }
+    (w.affine ? zigzag_times_as<true> : zigzag_times_as<false>)(w, index, value, count, y, first, last);
+}
+
+}  // namespace
+
+const Kernels* kernels_neon() {
+#if defined(__linux__)
+    static const bool have = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+    static const bool have = true;  // every Apple processor of 64 bits since the A13 and M1
+#endif
+    static const Kernels table = [] {
+        Kernels made{.name = "neon", .quantise = quantise, .rows_times = rows_times, .collect = collect,
+                     .zigzag_times = zigzag_times};
+        ops::fill<Lanes>(made);
+        return made;
+    }();
+    return have ? &table : nullptr;
+}
+
+}  // namespace pennyweight
+
+#else
+
+namespace pennyweight {
+const Kernels* kernels_neon() { return nullptr; }
+}  // namespace pennyweight
+
+#endif

@@ -1,0 +1,161 @@
+// The kernels in plain C++: what the others must compute. Slow, and meant to be read first.
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "half.h"
+#include "kernels.h"
+#include "vector_ops.h"
+
+namespace pennyweight {
+namespace {
+
+struct Lanes {
+    static constexpr int kWidth = 1;
+    float v;
+    static Lanes load(const float* x) { return {*x}; }
+    static Lanes load_half(const std::uint16_t* x) { return {from_float16(*x)}; }
+    static Lanes load_brain(const std::uint16_t* x) { return {from_bfloat16(*x)}; }
+    static Lanes load_fp8(const std::uint8_t* x) { return {from_fp8(*x)}; }
+    static Lanes broadcast(float x) { return {x}; }
+    void store(float* x) const { *x = v; }
+    void store_half(std::uint16_t* x) const { *x = to_float16(v); }
+    static Lanes fma(Lanes a, Lanes b, Lanes c) { return {std::fma(a.v, b.v, c.v)}; }
+    static Lanes mul(Lanes a, Lanes b) { return {a.v * b.v}; }
+    static Lanes add(Lanes a, Lanes b) { return {a.v + b.v}; }
+    static Lanes sub(Lanes a, Lanes b) { return {a.v - b.v}; }
+    static Lanes div(Lanes a, Lanes b) { return {a.v / b.v}; }
+    static Lanes min(Lanes a, Lanes b) { return {std::min(a.v, b.v)}; }
+    static Lanes max(Lanes a, Lanes b) { return {std::max(a.v, b.v)}; }
+    static Lanes nearest(Lanes a) { return {std::nearbyintf(a.v)}; }
+    static Lanes times_two_to(Lanes a, Lanes n) { return {std::ldexp(a.v, int(n.v))}; }
+    float sum() const { return v; }
+};
+
+void quantise(const float* x, int n, std::int8_t* codes, float* scale, std::int32_t* minus8, float* sum) {
+    for (int b = 0; b < n / Rows::kBlock; b++) {
+        const float* block = x + b * Rows::kBlock;
+        float most = 0;
+        for (int i = 0; i < Rows::kBlock; i++) most = std::max(most, std::fabs(block[i]));
+        const float inverse = most > 0 ? 127.0f / most : 0.0f;
+        std::int32_t total = 0;
+        for (int i = 0; i < Rows::kBlock; i++) {
+            const int code = int(std::nearbyintf(block[i] * inverse));
+            codes[b * Rows::kBlock + i] = std::int8_t(code);
+            total += code;
+        }
+        scale[b] = most * (1.0f / 127.0f);
+        minus8[b] = -8 * total;
+        sum[b] = scale[b] * float(total);
+    }
+}
+
+// Sum over one block of 32 columns of row r of (code - offset) * x, exactly; without the offset if affine.
+std::int32_t block_sum(const std::uint8_t* block, int r, int bits, bool affine, const std::int8_t* x,
+                       std::int32_t minus8) {
+    std::int32_t total = affine ? 0 : bits == 4 ? minus8 : 16 * minus8;
+    for (int c = 0; c < Rows::kBlock; c++) {
+        const int unit = bits == 4 ? c / 8 : c / 4;
+        const std::uint8_t byte = block[64 * unit + 4 * r + c % 4];
+        const int code = bits == 8 ? byte : c % 8 < 4 ? byte & 15 : byte >> 4;
+        total += code * x[c];
+    }
+    return total;
+}
+
+void rows_times(const Rows& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first, int last) {
+    const int blocks = w.group / Rows::kBlock;
+    for (int tile = first; tile < last; tile++)
+        for (int t = 0; t < count; t++)
+            for (int r = 0; r < Rows::kTile; r++) {
+                float out = 0;
+                const std::uint8_t* at = w.data + tile * w.tile_bytes();
+                for (int g = 0; g < w.groups(); g++, at += w.group_bytes()) {
+                    float part = 0, sum = 0;
+                    for (int b = g * blocks; b < (g + 1) * blocks; b++) {
+                        const std::int32_t exact = block_sum(at + (b - g * blocks) * w.block_bytes(), r, w.bits, w.affine,
+                                                             x[t].codes + b * Rows::kBlock, x[t].minus8[b]);
+                        part = std::fma(float(exact), x[t].scale[b], part);
+                        sum += x[t].sum[b];
+                    }
+                    const std::uint8_t* halves = at + blocks * w.block_bytes();
+                    out = std::fma(part, load_half(halves + 2 * r, w.half), out);
+                    if (w.affine) out = std::fma(sum, load_half(halves + 2 * (Rows::kTile + r), w.half), out);
+                }
+                y[t * stride + (tile - first) * Rows::kTile + r] = out;
+            }
+}
+
+int collect(const float* x, const float* weight, float threshold, int n, std::int32_t* index, float* value) {
+    int found = 0;
+    for (int j = 0; j < n; j++)
+        if ((weight ? std::fabs(x[j]) * weight[j] : std::fabs(x[j])) > threshold) {
+            index[found] = j;
+            value[found++] = x[j];
+        }
+    return found;
+}
+
+void zigzag_times(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
+                  int last) {
+    constexpr int kStep = 16;  // columns that share one integer scale per group of rows
+    const int groups = w.groups();
+    std::vector<float> folded(kStep * groups), bias(groups);
+    for (int tile = first; tile < last; tile++) {
+        const std::uint8_t* base = w.data + tile * w.tile_bytes();
+        float* out = y + std::ptrdiff_t(tile) * w.tile_rows;
+        std::memset(out, 0, sizeof(float) * w.tile_rows);
+        std::fill(bias.begin(), bias.end(), 0.0f);
+        for (int start = 0; start < count; start += kStep) {
+            const int columns = std::min(kStep, count - start);
+            for (int g = 0; g < groups; g++) {
+                float most = 0;
+                for (int c = 0; c < columns; c++) {
+                    const std::uint8_t* chunk = base + index[start + c] * w.chunk_bytes();
+                    const float x = value[start + c];
+                    folded[c * groups + g] = x * load_half(chunk + 2 * g, Half::float16);
+                    most = std::max(most, std::fabs(folded[c * groups + g]));
+                    // Codes count from 8 with minima too: what rounding leaves of a folded activation is multiplied by
+                    // the code, and should not meet 15 where it could meet 7. The minimum is then 8 scales higher.
+                    if (w.affine) {
+                        bias[g] = std::fma(x, load_half(chunk + 2 * (groups + g), Half::float16), bias[g]);
+                        bias[g] = std::fma(8.0f, folded[c * groups + g], bias[g]);
+                    }
+                }
+                const float inverse = most > 0 ? 127.0f / most : 0.0f, scale = most * (1.0f / 127.0f);
+                std::int32_t codes[kStep] = {}, total = 0;
+                for (int c = 0; c < columns; c++) {
+                    codes[c] = int(std::nearbyintf(folded[c * groups + g] * inverse));
+                    total += codes[c];
+                }
+                for (int r = g * w.group; r < (g + 1) * w.group; r++) {
+                    const int u = r % 128 / 32, high = r % 32 / 16, lane = r % 16 / 4, e = r % 4;
+                    const std::size_t byte = w.scale_bytes() + r / 128 * 64 + 16 * lane + 4 * u + e;
+                    std::int32_t exact = -8 * total;
+                    for (int c = 0; c < columns; c++) {
+                        const std::uint8_t pair = base[index[start + c] * w.chunk_bytes() + byte];
+                        exact += codes[c] * (high ? pair >> 4 : pair & 15);
+                    }
+                    out[r] = std::fma(float(exact), scale, out[r]);
+                }
+            }
+        }
+        if (w.affine)
+            for (int r = 0; r < w.tile_rows; r++) out[r] += bias[r / w.group];
+    }
+}
+
+}  // namespace
+
+const Kernels& kernels_scalar() {
+    static const Kernels table = [] {
+        Kernels made{.name = "scalar", .quantise = quantise, .rows_times = rows_times, .collect = collect,
+                     .zigzag_times = zigzag_times};
+        ops::fill<Lanes>(made);
+        return made;
+    }();
+    return table;
+}
+
+}  // namespace pennyweight

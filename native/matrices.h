@@ -1,0 +1,107 @@
+// Weight matrices as they lie in memory: the two layouts every kernel file knows. The bytes are told in docs/formats.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pennyweight {
+
+enum class Half : int { float16 = 0, bfloat16 = 1 };  // what a 16-bit scale or weight is
+
+constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Rows: scales run along the input (compressed-tensors, Q4_0, Q8_0). For a product with every column.
+//
+// Tiles of 16 rows; in a tile one group of columns after the other: its codes, then 16 scales, then, if affine, 16
+// minima. Codes come in units of 64 bytes whose byte 4r + e belongs to row r, so that a unit is 16 dwords of four
+// neighbouring columns: what one instruction of VNNI, SDOT or PMADDUBSW + PMADDWD multiplies by one broadcast dword
+// of activations. 4 bits: unit v of 32 columns holds column 8v + e in low and 8v + 4 + e in high nibbles. 8 bits:
+// unit v holds column 4v + e. Codes are unsigned with an offset of 8 or 128: w = scale (code - offset), affine
+// w = scale code + minimum.
+struct Rows {
+    static constexpr int kTile = 16;
+    static constexpr int kBlock = 32;  // columns that share one activation scale
+
+    int rows = 0, cols = 0;  // as the model has them
+    int bits = 4;            // 4 or 8
+    int group = 32;          // columns that share a scale; a multiple of 32
+    bool affine = false;
+    Half half = Half::float16;
+    const std::uint8_t* data = nullptr;
+
+    int tiles() const { return (rows + kTile - 1) / kTile; }
+    int padded_cols() const { return round_up(cols, group); }
+    int groups() const { return padded_cols() / group; }
+    std::size_t block_bytes() const { return kTile * kBlock * std::size_t(bits) / 8; }
+    std::size_t group_bytes() const { return group / kBlock * block_bytes() + (affine ? 2 : 1) * kTile * 2; }
+    std::size_t tile_bytes() const { return groups() * group_bytes(); }
+    std::size_t bytes() const { return tiles() * tile_bytes(); }
+};
+
+// Zigzag (ZG4): scales run down the output within one input column, so that a column that is not needed is not read.
+//
+// Tiles of `tile_rows` rows; in a tile one chunk per column: float16 scales of its groups of rows, then minima if
+// affine, then nibbles in units of 64 bytes for 128 rows: byte 16L + 4u + e holds row 32u + 4L + e in its low and row
+// 32u + 16 + 4L + e in its high nibble. Chunks are padded to 64 bytes. w = scale (code - 8), or scale code + minimum.
+struct Zigzag {
+    static constexpr int kUnitRows = 128;
+
+    int rows = 0, cols = 0;
+    int tile_rows = 128;  // a multiple of 128
+    int group = 64;       // rows that share a scale: 32, 64 or 128
+    bool affine = false;
+    const std::uint8_t* data = nullptr;
+
+    int tiles() const { return (rows + tile_rows - 1) / tile_rows; }
+    int groups() const { return tile_rows / group; }  // of a tile
+    std::size_t scale_bytes() const { return std::size_t(affine ? 4 : 2) * groups(); }
+    std::size_t chunk_bytes() const { return (scale_bytes() + tile_rows / 2 + 63) / 64 * 64; }
+    std::size_t tile_bytes() const { return cols * chunk_bytes(); }
+    std::size_t bytes() const { return tiles() * tile_bytes(); }
+    int padded_rows() const { return tiles() * tile_rows; }
+};
+
+// Plain rows of floats, as a checkpoint has them.
+struct Wide {
+    enum class Type : int { float16 = 0, bfloat16 = 1, float32 = 2 };
+
+    int rows = 0, cols = 0;
+    Type type = Type::bfloat16;
+    const std::uint8_t* data = nullptr;
+
+    std::size_t row_bytes() const { return std::size_t(cols) * (type == Type::float32 ? 4 : 2); }
+};
+
+// Activations of one token in 8 bits, 32 to a block: value = scale[b] * code.
+struct Activations {
+    const std::int8_t* codes = nullptr;
+    const float* scale = nullptr;
+    const std::int32_t* minus8 = nullptr;  // -8 times the sum of the block's codes: where sums of offset codes start
+    const float* sum = nullptr;            // scale[b] times the sum of the block's codes, for minima
+};
+
+// How keys and values are kept. FP8 is E4M3.
+enum class Cache : int { float16 = 0, fp8 = 1, float32 = 2 };
+
+constexpr std::size_t bytes_of(Cache cache) { return cache == Cache::fp8 ? 1 : cache == Cache::float16 ? 2 : 4; }
+
+// What the queries of one key-value head look at: positions [first, last) of a cache of `blocks` blocks of 16 positions,
+// used as a ring. Keys lie block by block transposed (head_dim, 16), so that 16 dot products need no sums across lanes;
+// values lie position by position (16, padded_dim).
+struct Attention {
+    static constexpr int kBlock = 16;
+
+    const void* keys = nullptr;
+    const void* values = nullptr;
+    Cache cache = Cache::float16;
+    int head_dim = 0;
+    int blocks = 0;
+    int first = 0, last = 0;
+    float scale = 1;
+    float* scratch = nullptr;  // 4 * (last - first + 32) floats
+
+    static int padded(int head_dim) { return round_up(head_dim, kBlock); }
+    int padded_dim() const { return padded(head_dim); }
+};
+
+}  // namespace pennyweight

@@ -1,0 +1,41 @@
+#include "memory.h"
+
+#include <sys/mman.h>
+
+#include <new>
+#include <utility>
+
+namespace pennyweight {
+
+Buffer::Buffer(std::size_t bytes, bool huge) : size_(bytes) {
+    if (bytes == 0) return;
+    constexpr std::size_t kPage = std::size_t(2) << 20;
+    const bool aligned = huge && bytes >= kPage / 2;
+    mapped_ = aligned ? (bytes + kPage - 1) / kPage * kPage + kPage : bytes;
+    mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping_ == MAP_FAILED) {
+        mapping_ = nullptr;
+        throw std::bad_alloc();
+    }
+    auto at = reinterpret_cast<std::uintptr_t>(mapping_);
+    if (aligned) {
+        at = (at + kPage - 1) & ~(kPage - 1);
+#ifdef MADV_HUGEPAGE
+        madvise(reinterpret_cast<void*>(at), mapped_ - kPage, MADV_HUGEPAGE);
+#endif
+    }
+    data_ = reinterpret_cast<std::uint8_t*>(at);
+}
+
+Buffer::~Buffer() {
+    if (mapping_) munmap(mapping_, mapped_);
+}
+
+void Buffer::swap(Buffer& other) noexcept {
+    std::swap(mapping_, other.mapping_);
+    std::swap(mapped_, other.mapped_);
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+}
+
+}  // namespace pennyweight

@@ -1,0 +1,84 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace pennyweight {
+
+std::shared_ptr<Matrix> make_wide(const std::uint8_t* weights, int rows, int cols, Wide::Type type) {
+    auto made = std::make_shared<Matrix>();
+    made->layout = Matrix::Layout::wide;
+    made->wide = {rows, cols, type, nullptr};
+    const std::size_t bytes = rows * made->wide.row_bytes();
+    made->bytes = Buffer(bytes);
+    std::memcpy(made->bytes.data(), weights, bytes);
+    made->wide.data = made->bytes.data();
+    return made;
+}
+
+std::shared_ptr<Matrix> make_rows(const std::uint8_t* codes, std::size_t row_bytes, const std::uint16_t* scales,
+                                  const std::uint16_t* minima, int rows, int cols, int bits, int group, Half half) {
+    if ((bits != 4 && bits != 8) || group < 1 || (group % Rows::kBlock && group != cols) || (group != cols && cols % group))
+        throw std::invalid_argument(std::to_string(bits) + " bits in groups of " + std::to_string(group) + " of " +
+                                    std::to_string(cols) + " columns; 4 or 8 bits and groups of whole 32 or a whole row");
+    auto made = std::make_shared<Matrix>();
+    made->layout = Matrix::Layout::rows;
+    Rows& w = made->rows;
+    w = {rows, cols, bits, round_up(group, Rows::kBlock), minima != nullptr, half, nullptr};
+    made->bytes = Buffer(w.bytes());
+    w.data = made->bytes.data();
+    const int groups = w.groups(), blocks = w.group / Rows::kBlock;
+    const std::uint8_t zero = bits == 4 ? 8 : 128;
+    for (int tile = 0; tile < w.tiles(); tile++) {
+        std::uint8_t* at = made->bytes.data() + tile * w.tile_bytes();
+        for (int g = 0; g < groups; g++, at += w.group_bytes()) {
+            for (int r = 0; r < Rows::kTile; r++) {
+                const int row = tile * Rows::kTile + r;
+                if (row >= rows) continue;  // scales stay zero
+                for (int b = 0; b < blocks; b++) {
+                    std::uint8_t* block = at + b * w.block_bytes();
+                    std::uint8_t code[Rows::kBlock];
+                    const int first = g * w.group + b * Rows::kBlock;
+                    const std::uint8_t* from = codes + row * row_bytes;
+                    for (int c = 0; c < Rows::kBlock; c++) {
+                        const int col = first + c;
+                        code[c] = col >= cols ? zero
+                                  : bits == 8 ? from[col]
+                                              : std::uint8_t(col % 2 ? from[col / 2] >> 4 : from[col / 2] & 15);
+                    }
+                    if (bits == 8)
+                        for (int v = 0; v < 8; v++) std::memcpy(block + 64 * v + 4 * r, code + 4 * v, 4);
+                    else
+                        for (int v = 0; v < 4; v++)
+                            for (int e = 0; e < 4; e++)
+                                block[64 * v + 4 * r + e] = std::uint8_t(code[8 * v + e] | code[8 * v + 4 + e] << 4);
+                }
+                std::uint8_t* halves = at + blocks * w.block_bytes();
+                std::memcpy(halves + 2 * r, scales + std::size_t(row) * groups + g, 2);
+                if (minima) std::memcpy(halves + 2 * (Rows::kTile + r), minima + std::size_t(row) * groups + g, 2);
+            }
+        }
+    }
+    return made;
+}
+
+std::shared_ptr<Matrix> make_zigzag(const std::uint8_t* chunks, std::size_t bytes, int rows, int cols, int tile_rows,
+                                    int group, bool affine) {
+    auto made = std::make_shared<Matrix>();
+    made->layout = Matrix::Layout::zigzag;
+    Zigzag& w = made->zigzag;
+    w = {rows, cols, tile_rows, group, affine, nullptr};
+    if ((group != 32 && group != 64 && group != 128) || tile_rows < 1 || tile_rows % Zigzag::kUnitRows ||
+        w.groups() > 1024 || bytes != w.bytes())
+        throw std::invalid_argument("a zigzag matrix of " + std::to_string(rows) + " x " + std::to_string(cols) +
+                                    " in tiles of " + std::to_string(tile_rows) + " rows, groups of " +
+                                    std::to_string(group) + ", does not have " + std::to_string(bytes) + " bytes");
+    made->bytes = Buffer(bytes);
+    std::memcpy(made->bytes.data(), chunks, bytes);
+    w.data = made->bytes.data();
+    return made;
+}
+
+}  // namespace pennyweight

@@ -1,0 +1,25 @@
+// From the bytes of checkpoints to the layouts of matrices.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "engine.h"
+
+namespace pennyweight {
+
+// Floats as they are, row by row.
+std::shared_ptr<Matrix> make_wide(const std::uint8_t* weights, int rows, int cols, Wide::Type type);
+
+// Codes packed row by row, `row_bytes` bytes each: two to a byte, the even column low (4 bits), or one (8 bits);
+// unsigned, offset 8 or 128. One 16-bit scale (and minimum, unless null) per row and group of columns.
+// A group that is no multiple of 32 must be the whole row.
+std::shared_ptr<Matrix> make_rows(const std::uint8_t* codes, std::size_t row_bytes, const std::uint16_t* scales,
+                                  const std::uint16_t* minima, int rows, int cols, int bits, int group, Half half);
+
+// Chunks as matrices.h tells, already in order.
+std::shared_ptr<Matrix> make_zigzag(const std::uint8_t* chunks, std::size_t bytes, int rows, int cols, int tile_rows,
+                                    int group, bool affine);
+
+}  // namespace pennyweight

@@ -1,0 +1,241 @@
+// Operations on floats that every instruction set does alike, written once over a vector type V of its kernel file.
+//
+// V has: kWidth lanes; load, load_half (float16), load_brain (bfloat16), load_fp8 (E4M3), broadcast, store, store_half;
+// fma(a, b, c) = a b + c; mul, add, sub, div, min, max; sum over the lanes; nearest (to even) and times_two_to(v, n) = v
+// 2^n for whole n.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+#include "kernels.h"
+
+namespace pennyweight::ops {
+
+// e^x within 2 ulp: x = n ln 2 + r, a polynomial in r, times 2^n. Below -87 the result is 0 or subnormal noise is cut.
+template <class V>
+inline V exponential(V x) {
+    x = V::max(x, V::broadcast(-87.0f));
+    x = V::min(x, V::broadcast(88.0f));
+    const V n = V::nearest(V::mul(x, V::broadcast(1.44269504f)));
+    V r = V::fma(n, V::broadcast(-0.693359375f), x);  // ln 2 in two parts, the first exact in few bits
+    r = V::fma(n, V::broadcast(2.12194440e-4f), r);
+    V p = V::broadcast(1.0f / 5040);
+    for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = V::fma(p, r, V::broadcast(c));
+    return V::times_two_to(p, n);
+}
+
+// Up to kWidth elements, the rest zero; and back. Vectors at the end of a row must not touch what lies behind it.
+template <class V>
+inline V load_some(const float* x, int n) {
+    if (n >= V::kWidth) return V::load(x);
+    alignas(64) float few[V::kWidth] = {};
+    std::memcpy(few, x, sizeof(float) * n);
+    return V::load(few);
+}
+
+template <class V>
+inline void store_some(V v, float* x, int n) {
+    if (n >= V::kWidth) return v.store(x);
+    alignas(64) float few[V::kWidth];
+    v.store(few);
+    std::memcpy(x, few, sizeof(float) * n);
+}
+
+template <class V>
+void rms_norm(const float* x, const float* weight, float epsilon, int n, float* out) {
+    V squares = V::broadcast(0);
+    for (int i = 0; i < n; i += V::kWidth) {
+        const V v = load_some<V>(x + i, n - i);
+        squares = V::fma(v, v, squares);
+    }
+    const V factor = V::broadcast(1.0f / std::sqrt(squares.sum() / float(n) + epsilon));
+    for (int i = 0; i < n; i += V::kWidth)
+        store_some<V>(V::mul(V::mul(load_some<V>(x + i, n - i), factor), load_some<V>(weight + i, n - i)), out + i,
+                      n - i);
+}
+
+template <class V>
+void rotate(float* head, const float* cosine, const float* sine, int half) {
+    for (int i = 0; i < half; i += V::kWidth) {
+        const V a = load_some<V>(head + i, half - i), b = load_some<V>(head + half + i, half - i);
+        const V c = load_some<V>(cosine + i, half - i), s = load_some<V>(sine + i, half - i);
+        store_some<V>(V::sub(V::mul(a, c), V::mul(b, s)), head + i, half - i);
+        store_some<V>(V::fma(a, s, V::mul(b, c)), head + half + i, half - i);
+    }
+}
+
+template <class V>
+void swiglu(const float* gate, const float* up, int n, float* out) {
+    const V one = V::broadcast(1.0f), zero = V::broadcast(0.0f);
+    for (int i = 0; i < n; i += V::kWidth) {
+        const V g = load_some<V>(gate + i, n - i);
+        const V silu = V::div(g, V::add(one, exponential<V>(V::sub(zero, g))));
+        store_some<V>(V::mul(silu, load_some<V>(up + i, n - i)), out + i, n - i);
+    }
+}
+
+template <class V>
+void add(float* x, const float* y, int n) {
+    for (int i = 0; i < n; i += V::kWidth)
+        store_some<V>(V::add(load_some<V>(x + i, n - i), load_some<V>(y + i, n - i)), x + i, n - i);
+}
+
+template <class V>
+void to_half(const float* x, int n, std::uint16_t* out) {
+    int i = 0;
+    for (; i + V::kWidth <= n; i += V::kWidth) V::load(x + i).store_half(out + i);
+    for (; i < n; i++) out[i] = to_float16(x[i]);
+}
+
+// One row of weights times `kTokens` tokens in float32.
+template <class V, Wide::Type kType, int kTokens>
+inline void wide_row(const std::uint8_t* row, int cols, const float* const* x, float* y, std::ptrdiff_t stride) {
+    constexpr int kBytes = kType == Wide::Type::float32 ? 4 : 2;
+    const auto load = [](const std::uint8_t* at) {
+        if constexpr (kType == Wide::Type::float32) return V::load(reinterpret_cast<const float*>(at));
+        else if constexpr (kType == Wide::Type::float16) return V::load_half(reinterpret_cast<const std::uint16_t*>(at));
+        else return V::load_brain(reinterpret_cast<const std::uint16_t*>(at));
+    };
+    V total[kTokens][2];
+    for (auto& token : total) token[0] = token[1] = V::broadcast(0);
+    int i = 0;
+    for (; i + 2 * V::kWidth <= cols; i += 2 * V::kWidth)
+        for (int side = 0; side < 2; side++) {
+            const V w = load(row + kBytes * (i + side * V::kWidth));
+            for (int t = 0; t < kTokens; t++)
+                total[t][side] = V::fma(w, V::load(x[t] + i + side * V::kWidth), total[t][side]);
+        }
+    for (; i < cols; i += V::kWidth) {
+        const int few = std::min(V::kWidth, cols - i);
+        alignas(64) std::uint8_t last[4 * V::kWidth] = {};
+        std::memcpy(last, row + kBytes * i, kBytes * few);
+        for (int t = 0; t < kTokens; t++) total[t][0] = V::fma(load(last), load_some<V>(x[t] + i, few), total[t][0]);
+    }
+    for (int t = 0; t < kTokens; t++) y[t * stride] = V::add(total[t][0], total[t][1]).sum();
+}
+
+template <class V, Wide::Type kType>
+void wide_times_as(const Wide& w, const float* const* x, int count, float* y, std::ptrdiff_t stride, int first,
+                   int last) {
+    for (int r = first; r < last; r++) {
+        const std::uint8_t* row = w.data + r * w.row_bytes();
+        int t = 0;
+        for (; t + 4 <= count; t += 4) wide_row<V, kType, 4>(row, w.cols, x + t, y + t * stride + r, stride);
+        for (; t < count; t++) wide_row<V, kType, 1>(row, w.cols, x + t, y + t * stride + r, stride);
+    }
+}
+
+template <class V>
+void wide_times(const Wide& w, const float* const* x, int count, float* y, std::ptrdiff_t stride, int first, int last) {
+    auto* run = w.type == Wide::Type::float32   ? wide_times_as<V, Wide::Type::float32>
+                : w.type == Wide::Type::float16 ? wide_times_as<V, Wide::Type::float16>
+                                                : wide_times_as<V, Wide::Type::bfloat16>;
+    run(w, x, count, y, stride, first, last);
+}
+
+template <class V, Cache kCache>
+inline V load_cached(const void* at, std::size_t index) {
+    if constexpr (kCache == Cache::fp8) return V::load_fp8(static_cast<const std::uint8_t*>(at) + index);
+    else if constexpr (kCache == Cache::float16) return V::load_half(static_cast<const std::uint16_t*>(at) + index);
+    else return V::load(static_cast<const float*>(at) + index);
+}
+
+// softmax(q K^T scale) V for up to four queries that share keys and values.
+template <class V, Cache kCache, int kQueries>
+inline void attend_block(const Attention& a, const float* const* query, const float* sink, float* const* out) {
+    constexpr int kLanes = Attention::kBlock / V::kWidth;  // vectors of a block of positions
+    const int first = a.first / Attention::kBlock, last = (a.last + Attention::kBlock - 1) / Attention::kBlock;
+    const int stride = (last - first) * Attention::kBlock;
+    float most[kQueries];
+    for (int m = 0; m < kQueries; m++) most[m] = sink ? sink[m] : -INFINITY;
+    for (int b = first; b < last; b++) {
+        const std::size_t at = std::size_t(b % a.blocks) * a.head_dim * Attention::kBlock;
+        V dot[kQueries][kLanes];
+        for (auto& q : dot)
+            for (auto& lane : q) lane = V::broadcast(0);
+        for (int d = 0; d < a.head_dim; d++)
+            for (int lane = 0; lane < kLanes; lane++) {
+                const std::size_t i = at + d * Attention::kBlock + lane * V::kWidth;
+                const V key = load_cached<V, kCache>(a.keys, i);
+                for (int m = 0; m < kQueries; m++) dot[m][lane] = V::fma(key, V::broadcast(query[m][d]), dot[m][lane]);
+            }
+        for (int m = 0; m < kQueries; m++) {
+            float* to = a.scratch + m * stride + (b - first) * Attention::kBlock;
+            for (int lane = 0; lane < kLanes; lane++)
+                V::mul(dot[m][lane], V::broadcast(a.scale)).store(to + lane * V::kWidth);
+            for (int i = 0; i < Attention::kBlock; i++) {  // positions of the block that are not seen
+                const int position = b * Attention::kBlock + i;
+                if (position < a.first || position >= a.last) to[i] = -INFINITY;
+                most[m] = std::max(most[m], to[i]);
+            }
+        }
+    }
+    float total[kQueries];
+    for (int m = 0; m < kQueries; m++) {
+        V sum = V::broadcast(0);
+        const V top = V::broadcast(most[m]);
+        for (int i = 0; i < stride; i += V::kWidth) {
+            const V p = exponential<V>(V::sub(V::load(a.scratch + m * stride + i), top));
+            p.store(a.scratch + m * stride + i);
+        }
+        for (int i = 0; i < stride; i++) {  // the exponential of minus infinity is cut off above zero: set, not computed
+            const int position = first * Attention::kBlock + i;
+            if (position < a.first || position >= a.last) a.scratch[m * stride + i] = 0;
+        }
+        for (int i = 0; i < stride; i += V::kWidth) sum = V::add(sum, V::load(a.scratch + m * stride + i));
+        total[m] = sum.sum() + (sink ? std::exp(sink[m] - most[m]) : 0.0f);
+    }
+    constexpr int kSpan = 4;  // vectors of head_dim held at once
+    for (int d = 0; d < a.head_dim; d += kSpan * V::kWidth) {
+        const int width = std::min(kSpan, (a.head_dim - d + V::kWidth - 1) / V::kWidth);
+        V mixed[kQueries][kSpan];
+        for (auto& q : mixed)
+            for (auto& v : q) v = V::broadcast(0);
+        for (int p = a.first; p < a.last; p++) {
+            const std::size_t at = (std::size_t(p) % (std::size_t(a.blocks) * Attention::kBlock)) * a.padded_dim() + d;
+            for (int v = 0; v < width; v++) {
+                const V value = load_cached<V, kCache>(a.values, at + v * V::kWidth);
+                for (int m = 0; m < kQueries; m++)
+                    mixed[m][v] = V::fma(V::broadcast(a.scratch[m * stride + p - first * Attention::kBlock]), value,
+                                         mixed[m][v]);
+            }
+        }
+        for (int m = 0; m < kQueries; m++)
+            for (int v = 0; v < width; v++)
+                store_some<V>(V::mul(mixed[m][v], V::broadcast(1.0f / total[m])), out[m] + d + v * V::kWidth,
+                              a.head_dim - d - v * V::kWidth);
+    }
+}
+
+template <class V, Cache kCache>
+void attend_in(const Attention& a, const float* const* query, int count, const float* sink, float* const* out) {
+    int m = 0;
+    for (; m + 4 <= count; m += 4) attend_block<V, kCache, 4>(a, query + m, sink ? sink + m : nullptr, out + m);
+    for (; m + 2 <= count; m += 2) attend_block<V, kCache, 2>(a, query + m, sink ? sink + m : nullptr, out + m);
+    for (; m < count; m++) attend_block<V, kCache, 1>(a, query + m, sink ? sink + m : nullptr, out + m);
+}
+
+template <class V>
+void attend(const Attention& a, const float* const* query, int count, const float* sink, float* const* out) {
+    auto* run = a.cache == Cache::float16 ? attend_in<V, Cache::float16>
+                : a.cache == Cache::fp8   ? attend_in<V, Cache::fp8>
+                                          : attend_in<V, Cache::float32>;
+    run(a, query, count, sink, out);
+}
+
+template <class V>
+constexpr void fill(Kernels& table) {
+    table.wide_times = wide_times<V>;
+    table.rms_norm = rms_norm<V>;
+    table.rotate = rotate<V>;
+    table.swiglu = swiglu<V>;
+    table.add = add<V>;
+    table.to_half = to_half<V>;
+    table.attend = attend<V>;
+}
+
+}  // namespace pennyweight::ops

@@ -1,0 +1,119 @@
+"""A model folder, ready to run: the native engine behind a small face."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pennyweight.runtime.lower import lower
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads counted once: more threads than that only wait for each other."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+class Engine:
+    """Runs tokens of several sequences through one model.
+
+    Every row is computed by the same operations in the same order whatever it shares a step with, so batching, chunked
+    prompts and guessed tokens change no bit of the logits.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        cache: str = "float16",
+        kernels: str = "best",
+    ) -> None:
+        """`context`: most tokens of a sequence; `cache`: float16, fp8 or float32 keys and values; `kernels`: an
+        instruction set of `_native.kernel_names()`. Raises ValueError for what the engine does not run and RuntimeError
+        where the native module was not built."""
+        try:
+            from pennyweight import _native
+        except ImportError as err:
+            raise RuntimeError(
+                "the native module is missing: pennyweight was installed without a C++ compiler. Install one (Debian: "
+                "apt install g++) and then pennyweight again"
+            ) from err
+        self._model = lower(Path(folder), context=context, cache=cache)
+        self._native = _native.Engine(self._model, threads or physical_cores(), kernels)
+        self.vocab_size: int = self._model.vocab_size
+        self.context: int = self._model.max_positions
+        self.max_rows: int = self._native.max_rows
+        self._windows: bool = self._model.has_windows
+
+    @property
+    def threads(self) -> int:
+        return self._native.threads
+
+    @property
+    def kernels(self) -> str:
+        return self._native.kernels
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all matrices as they lie in memory."""
+        return self._native.weight_bytes
+
+    @property
+    def bytes_read_per_token(self) -> int:
+        """Bytes of the matrices one token has to go through: all but an embedding that is not the head as well."""
+        return self._native.bytes_read_per_token
+
+    def cache_bytes_of(self, tokens: int) -> int:
+        """Bytes of keys and values that the next token of a text of so many tokens looks at."""
+        return self._native.cache_bytes_of(tokens)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes reserved for keys and values of the open sequences."""
+        return self._native.cache_bytes
+
+    def open(self, capacity: int) -> int:
+        """Number of a new, empty sequence of up to `capacity` tokens. Raises ValueError beyond the context."""
+        return self._native.open(capacity)
+
+    def close(self, sequence: int) -> None:
+        """Give a sequence's memory back."""
+        self._native.close(sequence)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Make the first `tokens` tokens of `target` those of `source`, without running them."""
+        self._native.copy(source, target, tokens)
+
+    def can_go_back(self, length: int, to: int) -> bool:
+        """Whether a sequence of `length` tokens may go on after its first `to`: layers with a window forget."""
+        return not self._windows or length - to <= self.max_rows
+
+    def step(self, rows: Sequence[tuple[int, int, int, bool]], *, sparse: bool = False) -> np.ndarray:
+        """Run rows (sequence, position, token, wants logits); returns the wanted logits (n, vocab_size) float32.
+
+        Positions of a sequence come in order and without gaps; going back writes over what was there. Raises
+        ValueError for a sequence, position or token that is not there.
+        """
+        table = np.asarray(rows, np.int32).reshape(-1, 4)
+        logits = np.empty((int((table[:, 3] != 0).sum()), self.vocab_size), np.float32)
+        self._native.step(table, logits, sparse)
+        return logits
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits after every token of a text (tokens, vocab_size) float32, from an empty cache."""
+        sequence = self.open(len(ids))
+        try:
+            parts = []
+            for start in range(0, len(ids), self.max_rows):
+                chunk = ids[start : start + self.max_rows]
+                parts.append(self.step([(sequence, start + i, int(token), True) for i, token in enumerate(chunk)]))
+            return np.concatenate(parts)
+        finally:
+            self.close(sequence)

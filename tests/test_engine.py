@@ -1,0 +1,179 @@
+"""The native engine computes what the PyTorch model computes, for every family and every kind of layer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from pennyweight.checkpoint import Checkpoint
+from pennyweight.formats import packed_int
+from pennyweight.heterogeneous import load_model
+from pennyweight.quantize import rtn
+from pennyweight.slots import Stored
+from tests.conftest import SHAPES
+from tests.test_heterogeneous import LAYOUT, build
+
+_native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
+from pennyweight.runtime.engine import Engine  # noqa: E402  (needs the native module)
+
+IDS = [int(i) for i in torch.arange(70).mul(7919).remainder(300)]
+
+
+def wanted(folder, ids=IDS) -> np.ndarray:
+    with torch.no_grad():
+        return load_model(folder, dtype=torch.float32)(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+
+def relative(found, expected) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def folder(request, pico):
+    return pico(request.param)
+
+
+@pytest.fixture(scope="module")
+def child(folder, tmp_path_factory):
+    return build(folder, tmp_path_factory.mktemp("child") / "child", LAYOUT)
+
+
+@pytest.mark.parametrize("kernels", _native.kernel_names())
+def test_16_bit_models_equal_pytorch_in_float32(folder, kernels):
+    engine = Engine(folder, threads=1, cache="float32", kernels=kernels)
+    assert engine.kernels == kernels
+    assert relative(engine.logits(IDS), wanted(folder)) < 1e-4
+
+
+def test_layers_of_all_kinds_equal_pytorch(child):
+    """Skipped and linear blocks, fewer KV heads, a window of 8 that the text is much longer than, odd widths."""
+    assert relative(Engine(child, threads=2, cache="float32").logits(IDS), wanted(child)) < 1e-4
+
+
+@pytest.mark.parametrize(("cache", "allowed"), [("float16", 2e-3), ("fp8", 0.2)])
+def test_smaller_caches_stay_near(folder, cache, allowed):
+    error = relative(Engine(folder, threads=1, cache=cache).logits(IDS), wanted(folder))
+    assert 0 < error < allowed
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 64])
+def test_packed_models_equal_the_dequantised_one(pico, tmp_path, bits, group):
+    folder = quantised(pico("qwen3"), tmp_path / "packed", Stored(bits, group))
+    expected, engine = wanted(folder), Engine(folder, threads=2, cache="float32")
+    assert engine.weight_bytes < 0.75 * Checkpoint(pico("qwen3")).weight_bytes
+    assert relative(engine.logits(IDS), expected) < 0.03  # 64 wide: 8-bit activations of blocks of 32
+
+
+def quantised(folder, out, stored):
+    """Every matrix of the layers packed, written by hand."""
+    from safetensors.torch import save_file
+
+    checkpoint, tensors, targets = Checkpoint(folder), {}, []
+    for name in checkpoint.entries:
+        tensor = checkpoint.read(name)
+        if tensor.ndim == 2 and "layers" in name:
+            codes, scale = rtn.quantize(tensor.float(), None, stored)
+            parts = packed_int.pack(codes, scale, stored)
+            tensors |= {name.removesuffix("weight") + part: t.contiguous() for part, t in parts.items()}
+            targets.append(name.removesuffix(".weight"))
+        else:
+            tensors[name] = tensor
+    shutil.copytree(folder, out)
+    save_file(tensors, out / "model.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": packed_int.config_group(stored, targets)},
+        "ignore": [],
+    }
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_sharing_a_step_changes_no_bit(child):
+    """One by one, in chunks, and beside another sequence: the same floats."""
+    engine = Engine(child, threads=2)
+    whole = engine.logits(IDS)
+    one = engine.open(128)
+    single = np.concatenate([engine.step([(one, i, token, True)]) for i, token in enumerate(IDS)])
+    np.testing.assert_array_equal(single, whole)
+    two, three = engine.open(128), engine.open(128)
+    mixed = []
+    for i in range(0, 70, 7):
+        rows = [(two, i + j, IDS[i + j], True) for j in range(7)]
+        beside = [(three, i + j, IDS[-1 - i - j], False) for j in range(7)]
+        mixed.append(engine.step([row for pair in zip(rows, beside, strict=True) for row in pair]))
+    np.testing.assert_array_equal(np.concatenate(mixed), whole)
+
+
+def test_going_back_writes_over(child):
+    engine = Engine(child, threads=1)
+    sequence = engine.open(128)
+    engine.step([(sequence, i, token, False) for i, token in enumerate(IDS)])
+    again = engine.step([(sequence, 40 + i, token, True) for i, token in enumerate(IDS[:20])])
+    np.testing.assert_array_equal(again, engine.logits(IDS[:40] + IDS[:20])[40:])
+
+
+def test_a_copied_prefix_is_the_prefix(child):
+    engine = Engine(child, threads=1)
+    source, target = engine.open(128), engine.open(100)
+    engine.step([(source, i, token, False) for i, token in enumerate(IDS)])
+    engine.copy(source, target, 50)
+    found = engine.step([(target, 50 + i, token, True) for i, token in enumerate(IDS[:20])])
+    np.testing.assert_array_equal(found, engine.logits(IDS[:50] + IDS[:20])[50:])
+
+
+def test_a_window_longer_text_runs_in_a_ring(pico, tmp_path):
+    """More positions than the ring of a windowed layer holds."""
+    folder = build(pico("qwen3", max_position_embeddings=2048), tmp_path / "child", LAYOUT)
+    ids = [int(i) for i in torch.arange(1300).mul(7919).remainder(300)]
+    assert relative(Engine(folder, threads=1, cache="float32").logits(ids), wanted(folder, ids)) < 1e-4
+
+
+TRAINED_TO = {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **TRAINED_TO},
+        {"rope_type": "yarn", "factor": 4.0, **TRAINED_TO},
+        {"rope_type": "linear", "factor": 2.0},
+    ],
+)
+def test_rotary_scalings(pico, scaling):
+    folder = pico("llama", rope_parameters={"rope_theta": 10000.0, **scaling})
+    assert relative(Engine(folder, threads=1, cache="float32").logits(IDS), wanted(folder)) < 1e-4
+
+
+def test_bad_rows_are_refused(folder):
+    engine = Engine(folder, threads=1)
+    sequence = engine.open(10)
+    for rows, said in [
+        ([(5, 0, 1, True)], "not open"),
+        ([(sequence, 0, 300, True)], "vocabulary of 300"),
+        ([(sequence, 1, 1, True)], "the next is 0"),
+        ([(sequence, 0, 1, True), (sequence, 2, 1, True)], "the next is 1"),
+        ([], "1 to 512"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            engine.step(rows)
+    with pytest.raises(ValueError, match="1 to 256"):
+        engine.open(300)
+
+
+def test_memory_of_a_closed_sequence_is_given_back(folder):
+    engine = Engine(folder, threads=1)
+    before = engine.cache_bytes
+    sequence = engine.open(200)
+    assert engine.cache_bytes > before
+    engine.close(sequence)
+    assert engine.cache_bytes == before
+    assert engine.open(16) == sequence
