@@ -1,0 +1,117 @@
+"""4-bit weights whose groups run down the output, column by column, so that a column that is not needed is not read.
+
+SpQt's zigzag layout (arXiv:2511.04477) with tall chunks: in a tile of `tile_rows` rows every column is one contiguous
+chunk of its float16 scales (then minima, if affine) and its nibbles. The taller the chunk, the less traffic a skipped
+column leaves behind. Bytes: docs/formats.md; the kernels read them as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+UNIT_ROWS = 128
+"""Rows of 64 bytes of nibbles; tiles are whole units."""
+
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """`group` rows share a scale; `affine`: w = scale * code + minimum, else scale * (code - 8). Codes are 0 to 15."""
+
+    group: int = 64
+    affine: bool = False
+    tile_rows: int = 4096
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes the kernels do not read."""
+        if self.group not in GROUPS or self.tile_rows < UNIT_ROWS or self.tile_rows % UNIT_ROWS:
+            raise ValueError(f"{self}: the group is one of {GROUPS}, tile_rows a multiple of {UNIT_ROWS}")
+
+    def of(self, rows: int) -> Spec:
+        """The same with tiles no taller than a matrix of so many rows needs."""
+        return Spec(self.group, self.affine, min(self.tile_rows, -(-rows // UNIT_ROWS) * UNIT_ROWS))
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of one column in one tile, padded to whole cache lines of 64 bytes."""
+        return -(-(self._half_bytes + self.tile_rows // 2) // 64) * 64
+
+    @property
+    def _half_bytes(self) -> int:
+        return (4 if self.affine else 2) * self.tile_rows // self.group
+
+
+def nbytes(rows: int, columns: int, spec: Spec) -> int:
+    """Bytes of a packed matrix."""
+    return -(-rows // spec.tile_rows) * columns * spec.chunk_bytes
+
+
+def pack(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, spec: Spec) -> torch.Tensor:
+    """codes (rows, columns) 0 to 15; scale and minimum (ceil(rows / group), columns) float16 -> uint8 (nbytes,).
+
+    Rows that fill the last tile have code 0 and scale 0. Raises ValueError if shapes do not match the spec.
+    """
+    rows, columns = codes.shape
+    groups = -(-rows // spec.group)
+    for name, part in (("scale", scale), ("minimum", minimum)):
+        if (part is None) != (name == "minimum" and not spec.affine) or (
+            part is not None and part.shape != (groups, columns)
+        ):
+            raise ValueError(
+                f"{name} {None if part is None else tuple(part.shape)} does not fit {codes.shape} in {spec}"
+            )
+    if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) <= 15):
+        raise ValueError(f"codes span {int(codes.min())}..{int(codes.max())}; 4 bits hold 0..15")
+    tiles = -(-rows // spec.tile_rows)
+    out = torch.zeros(tiles, columns, spec.chunk_bytes, dtype=torch.uint8)
+    halves = [scale] if minimum is None else [scale, minimum]
+    for i, part in enumerate(halves):
+        columnwise = _tiled(part.half(), spec.tile_rows // spec.group).transpose(1, 2).reshape(-1)
+        raw = columnwise.view(torch.uint8).view(tiles, columns, -1)
+        out[:, :, i * raw.shape[-1] : (i + 1) * raw.shape[-1]] = raw
+    # (tile, unit, u, high, L, e, column); byte 16 L + 4 u + e of a unit
+    units = _tiled(codes.to(torch.uint8), spec.tile_rows).view(tiles, -1, 4, 2, 4, 4, columns)
+    nibbles = units[:, :, :, 0] | units[:, :, :, 1] << 4
+    nibbles = nibbles.permute(0, 5, 1, 3, 2, 4).reshape(tiles, columns, spec.tile_rows // 2)
+    out[:, :, spec._half_bytes : spec._half_bytes + spec.tile_rows // 2] = nibbles
+    return out.view(-1)
+
+
+def unpack(
+    packed: torch.Tensor, rows: int, columns: int, spec: Spec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The inverse of `pack`. Raises ValueError if there are not as many bytes as this takes."""
+    if packed.numel() != nbytes(rows, columns, spec):
+        raise ValueError(f"{packed.numel()} bytes; {rows} x {columns} in {spec} take {nbytes(rows, columns, spec)}")
+    tiles = -(-rows // spec.tile_rows)
+    chunks = packed.view(tiles, columns, spec.chunk_bytes)
+    size, groups = 2 * spec.tile_rows // spec.group, -(-rows // spec.group)
+    raw = [chunks[:, :, i * size : (i + 1) * size].clone() for i in range(2 if spec.affine else 1)]
+    halves = [
+        part.view(-1).view(torch.float16).view(tiles, columns, -1).transpose(1, 2).reshape(-1, columns)[:groups]
+        for part in raw
+    ]
+    nibbles = chunks[:, :, spec._half_bytes : spec._half_bytes + spec.tile_rows // 2]
+    nibbles = nibbles.reshape(tiles, columns, -1, 4, 4, 4).permute(0, 2, 4, 3, 5, 1)  # (tile, unit, u, L, e, column)
+    codes = torch.stack([nibbles & 15, nibbles >> 4], dim=3).reshape(-1, columns)[:rows]
+    return codes, halves[0], halves[1] if spec.affine else None
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, spec: Spec) -> torch.Tensor:
+    """The matrix (rows, columns) in float32."""
+    rows = len(codes)
+    wide = scale.float().repeat_interleave(spec.group, dim=0)[:rows]
+    if minimum is None:
+        return (codes.float() - 8) * wide
+    return codes.float() * wide + minimum.float().repeat_interleave(spec.group, dim=0)[:rows]
+
+
+def _tiled(part: torch.Tensor, height: int) -> torch.Tensor:
+    """(tiles, height, columns), the last tile filled with zeros."""
+    tiles = -(-len(part) // height)
+    full = part.new_zeros(tiles * height, part.shape[1])
+    full[: len(part)] = part
+    return full.view(tiles, height, -1)
