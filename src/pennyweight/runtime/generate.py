@@ -1,0 +1,192 @@
+"""Continue several texts at once.
+
+Every step runs one batch: a stretch of each prompt that is still being read, the next token of each text that is being
+written, and guesses for it if there is a guesser. A text that ends makes room for the next one at once. Texts that
+begin alike share what was computed for the beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pennyweight.runtime.engine import Engine
+from pennyweight.runtime.sample import GREEDY, Sampling, pick
+from pennyweight.runtime.speculate import Guesser, common_prefix
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of at least one token, and when to stop: after `max_tokens`, or at a token of `stop`."""
+
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling = GREEDY
+    stop: frozenset[int] = frozenset()
+
+
+@dataclass
+class Text:
+    """A request on its way. `tokens` is prompt and answer; `finish` is None, "stop" or "length"."""
+
+    request: Request
+    tokens: list[int]
+    sequence: int = -1
+    read: int = 0  # tokens whose keys and values are in the cache
+    shared: int = 0  # of them, those that were there before
+    finish: str | None = None
+    rng: np.random.Generator = field(default_factory=np.random.default_rng)
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+
+@dataclass
+class _Place:
+    """A sequence of the engine and what its cache holds."""
+
+    sequence: int
+    held: list[int] = field(default_factory=list)
+    text: Text | None = None
+
+
+class Batch:
+    """Texts that are written together, `places` at a time; more wait in line."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        places: int = 8,
+        capacity: int | None = None,
+        guesser: Callable[[], Guesser] | None = None,
+        guesses: int = 6,
+        chunk: int = 256,
+    ) -> None:
+        """`capacity`: tokens a text may have, prompt included. `guesser` makes one guesser per text. `chunk`: prompt
+        tokens read in one step while other texts are being written, so that they need not wait for long."""
+        self.engine, self.capacity = engine, min(capacity or engine.context, engine.context)
+        self.guesser, self.guesses, self.chunk = guesser, guesses, chunk
+        self.waiting: list[Text] = []
+        self._places = [_Place(engine.open(self.capacity)) for _ in range(places)]
+        self._guessers: dict[int, Guesser] = {}
+
+    def submit(self, request: Request) -> Text:
+        """Put a request in line. Raises ValueError if it cannot be answered."""
+        if not request.prompt:
+            raise ValueError("the prompt has no tokens")
+        if len(request.prompt) + 1 > self.capacity:
+            raise ValueError(f"the prompt has {len(request.prompt)} tokens; {self.capacity - 1} fit with one to answer")
+        text = Text(request, list(request.prompt), rng=np.random.default_rng(request.sampling.seed))
+        self.waiting.append(text)
+        return text
+
+    def cancel(self, text: Text) -> None:
+        """Stop writing a text."""
+        text.finish = text.finish or "cancelled"
+        self.waiting = [other for other in self.waiting if other is not text]
+        self._clear()
+
+    @property
+    def running(self) -> list[Text]:
+        return [place.text for place in self._places if place.text is not None]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def step(self) -> list[tuple[Text, list[int]]]:
+        """Run one batch; the new tokens of each text that got some."""
+        self._seat()
+        rows: list[tuple[int, int, int, bool]] = []
+        plans: list[tuple[_Place, Text, list[int]]] = []  # what each text has in this step, and its guesses
+        room = self.engine.max_rows
+        writing = any(text.read >= len(text.tokens) - 1 for text in self.running)
+        for place in self._places:
+            text = place.text
+            if text is None or room == 0:
+                continue
+            new = text.tokens[text.read :]
+            guesses: list[int] = []
+            if len(new) > 1:
+                new = new[: min(room, self.chunk if writing else room)]
+            elif self.guesser is not None:
+                most = min(self.guesses, room - 1, self.capacity - len(text.tokens) - 1)
+                guesses = self._guesser(text).guess(text.tokens, most) if most > 0 else []
+            done = text.read + len(new) == len(text.tokens)
+            for i, token in enumerate(new + guesses):
+                rows.append((place.sequence, text.read + i, token, done and i >= len(new) - 1))
+            text.read += len(new)
+            room -= len(new) + len(guesses)
+            place.held = text.tokens[: text.read]
+            if done:
+                plans.append((place, text, guesses))
+        if not rows:
+            return []
+        logits = self.engine.step(rows)
+        at, out = 0, []
+        for place, text, guesses in plans:
+            mine = logits[at : at + 1 + len(guesses)]
+            at += 1 + len(guesses)
+            out.append((text, self._take(text, mine, guesses)))
+            place.held = text.tokens[: text.read]
+        self._clear()
+        return out
+
+    def _take(self, text: Text, logits: np.ndarray, guesses: list[int]) -> list[int]:
+        """Pick tokens as long as the guesses were right; each right guess has been read already."""
+        new: list[int] = []
+        for i, row in enumerate(logits):
+            seen: Collection[int] = text.tokens if text.request.sampling.repetition_penalty != 1.0 else ()
+            token = pick(row, text.request.sampling, seen, text.rng)
+            if token in text.request.stop:
+                text.finish = "stop"
+                break
+            text.tokens.append(token)
+            new.append(token)
+            if len(text.answer) >= text.request.max_tokens or len(text.tokens) >= self.capacity:
+                text.finish = "length"
+                break
+            if i >= len(guesses) or guesses[i] != token:
+                break
+            text.read += 1
+        return new
+
+    def _guesser(self, text: Text) -> Guesser:
+        assert self.guesser is not None
+        if id(text) not in self._guessers:
+            self._guessers[id(text)] = self.guesser()
+        return self._guessers[id(text)]
+
+    def _seat(self) -> None:
+        """Give waiting texts free places, each the one that holds most of its beginning."""
+        while self.waiting and any(place.text is None for place in self._places):
+            text = self.waiting.pop(0)
+            limit = len(text.tokens) - 1  # the last token is run: its logits are wanted
+            best, shared, source = None, -1, None
+            for place in self._places:
+                if place.text is None:
+                    kept = min(limit, common_prefix(place.held, text.tokens))
+                    kept = kept if self.engine.can_go_back(len(place.held), kept) else 0
+                    if kept > shared:
+                        best, shared, source = place, kept, None
+            assert best is not None
+            for place in self._places:
+                kept = min(limit, common_prefix(place.held, text.tokens))
+                if place is not best and kept > shared and self.engine.can_go_back(len(place.held), kept):
+                    shared, source = kept, place
+            if source is not None:
+                self.engine.copy(source.sequence, best.sequence, shared)
+            text.sequence, text.read, text.shared, best.text = best.sequence, shared, shared, text
+            best.held = text.tokens[:shared]
+
+    def _clear(self) -> None:
+        for place in self._places:
+            if place.text is not None and place.text.finish is not None:
+                closing = self._guessers.pop(id(place.text), None)
+                if hasattr(closing, "close"):
+                    closing.close()  # type: ignore[union-attr]
+                place.text = None

@@ -1,0 +1,80 @@
+"""Pick the next token from logits: greedy, or drawn after repetition penalty, temperature, top-k, top-p and min-p."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+_NEGLIGIBLE = 30.0
+"""Tokens this many nats below the best share less than 1e-8 of the mass in any vocabulary; they are not looked at."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to pick. The order is that of transformers: penalty, temperature, top-k, top-p, min-p.
+
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave everything in. min_p is a share of the best token's
+    probability. repetition_penalty divides positive and multiplies negative logits of tokens that occurred.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values outside their range."""
+        for name, low, high in (
+            ("temperature", 0, 100),
+            ("top_k", 0, float("inf")),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("repetition_penalty", 0.01, 100),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}; it has to lie between {low} and {high}")
+
+
+GREEDY = Sampling()
+
+
+def pick(logits: np.ndarray, sampling: Sampling, seen: Collection[int], rng: np.random.Generator) -> int:
+    """The next token. `logits` (vocab_size) float32 is not changed; `seen` are the tokens so far.
+
+    Raises FloatingPointError if a logit is NaN: the model or the text has broken the arithmetic.
+    """
+    if sampling.repetition_penalty != 1.0 and seen:
+        logits = logits.copy()
+        ids = np.fromiter(set(seen), np.int64)
+        chosen = logits[ids]
+        logits[ids] = np.where(chosen > 0, chosen / sampling.repetition_penalty, chosen * sampling.repetition_penalty)
+    best = int(logits.argmax())  # argmax finds a NaN if there is one
+    if not np.isfinite(logits[best]):
+        raise FloatingPointError(f"the logit of token {best} is {logits[best]}; the model computed no number")
+    if sampling.temperature == 0:
+        return best
+    tokens, probabilities = candidates(logits, sampling)
+    return int(tokens[min(np.searchsorted(probabilities.cumsum(), rng.random()), len(tokens) - 1)])
+
+
+def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that may be drawn, most likely first, and their probabilities (float64, sum 1). temperature above 0."""
+    floor = logits.max() - _NEGLIGIBLE * sampling.temperature
+    tokens = np.flatnonzero(logits >= floor)
+    scaled = logits[tokens].astype(np.float64) / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    tokens, scaled = tokens[order], scaled[order]
+    probabilities = np.exp(scaled - scaled[0])
+    probabilities /= probabilities.sum()
+    # The token that carries the sum over top_p still belongs; the first always does.
+    keep = probabilities.cumsum() - probabilities < sampling.top_p
+    keep &= probabilities >= sampling.min_p * probabilities[0]
+    keep[0] = True
+    return tokens[keep], probabilities[keep] / probabilities[keep].sum()

@@ -1,0 +1,66 @@
+"""From tokens to text as it is being written: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Words:
+    """Feed tokens, get the text that is certain so far.
+
+    A character may be spread over several tokens, and a token may begin a stop string that the next one continues; what
+    is not certain waits. `stopped` says that a stop string came; the text ends before it.
+    """
+
+    def __init__(self, tokenizer: Any, *, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
+        self.text = ""  # what was given out
+        self.stopped = False
+        self._tokens: list[int] = []
+        self._settled = 0  # tokens whose characters are all in `_known`
+        self._known = ""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The new text; "" if nothing is certain yet or a stop string has come."""
+        self._tokens += tokens
+        return self._give(self._decoded(), last=False)
+
+    def end(self) -> str:
+        """No more tokens: what waited, as it is."""
+        return self._give(self._decoded(), last=True)
+
+    def _decoded(self) -> str:
+        """All text so far. Decoded from a few tokens back: what a token looks like may depend on those before it."""
+        start = max(0, self._settled - 4)
+        before = self._decode(self._tokens[start : self._settled])
+        now = self._decode(self._tokens[start:])
+        if not now.endswith("�"):  # else a character is not complete
+            self._known += now[len(before) :]
+            self._settled = len(self._tokens)
+            return self._known
+        return self._known + now[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _give(self, whole: str, *, last: bool) -> str:
+        if self.stopped:
+            return ""
+        found = [at for at in (whole.find(text) for text in self.stop) if at >= 0]
+        if found:
+            self.stopped = True
+            certain = min(found)
+        elif last:
+            certain = len(whole)
+        else:
+            settled = whole.rstrip("�") if whole.endswith("�") else whole
+            certain = len(settled) - max((_overlap(settled, text) for text in self.stop), default=0)
+        new = whole[len(self.text) : max(certain, len(self.text))]
+        self.text += new
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

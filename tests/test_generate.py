@@ -1,0 +1,167 @@
+"""Many texts at once, guessed ahead and begun from what is known, say what each would say alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from pennyweight.heterogeneous import load_model
+from pennyweight.runtime.sample import GREEDY, Sampling, candidates, pick
+from tests.test_heterogeneous import LAYOUT, build
+
+pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
+from pennyweight.runtime.engine import Engine
+from pennyweight.runtime.generate import Batch, Request
+from pennyweight.runtime.speculate import DraftModel, PromptLookup, common_prefix
+
+PROMPTS = [[7, 250, 3, 99], [5], [11] * 30, [7, 250, 3, 98, 1], list(range(40, 100)), [7, 250]]
+
+
+@pytest.fixture(scope="module")
+def child(pico, tmp_path_factory):
+    return build(pico("qwen3"), tmp_path_factory.mktemp("child") / "child", LAYOUT)
+
+
+@pytest.fixture(scope="module")
+def engine(child):
+    return Engine(child, threads=2)
+
+
+def finish(batch: Batch) -> None:
+    while batch.busy:
+        batch.step()
+
+
+def answers(engine, prompts=PROMPTS, tokens=24, sampling=GREEDY, **settings) -> list[list[int]]:
+    batch = Batch(engine, **settings)
+    texts = [batch.submit(Request(prompt, tokens, sampling)) for prompt in prompts]
+    finish(batch)
+    assert all(text.finish == "length" for text in texts)
+    return [text.answer for text in texts]
+
+
+@pytest.fixture(scope="module")
+def alone(engine):
+    return [answers(engine, [prompt], places=1)[0] for prompt in PROMPTS]
+
+
+def test_greedy_tokens_are_those_of_transformers(child, alone):
+    model = load_model(child, dtype=torch.float32)
+    for prompt, answer in zip(PROMPTS, alone, strict=True):
+        ids = torch.tensor([prompt])
+        found = model.generate(
+            ids, max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+        assert found[0, len(prompt) :].tolist() == answer
+
+
+@pytest.mark.parametrize("places", [1, 2, 8])
+@pytest.mark.parametrize("chunk", [3, 256])
+def test_company_changes_nothing(engine, alone, places, chunk):
+    assert answers(engine, places=places, chunk=chunk) == alone
+
+
+def test_drawn_tokens_do_not_depend_on_company(engine):
+    drawn = Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=5)
+    one_by_one = [answers(engine, [prompt], places=1, sampling=drawn)[0] for prompt in PROMPTS]
+    assert answers(engine, sampling=drawn, places=3) == one_by_one
+    assert one_by_one != [answers(engine, [prompt], places=1)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, seed=3)])
+def test_guesses_change_no_token(engine, pico, sampling):
+    """Prompt lookup, the model as its own draft (always right when greedy) and another model as draft."""
+    expected = answers(engine, sampling=sampling)
+    other = Engine(pico("qwen3"), threads=1)
+    for guesser in (PromptLookup, lambda: DraftModel(engine, 256), lambda: DraftModel(other, 256)):
+        assert answers(engine, sampling=sampling, guesser=guesser, places=2) == expected
+
+
+def test_right_guesses_save_steps(engine):
+    steps = 0
+    batch = Batch(engine, guesser=lambda: DraftModel(engine, 256), guesses=4)
+    batch.submit(Request(PROMPTS[0], 20))
+    while batch.busy:
+        batch.step()
+        steps += 1
+    assert steps <= 5
+
+
+def test_prompt_lookup_finds_the_latest_and_longest():
+    guess = PromptLookup().guess
+    assert guess([1, 2, 3, 4, 9, 2, 3, 5, 6, 2, 3], 2) == [5, 6]
+    assert guess([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 9) == [4, 9, 2, 3, 5, 1, 2, 3]
+    assert guess([1, 2, 3], 5) == []
+    assert guess([], 5) == guess([1], 5) == []
+
+
+def test_shared_beginnings_are_not_run_again(engine, alone):
+    batch = Batch(engine, places=3)
+    first = batch.submit(Request(PROMPTS[4], 24))
+    finish(batch)
+    again = batch.submit(Request(PROMPTS[4], 24))
+    beside = batch.submit(Request([*PROMPTS[4][:50], 1, 2], 24))
+    finish(batch)
+    assert first.answer == again.answer == alone[4]
+    assert first.shared == 0 and again.shared == len(PROMPTS[4]) - 1 and beside.shared == 50
+    assert beside.answer == answers(engine, [[*PROMPTS[4][:50], 1, 2]])[0]
+
+
+def test_stops_and_ends(engine, alone):
+    batch = Batch(engine, capacity=40)
+    stopped = batch.submit(Request(PROMPTS[0], 24, stop=frozenset([alone[0][5]])))
+    full = batch.submit(Request(PROMPTS[2], 24))
+    gone = batch.submit(Request(PROMPTS[1], 24))
+    batch.step()
+    batch.cancel(gone)
+    finish(batch)
+    assert stopped.finish == "stop" and stopped.answer == alone[0][: alone[0].index(alone[0][5])]
+    assert full.finish == "length" and len(full.tokens) == 40
+    assert gone.finish == "cancelled"
+    with pytest.raises(ValueError, match="no tokens"):
+        batch.submit(Request([], 5))
+    with pytest.raises(ValueError, match="39 fit"):
+        batch.submit(Request([1] * 40, 5))
+
+
+def test_drawing_follows_the_probabilities():
+    logits = np.log(np.asarray([0.5, 0.3, 0.15, 0.05], np.float32))
+    rng = np.random.default_rng(0)
+    counts = Counter(pick(logits, Sampling(temperature=1.0), (), rng) for _ in range(20_000))
+    for token, share in enumerate([0.5, 0.3, 0.15, 0.05]):
+        assert abs(counts[token] / 20_000 - share) < 0.015
+
+
+@pytest.mark.parametrize(
+    ("sampling", "left"),
+    [
+        (Sampling(temperature=1, top_k=2), [0, 1]),
+        (Sampling(temperature=1, top_p=0.45), [0]),
+        (Sampling(temperature=1, top_p=0.55), [0, 1]),
+        (Sampling(temperature=1, min_p=0.2), [0, 1, 2]),
+        (Sampling(temperature=0.1), [0, 1, 2, 3]),
+        (Sampling(temperature=1, top_p=0.0), [0]),
+    ],
+)
+def test_what_may_be_drawn(sampling, left):
+    tokens, probabilities = candidates(np.log(np.asarray([0.5, 0.3, 0.15, 0.05], np.float32)), sampling)
+    assert tokens.tolist() == left
+    assert abs(probabilities.sum() - 1) < 1e-9
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(ValueError, match=r"top_p is 1\.5"):
+        Sampling(top_p=1.5)
+    with pytest.raises(FloatingPointError, match="no number"):
+        pick(np.asarray([0, np.nan], np.float32), Sampling(), (), np.random.default_rng())
+    penalised = pick(np.asarray([2.0, 1.5], np.float32), Sampling(repetition_penalty=2.0), [0], np.random.default_rng())
+    assert penalised == 1
+
+
+def test_common_prefix():
+    assert common_prefix([], [1]) == 0
+    assert common_prefix([1, 2, 3], [1, 2]) == 2
+    assert common_prefix([1, 2, 3], [1, 4, 3]) == 1
