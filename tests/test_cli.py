@@ -168,3 +168,31 @@ def test_machine_lists_what_ships():
     assert {"h100", "h200", "a100", "rtx-4090", "m2-max", "epyc-zen4-2-cores"} <= set(
         penny("machine", "--list").stdout.split()
     )
+
+
+def test_run_and_bench(pico):
+    pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
+    folder = str(pico("qwen3"))
+    command = ["run", folder, "hello", "--max-tokens", "12", "--threads", "1"]
+    plain, told = penny(*command), penny(*command, "--json")
+    assert plain.exit_code == told.exit_code == 0, plain.output
+    found = json.loads(told.stdout)
+    assert found["text"] == plain.stdout.removesuffix("\n") and found["tokens"] == 12 and found["finish"] == "length"
+    for more in (["--lookup"], ["--draft", folder]):
+        assert json.loads(penny(*command, "--json", *more).stdout)["text"] == found["text"]
+    stop = found["text"][4]
+    assert json.loads(penny(*command, "--json", "--stop", stop).stdout)["finish"] == "stop"
+    measured = json.loads(penny("bench", folder, "--prompt", "20", "--new", "5", "--threads", "1", "--json").stdout)
+    assert 0 < measured["tpot_p05"] <= measured["tpot_p50"] and measured["bytes_per_token"] > 0
+    assert measured["energy"]
+    for wrong, said in (
+        (["run", folder, "hello", "--top-p", "2"], "between 0 and 1"),
+        (["run", folder, "hello", "--cache", "int3"], "float16, fp8 or float32"),
+        (["run", folder, "hello", "--kernels", "sse"], "no kernels named sse"),
+        (["run", folder, "hello", "--chat"], "no chat template"),
+        (["run", folder, "hello " * 300], "tokens"),
+        (["run", folder + "-not", "hello"], "not"),
+        (["bench", folder, "--prompt", "300"], "256"),
+    ):
+        result = penny(*wrong)
+        assert result.exit_code == 2 and said in result.stderr and len(result.stderr) < 1000, result.output

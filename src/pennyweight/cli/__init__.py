@@ -3,7 +3,7 @@
 Exit codes: 0 done, 2 wrong input, 3 infeasible budget, 4 verification failed, 75 interrupted and resumable.
 """
 
-from pennyweight.cli import prices, making, judging  # noqa: F401, I001  in the order of --help
+from pennyweight.cli import prices, making, judging, running  # noqa: F401, I001  in the order of --help
 from pennyweight.cli._common import app
 
 

@@ -1,0 +1,138 @@
+"""penny run, penny bench: a finished model at work in the native engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pennyweight.cli._common import Json, Model, app, errors, quiet_libraries
+
+Threads = Annotated[int, typer.Option(help="Threads; 0: one per core.")]
+Cache = Annotated[str, typer.Option(help="How keys and values are kept: float16, fp8 or float32.")]
+Kernels = Annotated[str, typer.Option(help='An instruction set by name (avx512, avx2, neon, scalar), or "best".')]
+
+
+@app.command()
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option(help="Ask in the model's chat template (default: where it has one).")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Most tokens of prompt and answer; 0: what both need.")] = 0,
+    draft: Annotated[Path | None, typer.Option(help="A smaller model of the same vocabulary to guess ahead.")] = None,
+    lookup: Annotated[bool, typer.Option(help="Guess ahead what followed the same words before.")] = False,
+    threads: Threads = 0,
+    cache: Cache = "float16",
+    kernels: Kernels = "best",
+    as_json: Json = False,
+) -> None:
+    """Continue a text, streaming."""
+    with errors():
+        quiet_libraries()
+        from pennyweight.runtime.engine import Engine
+        from pennyweight.runtime.generate import Batch, Request
+        from pennyweight.runtime.model import open_model
+        from pennyweight.runtime.sample import Sampling
+        from pennyweight.runtime.speculate import DraftModel, PromptLookup
+        from pennyweight.runtime.words import Words
+
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        started = time.perf_counter()
+        opened = open_model(model, threads=threads or None, cache=cache, kernels=kernels)
+        loaded = time.perf_counter() - started
+        text = sys.stdin.read() if prompt == "-" else prompt
+        converses = chat if chat is not None else bool(opened.tokenizer.chat_template)
+        ids = opened.chat([{"role": "user", "content": text}]) if converses else opened.encode(text)
+        capacity = context or min(len(ids) + max_tokens, opened.engine.context)
+        guesser = None
+        if draft is not None:
+            smaller = Engine(draft, threads=threads or None, cache=cache, kernels=kernels)
+            if smaller.vocab_size != opened.engine.vocab_size:
+                raise ValueError(
+                    f"{draft} has {smaller.vocab_size} tokens, {model} {opened.engine.vocab_size}; a draft model needs "
+                    "the same vocabulary"
+                )
+            guesser = lambda: DraftModel(smaller, min(capacity, smaller.context))  # noqa: E731
+        elif lookup:
+            guesser = PromptLookup
+        batch = Batch(opened.engine, places=1, capacity=capacity, guesser=guesser)
+        words = Words(opened.tokenizer, stop=stop or ())
+        request = batch.submit(Request(ids, max_tokens, sampling, opened.stop))
+        started, first, steps = time.perf_counter(), 0.0, 0
+        while batch.busy and not words.stopped:
+            for _, tokens in batch.step():
+                first = first or time.perf_counter() - started
+                steps += 1
+                _stream(words.push(tokens), as_json)
+        _stream(words.end(), as_json)
+        seconds = time.perf_counter() - started - first
+        written = len(request.answer)
+        figures = {
+            "prompt_tokens": len(ids),
+            "tokens": written,
+            "load_seconds": round(loaded, 3),
+            "ttft_seconds": round(first, 4),
+            "tokens_per_second": round((written - 1) / seconds, 1) if written > 1 else None,
+            "tokens_per_step": round(written / steps, 2) if steps else None,
+        }
+        if as_json:
+            finish = "stop" if words.stopped else request.finish
+            print(json.dumps({"text": words.text, "finish": finish, **figures}))
+        else:
+            print()
+            print("  ".join(f"{name} {value}" for name, value in figures.items()), file=sys.stderr)
+
+
+def _stream(text: str, as_json: bool) -> None:
+    if text and not as_json:
+        print(text, end="", flush=True)
+
+
+@app.command()
+def bench(
+    model: Model,
+    prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 256,
+    new: Annotated[int, typer.Option(help="Tokens to write.")] = 128,
+    repeats: int = 3,
+    threads: Threads = 0,
+    cache: Cache = "float16",
+    kernels: Kernels = "best",
+    as_json: Json = False,
+) -> None:
+    """Time to first token, time per token, and how much of this machine's memory bandwidth that is."""
+    with errors():
+        quiet_libraries()
+        from pennyweight import measure
+        from pennyweight.runtime.bench import bench as run_bench
+        from pennyweight.runtime.engine import Engine
+        from pennyweight.units import show_bytes, show_seconds
+
+        engine = Engine(model, context=prompt + new, threads=threads or None, cache=cache, kernels=kernels)
+        found = run_bench(engine, prompt=prompt, new=new, repeats=repeats)
+        bandwidth = measure.machine().bandwidth
+        share = found.bytes_per_token / found.tpot_p05 / bandwidth
+        if as_json:
+            print(json.dumps({**found.to_json(), "bandwidth": bandwidth, "bandwidth_share": share}))
+            return
+        print(f"engine      {found.kernels}, {found.threads} threads, {cache} keys and values")
+        first, each, best = (show_seconds(s) for s in (found.ttft_p50, found.tpot_p50, found.tpot_p05))
+        peak, read = show_bytes(found.peak_rss_bytes), show_bytes(found.bytes_per_token)
+        print(f"prompt      {found.prefill_tokens_per_second:.0f} tokens/s, first token of {prompt} after {first}")
+        print(f"writing     {found.tokens_per_second:.1f} tokens/s; a token takes {each} (p05 {best})")
+        print(f"memory      {peak} at most; {read} read per token, {share:.0%} of {bandwidth / 1e9:.0f} GB/s")
+        joules = found.joules_per_token
+        print(f"energy      {f'{joules:.3g} J per token ({found.energy})' if joules is not None else found.energy}")
