@@ -120,7 +120,8 @@ def test_a_quantiser_prepares_once_and_quantises_with_that(name):
 def test_a_format_packs_unpacks_slices_and_counts(name):
     storage = kinds.load("formats", name)
     assert dataclasses.is_dataclass(storage.Spec)
-    assert parameters_of(storage.pack) == ["codes", "scale", "spec"]
+    needed = inspect.signature(storage.pack).parameters.values()
+    assert [p.name for p in needed if p.default is p.empty] == ["codes", "scale", "spec"]
     assert parameters_of(storage.unpack) == ["parts"]
     assert parameters_of(storage.slice_rows) == ["parts", "rows"]
     assert parameters_of(storage.nbytes) == ["rows", "columns", "spec"]

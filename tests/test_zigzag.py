@@ -28,20 +28,28 @@ def random_parts(rows: int, columns: int, spec: Spec, seed: int = 0):
     return codes, scale, minimum
 
 
+def packed_from(parts, spec: Spec):
+    codes, scale, minimum = parts
+    return zigzag.pack(codes, scale, spec, minimum)
+
+
 @settings(max_examples=60, deadline=None)
 @given(spec=specs, rows=st.sampled_from([1, 63, 128, 200, 2049]), columns=st.sampled_from([1, 3, 4, 15, 17]))
 def test_packing_loses_nothing(spec, rows, columns):
     parts = random_parts(rows, columns, spec)
-    packed = zigzag.pack(*parts, spec)
-    assert packed.numel() == zigzag.nbytes(rows, columns, spec)
-    for found, part in zip(zigzag.unpack(packed, rows, columns, spec), parts, strict=True):
+    packed = packed_from(parts, spec)
+    assert packed["weight_zigzag"].numel() == zigzag.nbytes(rows, columns, spec)
+    assert zigzag.spec_of(packed) == spec
+    for found, part in zip(zigzag.codes_of(packed), parts, strict=True):
         assert found is part is None or torch.equal(found, part)
+    matrix, fewer = zigzag.unpack(packed), -(-rows // 3)
+    assert torch.equal(zigzag.unpack(zigzag.slice_rows(packed, fewer)), matrix[:fewer])
 
 
 def test_every_nibble_is_where_the_format_says():
     spec, rows, columns = Spec(group=32, affine=True, tile_rows=256), 500, 3
     codes, scale, minimum = random_parts(rows, columns, spec)
-    chunks = zigzag.pack(codes, scale, minimum, spec).view(2, columns, spec.chunk_bytes).numpy()
+    chunks = zigzag.pack(codes, scale, spec, minimum)["weight_zigzag"].view(2, columns, spec.chunk_bytes).numpy()
     halves = chunks[:, :, :32].copy().view(np.float16)
     for row in range(rows):
         tile, r = divmod(row, 256)
@@ -68,11 +76,11 @@ def test_what_does_not_fit_is_refused():
         Spec(tile_rows=100)
     codes, scale, _ = random_parts(128, 4, Spec())
     with pytest.raises(ValueError, match="minimum"):
-        zigzag.pack(codes, scale, None, Spec(affine=True))
+        zigzag.pack(codes, scale, Spec(affine=True))
     with pytest.raises(ValueError, match="4 bits hold"):
-        zigzag.pack(codes + 9, scale, None, Spec())
+        zigzag.pack(codes + 9, scale, Spec())
     with pytest.raises(ValueError, match="bytes"):
-        zigzag.unpack(torch.zeros(64, dtype=torch.uint8), 128, 4, Spec())
+        zigzag.unpack(zigzag.pack(codes, scale, Spec()) | {"weight_zigzag": torch.zeros(64, dtype=torch.uint8)})
 
 
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
@@ -80,7 +88,7 @@ _native = pytest.importorskip("pennyweight._native", reason="the native module w
 
 def product(parts, spec: Spec, x: np.ndarray, threshold: float = -1.0, kernels: str = "best") -> np.ndarray:
     rows, columns = parts[0].shape
-    packed = zigzag.pack(*parts, spec).numpy()
+    packed = packed_from(parts, spec)["weight_zigzag"].numpy()
     matrix = _native.Matrix.zigzag(packed, rows, columns, spec.tile_rows, spec.group, spec.affine)
     y = np.full((len(x), rows), np.nan, np.float32)
     matrix.times(x, y, kernels, threshold)

@@ -7,6 +7,7 @@ column leaves behind. Bytes: docs/formats.md; the kernels read them as they are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +50,11 @@ def nbytes(rows: int, columns: int, spec: Spec) -> int:
     return -(-rows // spec.tile_rows) * columns * spec.chunk_bytes
 
 
-def pack(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, spec: Spec) -> torch.Tensor:
-    """codes (rows, columns) 0 to 15; scale and minimum (ceil(rows / group), columns) float16 -> uint8 (nbytes,).
+def pack(
+    codes: torch.Tensor, scale: torch.Tensor, spec: Spec, minimum: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """codes (rows, columns) 0 to 15; scale and minimum (ceil(rows / group), columns) float16 -> tensors by suffix: the
+    chunks as bytes, rows and columns, and group, affine, tile_rows.
 
     Rows that fill the last tile have code 0 and scale 0. Raises ValueError if shapes do not match the spec.
     """
@@ -77,13 +81,36 @@ def pack(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None,
     nibbles = units[:, :, :, 0] | units[:, :, :, 1] << 4
     nibbles = nibbles.permute(0, 5, 1, 3, 2, 4).reshape(tiles, columns, spec.tile_rows // 2)
     out[:, :, spec._half_bytes : spec._half_bytes + spec.tile_rows // 2] = nibbles
-    return out.view(-1)
+    return {
+        "weight_zigzag": out.view(-1),
+        "weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
+        "weight_layout": torch.tensor([spec.group, spec.affine, spec.tile_rows], dtype=torch.int64),
+    }
 
 
-def unpack(
-    packed: torch.Tensor, rows: int, columns: int, spec: Spec
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The inverse of `pack`. Raises ValueError if there are not as many bytes as this takes."""
+def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
+    """Raises ValueError for a layout the kernels do not read."""
+    group, affine, tile_rows = (int(n) for n in parts["weight_layout"])
+    return Spec(group, bool(affine), tile_rows)
+
+
+def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The matrix (rows, columns) in float32. Raises ValueError if the tensors do not belong together."""
+    return dequantize(*codes_of(parts), spec_of(parts))
+
+
+def slice_rows(parts: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    """The first `rows` rows, in tiles no taller than they need."""
+    codes, scale, minimum = codes_of(parts)
+    spec = spec_of(parts).of(rows)
+    groups = -(-rows // spec.group)
+    return pack(codes[:rows], scale[:groups], spec, None if minimum is None else minimum[:groups])
+
+
+def codes_of(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What `pack` was given: codes, scale, minimum. Raises ValueError if there are not as many bytes as this takes."""
+    packed, spec = parts["weight_zigzag"], spec_of(parts)
+    rows, columns = (int(n) for n in parts["weight_shape"])
     if packed.numel() != nbytes(rows, columns, spec):
         raise ValueError(f"{packed.numel()} bytes; {rows} x {columns} in {spec} take {nbytes(rows, columns, spec)}")
     tiles = -(-rows // spec.tile_rows)
