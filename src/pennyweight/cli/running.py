@@ -1,4 +1,4 @@
-"""penny run, penny bench: a finished model at work in the native engine."""
+"""penny run, penny serve, penny bench: a finished model at work in the native engine."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(
         opened = open_model(model, threads=threads or None, cache=cache, kernels=kernels)
         loaded = time.perf_counter() - started
         text = sys.stdin.read() if prompt == "-" else prompt
-        converses = chat if chat is not None else bool(opened.tokenizer.chat_template)
+        converses = chat if chat is not None else opened.converses
         ids = opened.chat([{"role": "user", "content": text}]) if converses else opened.encode(text)
         capacity = context or min(len(ids) + max_tokens, opened.engine.context)
         guesser = None
@@ -136,3 +136,40 @@ def bench(
         print(f"memory      {peak} at most; {read} read per token, {share:.0%} of {bandwidth / 1e9:.0f} GB/s")
         joules = found.joules_per_token
         print(f"energy      {f'{joules:.3g} J per token ({found.energy})' if joules is not None else found.energy}")
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: int = 8000,
+    key: Annotated[str | None, typer.Option(envvar="PENNY_API_KEY", help="Clients have to present this key.")] = None,
+    places: Annotated[int, typer.Option(help="Texts written at once.")] = 8,
+    most_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 64,
+    context: Annotated[int, typer.Option(help="Tokens of a text, prompt included; 0: what the model allows.")] = 0,
+    max_body: Annotated[str, typer.Option(help="Largest request.")] = "1MB",
+    lookup: Annotated[bool, typer.Option(help="Guess ahead what followed the same words before.")] = False,
+    threads: Threads = 0,
+    cache: Cache = "float16",
+    kernels: Kernels = "best",
+) -> None:
+    """Serve a model as OpenAI's API does, with a chat page at /."""
+    with errors():
+        quiet_libraries()
+        import uvicorn
+
+        from pennyweight.runtime.generate import Batch
+        from pennyweight.runtime.model import open_model
+        from pennyweight.runtime.serve import Limits, create_app
+        from pennyweight.runtime.speculate import PromptLookup
+        from pennyweight.runtime.worker import Worker
+        from pennyweight.units import parse_bytes
+
+        opened = open_model(model, context=context or None, threads=threads or None, cache=cache, kernels=kernels)
+        batch = Batch(opened.engine, places=places, guesser=PromptLookup if lookup else None)
+        limits = Limits(key=key, body_bytes=parse_bytes(max_body))
+        application = create_app(opened, Worker(batch, most_waiting=most_waiting), limits)
+        config = uvicorn.Config(application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=10)
+        server = uvicorn.Server(config)
+        print(f"{opened.name} at http://{host}:{port}/v1, chat page at http://{host}:{port}/", flush=True)
+        server.run()

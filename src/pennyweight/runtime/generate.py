@@ -74,12 +74,24 @@ class Batch:
         self._places = [_Place(engine.open(self.capacity)) for _ in range(places)]
         self._guessers: dict[int, Guesser] = {}
 
-    def submit(self, request: Request) -> Text:
-        """Put a request in line. Raises ValueError if it cannot be answered."""
+    @property
+    def places(self) -> int:
+        """Texts that are written at once."""
+        return len(self._places)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError if the request cannot be answered."""
         if not request.prompt:
             raise ValueError("the prompt has no tokens")
         if len(request.prompt) + 1 > self.capacity:
             raise ValueError(f"the prompt has {len(request.prompt)} tokens; {self.capacity - 1} fit with one to answer")
+        worst = max(request.prompt)
+        if min(request.prompt) < 0 or worst >= self.engine.vocab_size:
+            raise ValueError(f"token {worst} is outside the vocabulary of {self.engine.vocab_size}")
+
+    def submit(self, request: Request) -> Text:
+        """Put a request in line. Raises ValueError if it cannot be answered."""
+        self.check(request)
         text = Text(request, list(request.prompt), rng=np.random.default_rng(request.sampling.seed))
         self.waiting.append(text)
         return text
@@ -126,7 +138,12 @@ class Batch:
                 plans.append((place, text, guesses))
         if not rows:
             return []
-        logits = self.engine.step(rows)
+        try:
+            logits = self.engine.step(rows)
+        except BaseException:
+            for place in self._places:  # what the caches hold now is not known
+                place.held = []
+            raise
         at, out = 0, []
         for place, text, guesses in plans:
             mine = logits[at : at + 1 + len(guesses)]

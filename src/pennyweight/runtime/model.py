@@ -23,9 +23,14 @@ class Model:
         start = self.tokenizer.bos_token_id
         return ids if start is None or ids[:1] == [start] else [start, *ids]
 
+    @property
+    def converses(self) -> bool:
+        """Whether it has a chat template."""
+        return bool(self.tokenizer.chat_template)
+
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """A conversation up to the point where the model answers. Raises ValueError without a chat template."""
-        if not self.tokenizer.chat_template:
+        if not self.converses:
             raise ValueError(f"{self.name} has no chat template: it continues text, it does not converse")
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 

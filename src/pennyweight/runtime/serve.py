@@ -1,0 +1,368 @@
+"""An OpenAI-compatible server for one model: completions, chat, streaming, limits, metrics, a plain chat page.
+
+What is asked for and cannot be done (tools, log probabilities, penalties by count) is refused by name rather than
+ignored. One thread runs the engine; requests of many clients share its steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict, Field
+from sse_starlette import EventSourceResponse
+
+from pennyweight.runtime.generate import Request as Wanted
+from pennyweight.runtime.model import Model
+from pennyweight.runtime.sample import Sampling
+from pennyweight.runtime.words import Words
+from pennyweight.runtime.worker import Full, Worker
+
+_NOT_DONE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "echo", "suffix", "best_of")
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`key`: what clients have to present, if anything. `body_bytes`: of a request. `most_tokens`: of an answer."""
+
+    key: str | None = None
+    body_bytes: int = 2**20
+    most_tokens: int = 4096
+
+
+class _Ask(BaseModel):
+    """Keys that both kinds of request share. The last three are extensions, named as vLLM names them."""
+
+    model_config = ConfigDict(extra="allow")
+    model: str = ""
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=8)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    response_format: dict[str, Any] | None = None
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
+
+
+class _Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[dict[str, Any]]
+    name: str | None = None
+
+
+class Chat(_Ask):
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+class Completion(_Ask):
+    prompt: str | list[str] | list[int] | list[list[int]]
+
+
+class Refused(Exception):
+    """An error in OpenAI's shape."""
+
+    def __init__(self, status: int, message: str, kind: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _invalid(message: str, param: str | None = None, code: str | None = None) -> Refused:
+    return Refused(400, message, "invalid_request_error", param=param, code=code)
+
+
+class _Metrics:
+    def __init__(self, worker: Worker) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("penny_requests", "Requests by outcome.", ["outcome"], registry=self.registry)
+        self.prompt = Counter("penny_prompt_tokens", "Prompt tokens.", registry=self.registry)
+        self.tokens = Counter("penny_generated_tokens", "Generated tokens.", registry=self.registry)
+        pending = Gauge("penny_requests_pending", "Requests waiting or being answered.", registry=self.registry)
+        pending.set_function(lambda: worker.pending)
+        self.first = Histogram("penny_ttft_seconds", "Time to first token.", registry=self.registry, buckets=_SECONDS)
+        self.whole = Histogram("penny_request_seconds", "Time to last token.", registry=self.registry, buckets=_SECONDS)
+
+
+class _Answer:
+    """One text on its way to a client."""
+
+    def __init__(self, server: _Server, prompt: list[int], ask: _Ask, number: int, most: int) -> None:
+        sampling = Sampling(
+            temperature=1.0 if ask.temperature is None else ask.temperature,
+            top_p=1.0 if ask.top_p is None else ask.top_p,
+            top_k=ask.top_k,
+            min_p=ask.min_p,
+            repetition_penalty=ask.repetition_penalty,
+            seed=(secrets.randbits(31) if ask.seed is None else ask.seed % 2**31) + number,
+        )
+        stop = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
+        self.words = Words(server.model.tokenizer, stop=stop)
+        self.queue: asyncio.Queue[tuple[list[int], str | Exception | None]] = asyncio.Queue()
+        self.prompt, self.tokens, self.number, self.finish = prompt, 0, number, ""
+        self._server, self._started = server, time.monotonic()
+        loop = asyncio.get_running_loop()
+
+        def hear(tokens: list[int], finish: str | Exception | None) -> None:
+            loop.call_soon_threadsafe(self.queue.put_nowait, (tokens, finish))
+
+        wanted = Wanted(prompt, most, sampling, server.model.stop)
+        try:
+            self._ticket = server.worker.submit(wanted, hear)
+        except ValueError as err:
+            raise _invalid(str(err), "prompt", "context_length_exceeded") from err
+        except Full as err:
+            server.metrics.requests.labels("refused").inc()
+            raise Refused(429, str(err), "rate_limit_error", code="queue_full") from err
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """Text as it comes; `finish` is set after the last. Leaving early gives the place to someone else."""
+        metrics = self._server.metrics
+        metrics.prompt.inc(len(self.prompt))
+        try:
+            while not self.finish:
+                tokens, finish = await self.queue.get()
+                if isinstance(finish, Exception):
+                    raise Refused(500, f"the engine stopped: {finish}", "server_error") from finish
+                if tokens and not self.tokens:
+                    metrics.first.observe(time.monotonic() - self._started)
+                self.tokens += len(tokens)
+                metrics.tokens.inc(len(tokens))
+                piece = self.words.push(tokens)
+                if self.words.stopped:
+                    self.finish = "stop"
+                elif finish is not None:
+                    piece += self.words.end()
+                    self.finish = "stop" if self.words.stopped else finish
+                if piece:
+                    yield piece
+            metrics.requests.labels("answered").inc()
+            metrics.whole.observe(time.monotonic() - self._started)
+        finally:
+            if not self.finish:
+                metrics.requests.labels("abandoned").inc()
+            self._server.worker.cancel(self._ticket)
+
+
+class _Server:
+    def __init__(self, model: Model, worker: Worker, limits: Limits) -> None:
+        self.model, self.worker, self.limits = model, worker, limits
+        self.metrics = _Metrics(worker)
+        self.created = int(time.time())
+
+    def check_name(self, name: str) -> None:
+        if name and name != self.model.name:
+            said = f"the model {name!r} does not exist; this server runs {self.model.name!r}"
+            raise Refused(404, said, "invalid_request_error", param="model", code="model_not_found")
+
+    def check(self, ask: _Ask) -> None:
+        self.check_name(ask.model)
+        for name in _NOT_DONE:
+            if (ask.model_extra or {}).get(name):
+                raise _invalid(f"{name} is not supported by this server", name, "unsupported_parameter")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(ask, name):
+                raise _invalid(f"{name} is not supported; repetition_penalty is", name, "unsupported_parameter")
+        if ask.response_format not in (None, {"type": "text"}):
+            raise _invalid("only text can be asked for", "response_format", "unsupported_parameter")
+
+    def answers(self, prompts: list[list[int]], ask: _Ask, most: int | None) -> list[_Answer]:
+        made: list[_Answer] = []
+        try:
+            for prompt in prompts:
+                for _ in range(ask.n or 1):
+                    room = self.worker.batch.capacity - len(prompt)
+                    limit = min(self.limits.most_tokens, most or room, max(1, room))
+                    made.append(_Answer(self, prompt, ask, len(made), limit))
+        except Refused:
+            for answer in made:
+                self.worker.cancel(answer._ticket)
+            raise
+        return made
+
+    async def respond(self, answers: list[_Answer], ask: _Ask, *, chat: bool) -> Response:
+        head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": self.model.name,
+        }
+        if ask.stream:
+            if chat:
+                head["object"] = "chat.completion.chunk"
+            usage = bool((ask.stream_options or {}).get("include_usage"))
+            return EventSourceResponse(_events(head, answers, chat=chat, usage=usage), sep="\n")
+        texts = ["".join([piece async for piece in answer.pieces()]) for answer in answers]
+        choices: list[dict[str, Any]] = []
+        for answer, text in zip(answers, texts, strict=True):
+            said = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
+            choices.append({"index": answer.number, **said, "logprobs": None, "finish_reason": answer.finish})
+        return JSONResponse({**head, "choices": choices, "usage": _usage(answers)})
+
+
+async def _events(head: dict[str, Any], answers: list[_Answer], *, chat: bool, usage: bool) -> AsyncIterator[str]:
+    """Chunks of all answers as they come, then the usage if asked for, then [DONE]."""
+    merged: asyncio.Queue[tuple[_Answer, str | Exception | None]] = asyncio.Queue()
+
+    async def follow(answer: _Answer) -> None:
+        try:
+            async for piece in answer.pieces():
+                merged.put_nowait((answer, piece))
+            merged.put_nowait((answer, None))
+        except Refused as err:
+            merged.put_nowait((answer, err))
+
+    def chunk(answer: _Answer, said: dict[str, Any], finish: str | None) -> str:
+        choice = {"index": answer.number, **said, "logprobs": None, "finish_reason": finish}
+        return json.dumps({**head, "choices": [choice], **({"usage": None} if usage else {})}, ensure_ascii=False)
+
+    tasks = [asyncio.create_task(follow(answer)) for answer in answers]
+    try:
+        for answer in answers if chat else ():
+            yield chunk(answer, {"delta": {"role": "assistant", "content": ""}}, None)
+        going = len(answers)
+        while going:
+            answer, piece = await merged.get()
+            if isinstance(piece, Refused):
+                yield json.dumps(piece.body)
+                return
+            if piece is None:
+                going -= 1
+                yield chunk(answer, {"delta": {}} if chat else {"text": ""}, answer.finish)
+            else:
+                yield chunk(answer, {"delta": {"content": piece}} if chat else {"text": str(piece)}, None)
+        if usage:
+            yield json.dumps({**head, "choices": [], "usage": _usage(answers)})
+        yield "[DONE]"
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _usage(answers: list[_Answer]) -> dict[str, int]:
+    prompt = sum(len(answer.prompt) for answer in {id(a.prompt): a for a in answers}.values())
+    written = sum(answer.tokens for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+
+def _plain(message: _Message) -> dict[str, str]:
+    if isinstance(message.content, str):
+        return {"role": message.role, "content": message.content}
+    if any(part.get("type") != "text" for part in message.content):
+        raise _invalid("only text content is supported", "messages", "unsupported_content")
+    return {"role": message.role, "content": "".join(part["text"] for part in message.content)}
+
+
+def create_app(model: Model, worker: Worker, limits: Limits | None = None) -> FastAPI:
+    """The application; its shutdown stops the worker."""
+    server = _Server(model, worker, limits or Limits())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(worker.stop)
+
+    app = FastAPI(title="pennyweight", lifespan=lifespan, docs_url=None, redoc_url=None)
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, err: Refused) -> JSONResponse:
+        return JSONResponse(err.body, err.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, err: RequestValidationError) -> JSONResponse:
+        first = err.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:]) or None
+        wrong = _invalid(f"{param or 'the body'}: {first['msg']}", param)
+        return JSONResponse(wrong.body, wrong.status)
+
+    @app.exception_handler(404)
+    async def nowhere(request: Request, err: Exception) -> JSONResponse:
+        gone = Refused(404, f"there is no {request.method} {request.url.path} here", "invalid_request_error")
+        return JSONResponse(gone.body, 404)
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Any) -> Response:
+        if request.url.path.startswith("/v1/"):
+            key = server.limits.key
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if key is not None and not secrets.compare_digest(given.encode(), key.encode()):
+                denied = Refused(401, "wrong or missing API key", "invalid_request_error", code="invalid_api_key")
+                return JSONResponse(denied.body, 401)
+            size = request.headers.get("content-length")
+            told = size is not None and size.isdigit() and int(size) <= server.limits.body_bytes
+            if request.method == "POST" and not told:
+                large = Refused(
+                    413, f"a request has a content-length of at most {server.limits.body_bytes} bytes",
+                    "invalid_request_error", code="request_too_large",
+                )  # fmt: skip
+                return JSONResponse(large.body, 413)
+        return await call_next(request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [described()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        server.check_name(name)
+        return described()
+
+    def described() -> dict[str, Any]:
+        known = {"id": model.name, "object": "model", "created": server.created, "owned_by": "pennyweight"}
+        return {**known, "max_model_len": worker.batch.capacity, "chat": model.converses}
+
+    @app.post("/v1/chat/completions")
+    async def chat(ask: Chat) -> Response:
+        server.check(ask)
+        try:
+            prompt = model.chat([_plain(message) for message in ask.messages])
+        except ValueError as err:
+            raise _invalid(str(err), "messages") from err
+        answers = server.answers([prompt], ask, ask.max_completion_tokens or ask.max_tokens)
+        return await server.respond(answers, ask, chat=True)
+
+    @app.post("/v1/completions")
+    async def completions(ask: Completion) -> Response:
+        server.check(ask)
+        given: list[Any] = ask.prompt if isinstance(ask.prompt, list) else [ask.prompt]
+        if given and isinstance(given[0], int):
+            given = [given]
+        if not given:
+            raise _invalid("the prompt is empty", "prompt")
+        prompts = [model.encode(one) if isinstance(one, str) else one for one in given]
+        return await server.respond(server.answers(prompts, ask, ask.max_tokens or 16), ask, chat=False)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        well = worker.alive
+        return JSONResponse({"status": "ok" if well else "the engine has stopped"}, 200 if well else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse((resources.files("pennyweight.runtime") / "chat.html").read_text(encoding="utf-8"))
+
+    return app
