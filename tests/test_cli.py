@@ -196,3 +196,15 @@ def test_run_and_bench(pico):
     ):
         result = penny(*wrong)
         assert result.exit_code == 2 and said in result.stderr and len(result.stderr) < 1000, result.output
+
+
+def test_demo_fits_the_shipped_model(monkeypatch, tmp_path):
+    """Which model, and how; the job itself takes minutes and is benchmarks/fit_demo.py."""
+    from pennyweight.checkpoint import Checkpoint
+    from pennyweight.cli import making
+
+    asked = {}
+    monkeypatch.setattr(making, "_fit", lambda model, out, config, **rest: asked.update(model=model, config=config))
+    assert penny("demo", "--out", tmp_path / "out").exit_code == 0
+    assert Checkpoint(asked["model"]).weight_bytes > 10**7
+    assert asked["config"].budget.weights == "22%" and asked["config"].heal.whole_tokens > 0

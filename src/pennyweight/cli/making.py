@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import pennyweight
 from pennyweight.cli._common import Json, Model, app, errors, quiet_libraries
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def demo(
     with errors():
         from pennyweight.config import FitConfig, merged
 
-        parent = model or Path(__file__).parent / "data" / "reference-dense"
+        parent = model or Path(pennyweight.__file__).parent / "data" / "reference-dense"
         settings = {
             "budget": {"weights": weights},
             "sweep": tuple(f"weights={share}%" for share in (18, 25, 30, 40, 60)),
