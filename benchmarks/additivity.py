@@ -30,8 +30,8 @@ def correlation(predicted: np.ndarray, true: np.ndarray) -> float:
 def main() -> int:
     options = _reference.parser(__doc__).parse_args()
     sampled = 12 if options.quick else 60
-    job = _reference.scored(options.model)
-    children = library(job, job.text.score.take(4 if options.quick else 8))
+    job = _reference.scored(options.model, score_rows=2 if options.quick else 8)
+    children = library(job, job.text.score)
     spearman: dict[str, float] = {}
     ratio: dict[str, float] = {}
     cases = [(f"{level:.0%}", _reference.STRUCTURAL, level) for level in LEVELS]

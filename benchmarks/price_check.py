@@ -31,7 +31,7 @@ from pennyweight.offers import combinations, single_choices
 from pennyweight.slots import Shape, Slot
 
 WORKLOAD = Workload(prompt=192, new=128)
-MODELS = 14
+MODELS = {"quick": 7, "full": 14}  # at each set of shapes
 STEPS = 60
 LARGER = {
     "model_type": "llama",
@@ -82,9 +82,10 @@ def check(name: str, config: dict[str, Any], *, quick: bool) -> dict[str, Any]:
     seconds = measure.latencies(config, shapes, wanted, WORKLOAD, cache=cache).seconds()
     rng = np.random.default_rng(0)
     pairs = []
-    for number in range(MODELS):
+    models = MODELS["quick" if quick else "full"]
+    for number in range(models):
         # From nearly the parent to nearly nothing: each model changes a share of its slots.
-        share = (number + 1) / MODELS
+        share = (number + 1) / models
         picked = {s: row[rng.integers(len(row))] if rng.random() < share else shapes[s] for s, row in choices.items()}
         pairs.append((1e3 * total(picked, WORKLOAD, seconds).decode_seconds, 1e3 * _tpot(config, picked)))
         predicted, measured = pairs[-1]

@@ -99,13 +99,13 @@ def measure(address: str, process: subprocess.Popen[bytes], rounds: int) -> dict
         started = time.monotonic()
         while True:
             try:
-                said = once(address, body, leaves)
+                said = once(connections, body, leaves)
             except httpx.TransportError as err:
                 said = repr(err)
             if said == "429":
                 with lock:
                     refused[0] += 1
-                time.sleep(0.05 + 0.2 * rng.random())
+                time.sleep(0.3 + 0.7 * rng.random())
                 continue
             with lock:
                 if said:
@@ -115,6 +115,8 @@ def measure(address: str, process: subprocess.Popen[bytes], rounds: int) -> dict
             return
 
     resident, per_round = [], []
+    limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
+    connections = httpx.Client(base_url=address, limits=limits, timeout=120, verify=False)
     for number in range(rounds):
         started = time.monotonic()
         with ThreadPoolExecutor(CLIENTS) as pool:
@@ -125,6 +127,7 @@ def measure(address: str, process: subprocess.Popen[bytes], rounds: int) -> dict
         print(
             f"round {number}: {per_round[-1]:.1f} s, {resident[-1] / 2**20:.1f} MiB, {len(errors)} errors", flush=True
         )
+    connections.close()
     for said in sorted(set(errors))[:5]:
         print(said)
     return {
@@ -140,9 +143,9 @@ def measure(address: str, process: subprocess.Popen[bytes], rounds: int) -> dict
     }
 
 
-def once(address: str, body: dict[str, object], leaves: bool) -> str:
+def once(connections: httpx.Client, body: dict[str, object], leaves: bool) -> str:
     """One request. "" if it went well, "429" if the queue was full, else what was wrong."""
-    with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=120) as response:
+    with connections.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
             text = response.read().decode()
             return "429" if response.status_code == 429 else text
