@@ -290,8 +290,8 @@ void Engine::run(int t) {
     multiply(t, model_.head, input, int(wanted_.size()), logits_, model_.vocab_size);
 }
 
-// Normed if asked for, and in 8 bits if the next matrices want that. One row is done by every thread for itself: it
-// takes less time than a barrier. `rows` picks rows of x.
+// Normed if asked for, and in 8 bits if the next matrices want that. One row is done by every thread for itself,
+// which saves a barrier. `rows` picks rows of x.
 const Engine::Input& Engine::prepare(int t, const float* x, int width, int stride, const std::vector<float>* norm,
                                      const Linear& next, const std::vector<int>* rows) {
     const int count = rows ? int(rows->size()) : count_, threads = pool_.threads();

@@ -92,7 +92,7 @@ inline void tile_times(const Rows& w, const std::uint8_t* at, const Activations*
 #pragma GCC unroll 8
             for (int v = 0; v < (kBits == 4 ? 4 : 8); v++) {
                 const __m512i unit = _mm512_loadu_si512(at + 64 * v);
-                // The same stream two pages ahead: the hardware prefetcher stops at every page.
+                // The same stream 4 KiB ahead: the hardware prefetcher stops at every page.
                 _mm_prefetch(reinterpret_cast<const char*>(at + 64 * v + 4096), _MM_HINT_T0);
                 if constexpr (kBits == 4) {
                     const __m512i low = _mm512_and_si512(unit, nibble);

@@ -24,7 +24,7 @@ inline void spin(Done done) {
     }
 }
 
-constexpr int kSpinsBeforeSleep = 3000;  // about 100 microseconds
+constexpr int kSpinsBeforeSleep = 3000;  // some tens of microseconds
 
 }  // namespace
 

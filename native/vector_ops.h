@@ -15,7 +15,7 @@
 
 namespace pennyweight::ops {
 
-// e^x within 2 ulp: x = n ln 2 + r, a polynomial in r, times 2^n. Below -87 the result is 0 or subnormal noise is cut.
+// e^x within 2 ulp: x = n ln 2 + r, a polynomial in r, times 2^n. x is taken as at least -87.
 template <class V>
 inline V exponential(V x) {
     x = V::max(x, V::broadcast(-87.0f));

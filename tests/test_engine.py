@@ -177,3 +177,66 @@ def test_memory_of_a_closed_sequence_is_given_back(folder):
     engine.close(sequence)
     assert engine.cache_bytes == before
     assert engine.open(16) == sequence
+
+
+@pytest.fixture(scope="module")
+def zigzag_model(pico, tmp_path_factory):
+    """A folder whose layers hold exactly what zigzag packs, and how to lower it so that the engine runs zigzag."""
+    from safetensors.torch import load_file, save_file
+
+    from pennyweight.formats import zigzag
+
+    folder = tmp_path_factory.mktemp("zigzag") / "model"
+    shutil.copytree(pico("qwen3"), folder)
+    tensors, packed, spec = load_file(folder / "model.safetensors"), {}, zigzag.Spec(group=32)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and "layers" in name:
+            grouped = tensor.float().view(-1, 32, tensor.shape[1])
+            scale = (grouped.abs().amax(dim=1) / 7).half()
+            codes = (tensor.float() / scale.float().repeat_interleave(32, dim=0) + 8).round().clamp(0, 15).byte()
+            packed[name] = zigzag.pack(codes, scale, spec.of(len(tensor)))
+            tensors[name] = zigzag.unpack(packed[name])
+    save_file(tensors, folder / "model.safetensors")
+
+    def engine(monkeypatch, threads, threshold=-1.0):
+        from pennyweight.runtime import lower
+
+        plain = lower._matrix
+
+        def matrix(walk, name):
+            if name not in packed:
+                return plain(walk, name)
+            parts, own = packed[name], zigzag.spec_of(packed[name])
+            rows, columns = (int(n) for n in parts["weight_shape"])
+            raw = parts["weight_zigzag"].numpy()
+            made = _native.Matrix.zigzag(raw, rows, columns, own.tile_rows, own.group, own.affine)
+            made.threshold = threshold
+            return made
+
+        with monkeypatch.context() as patched:
+            patched.setattr(lower, "_matrix", matrix)
+            return Engine(folder, threads=threads, cache="float32")
+
+    return folder, engine
+
+
+def test_zigzag_layers_run(zigzag_model, monkeypatch):
+    folder, engine = zigzag_model
+    one, two = (engine(monkeypatch, threads).logits(IDS) for threads in (1, 2))
+    assert relative(one, wanted(folder)) < 0.03  # folded activations in 8 bits
+    assert relative(two, one) < 1e-3  # sums end in other last bits, which moves a few activations to the next code
+    np.testing.assert_array_equal(two, engine(monkeypatch, 2).logits(IDS))
+
+
+def test_sparse_steps_leave_columns_out(zigzag_model, monkeypatch):
+    folder, engine = zigzag_model
+    rows = [(0, i, token, True) for i, token in enumerate(IDS)]
+    nothing, some = engine(monkeypatch, 2, 0.0), engine(monkeypatch, 2, 0.3)
+    dense = nothing.logits(IDS)
+    for made in (nothing, some):
+        assert made.open(128) == 0
+    np.testing.assert_array_equal(nothing.step(rows, sparse=True), dense)  # only zeros are left out
+    np.testing.assert_array_equal(some.step(rows), dense)
+    thinned = some.step(rows, sparse=True)
+    assert 0.3 < some.kept_share < 0.95
+    assert 0 < relative(thinned, wanted(folder)) < 1

@@ -66,6 +66,11 @@ class Engine:
         return self._native.weight_bytes
 
     @property
+    def kept_share(self) -> float:
+        """Share of the columns that the last sparse step read."""
+        return self._native.kept_share
+
+    @property
     def bytes_read_per_token(self) -> int:
         """Bytes of the matrices one token has to go through: all but an embedding that is not the head as well."""
         return self._native.bytes_read_per_token
@@ -98,8 +103,9 @@ class Engine:
     def step(self, rows: Sequence[tuple[int, int, int, bool]], *, sparse: bool = False) -> np.ndarray:
         """Run rows (sequence, position, token, wants logits); returns the wanted logits (n, vocab_size) float32.
 
-        Positions of a sequence come in order and without gaps; going back writes over what was there. Raises
-        ValueError for a sequence, position or token that is not there.
+        Positions of a sequence come in order and without gaps; going back writes over what was there. `sparse`: zigzag
+        matrices leave out columns whose input is at most their threshold. Raises ValueError for a sequence, position or
+        token that is not there.
         """
         table = np.asarray(rows, np.int32).reshape(-1, 4)
         logits = np.empty((int((table[:, 3] != 0).sum()), self.vocab_size), np.float32)

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pennyweight.runtime.generate import Batch, Request, Text
@@ -25,7 +25,6 @@ class Ticket:
     on_tokens: Callable[[list[int], str | Exception | None], None]
     text: Text | None = None
     cancelled: bool = False
-    submitted: float = field(default_factory=time.monotonic)
 
 
 class Worker:
