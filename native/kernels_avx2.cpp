@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+
 #include "vector_ops.h"
+#include "zigzag_step.h"
 
 namespace pennyweight {
 namespace {
@@ -206,16 +208,6 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
     return found;
 }
 
-constexpr int kStep = 16;
-constexpr int kMaxGroups = 1024;
-
-struct Folded {
-    alignas(32) std::int32_t quad[kStep / 4][kMaxGroups];
-    alignas(32) float scale[kMaxGroups];
-    alignas(32) std::int32_t minus8[kMaxGroups];
-    alignas(32) float bias[kMaxGroups];
-};
-
 // code[c][g] = x[c] * scale[c][g] in 8 bits, with one float a group; eight groups at a time.
 template <bool kAffine>
 inline void fold(const Zigzag& w, const std::uint8_t* const* chunk, const float* x, Folded& out) {
@@ -273,14 +265,8 @@ void zigzag_times_as(const Zigzag& w, const std::int32_t* index, const float* va
         std::fill(out, out + w.tile_rows, 0.0f);
         if constexpr (kAffine) std::fill(folded.bias, folded.bias + round_up(w.groups(), 8), 0.0f);
         for (int start = 0; start < count; start += kStep) {
-            // A step that is not full takes its last column again, with an activation of zero.
-            const std::uint8_t *chunk[kStep], *next[kStep];
-            float x[kStep];
-            for (int c = 0; c < kStep; c++) {
-                chunk[c] = base + index[std::min(start + c, count - 1)] * chunk_bytes;
-                next[c] = base + index[std::min(start + kStep + c, count - 1)] * chunk_bytes;
-                x[c] = start + c < count ? value[start + c] : 0.0f;
-            }
+            const Step step(base, chunk_bytes, index, value, count, start);
+            const auto& [chunk, next, x] = step;
             fold<kAffine>(w, chunk, x, folded);
             for (int c = 0; c < kStep; c++)
                 for (std::size_t o = 0; o < scale_bytes; o += 64)

@@ -4,10 +4,12 @@
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 
 #include <immintrin.h>
-#include "vector_ops.h"
 
 #include <algorithm>
 #include <utility>
+
+#include "vector_ops.h"
+#include "zigzag_step.h"
 
 namespace pennyweight {
 namespace {
@@ -169,16 +171,6 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
     return found;
 }
 
-constexpr int kStep = 16;         // columns at a time, in four quads
-constexpr int kMaxGroups = 1024;  // of a tile
-
-struct Folded {  // what a step of 16 columns makes of activations and scales, for every group of rows
-    alignas(64) std::int32_t quad[kStep / 4][kMaxGroups];  // four 8-bit codes of a quad of columns
-    alignas(64) float scale[kMaxGroups];
-    alignas(64) std::int32_t minus8[kMaxGroups];
-    alignas(64) float bias[kMaxGroups];
-};
-
 // code[c][g] = x[c] * scale[c][g] in 8 bits, with one float a group; for 16 groups at a time.
 template <bool kAffine>
 inline void fold(const Zigzag& w, const std::uint8_t* const* chunk, const float* x, Folded& out) {
@@ -235,14 +227,8 @@ void zigzag_times_as(const Zigzag& w, const std::int32_t* index, const float* va
         for (int r = 0; r < w.tile_rows; r += 16) _mm512_storeu_ps(out + r, _mm512_setzero_ps());
         if constexpr (kAffine) std::fill(folded.bias, folded.bias + round_up(w.groups(), 16), 0.0f);
         for (int start = 0; start < count; start += kStep) {
-            // A step that is not full takes its last column again, with an activation of zero.
-            const std::uint8_t *chunk[kStep], *next[kStep];
-            float x[kStep];
-            for (int c = 0; c < kStep; c++) {
-                chunk[c] = base + index[std::min(start + c, count - 1)] * chunk_bytes;
-                next[c] = base + index[std::min(start + kStep + c, count - 1)] * chunk_bytes;
-                x[c] = start + c < count ? value[start + c] : 0.0f;
-            }
+            const Step step(base, chunk_bytes, index, value, count, start);
+            const auto& [chunk, next, x] = step;
             fold<kAffine>(w, chunk, x, folded);
             // No prefetcher follows columns that are picked; the list tells what comes. Into L2: L1 would overflow.
             for (int c = 0; c < kStep; c++)
