@@ -8,7 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+# The same examples every time, so that a red suite is red for everyone; PENNY_EXPLORE=1 looks for new ones.
+hypothesis.settings.register_profile("penny", derandomize=not os.environ.get("PENNY_EXPLORE"), deadline=None)
+hypothesis.settings.load_profile("penny")
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; two threads each would wait for one another
 os.environ["PENNY_CACHE"] = tempfile.mkdtemp(prefix="penny-tests-")  # nobody's own measurements are read or written

@@ -25,7 +25,13 @@ def streamed(words: Words, tokens: list[int], step: int = 1) -> list[str]:
 def test_pieces_make_the_whole(tokenizer, text, step):
     tokens = tokenizer.encode(text)
     parts = streamed(Words(tokenizer), tokens, step)
-    assert "".join(parts) == tokenizer.decode(tokens)
+    assert "".join(parts) == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_special_tokens_are_not_text(tokenizer):
+    tokens = tokenizer.encode("on<|endoftext|>ward")
+    assert tokenizer.convert_tokens_to_ids("<|endoftext|>") in tokens
+    assert "".join(streamed(Words(tokenizer), tokens)) == "onward"
 
 
 def test_a_character_of_several_tokens_waits_until_it_is_whole(tokenizer):
