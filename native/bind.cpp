@@ -9,6 +9,9 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
 #include <stdexcept>
 
 #include "cpu_features.h"
@@ -67,11 +70,77 @@ void times(const Matrix& matrix, In<float, 2> x, Out<float, 2> y, const std::str
             std::vector<float> value(cols + 16), out(matrix.zigzag.padded_rows());
             const float* importance = matrix.importance.empty() ? nullptr : matrix.importance.data();
             const int kept = k.collect(from, importance, threshold, cols, index.data(), value.data());
-            k.zigzag_times(matrix.zigzag, index.data(), value.data(), kept, out.data(), 0, matrix.zigzag.tiles());
+            const float* values = value.data();
+            const Zigzag& w = matrix.zigzag;
+            for (int tile = 0; tile < w.tiles(); tile++)
+                k.zigzag_times(w, tile, 0, w.tile_rows / Zigzag::kUnitRows, index.data(), &values, 1, kept,
+                               out.data() + std::size_t(tile) * w.tile_rows, 0);
             std::copy(out.begin(), out.begin() + rows, to);
+            for (std::size_t i = 0; i < matrix.row_scale.size(); i++) to[i] *= matrix.row_scale[i];
         }
     }
 }
+
+// One linear and a pool of its own: what benchmarks of single products time.
+struct Product {
+    Product(const Linear& l, int threads, const std::string& kernels)
+        : linear(l), pool(threads), products(pool, kernels_named(kernels)) {
+        products.expect(linear);
+        products.reserve();
+        out = Buffer(sizeof(float) * std::size_t(Products::kMaxRows) * products.stride());
+    }
+
+    // y (tokens, rows) = linear x (tokens, columns); seconds from call to return, threads woken and all.
+    double run(In<float, 2> x, Out<float, 2> y, bool sparse) {
+        expect(int(x.shape(1)) == linear.in() && int(y.shape(1)) == linear.out() && x.shape(0) == y.shape(0),
+               "x is (tokens, columns), y is (tokens, rows)");
+        expect(x.shape(0) >= 1 && x.shape(0) <= Products::kMaxRows, "1 to 512 tokens");
+        nb::gil_scoped_release released;
+        const int count = int(x.shape(0)), stride = products.stride();
+        float* to = reinterpret_cast<float*>(out.data());
+        products.begin(std::vector<char>(count, sparse));
+        const auto started = std::chrono::steady_clock::now();
+        pool.run([&](int t) {
+            products.multiply(t, linear, products.prepare(t, x.data(), count, linear.in(), linear.in(), nullptr, 0, linear),
+                              count, to, stride);
+        });
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - started;
+        for (int r = 0; r < count; r++)
+            std::memcpy(y.data() + std::size_t(r) * linear.out(), to + std::size_t(r) * stride, sizeof(float) * linear.out());
+        return took.count();
+    }
+
+    Linear linear;
+    ThreadPool pool;
+    Products products;
+    Buffer out;
+};
+
+// Reads memory as fast as the threads can: what no product with cold weights can beat.
+struct Reader {
+    Reader(std::size_t bytes, int threads) : pool(threads), memory(bytes / 256 * 256) {
+        expect(bytes >= 256, "at least 256 bytes");
+        std::memset(memory.data(), 1, memory.size());
+    }
+
+    // Seconds to read bytes [first, last), a multiple of 256 each.
+    double run(std::size_t first, std::size_t last) {
+        expect(first % 256 == 0 && last % 256 == 0 && first < last && last <= memory.size(), "a range of whole 256 bytes");
+        nb::gil_scoped_release released;
+        const auto started = std::chrono::steady_clock::now();
+        pool.run([&](int t) {
+            const std::size_t blocks = (last - first) / 256, threads = pool.threads();
+            sum += read_sum(memory.data() + first + 256 * (blocks * t / threads),
+                            256 * (blocks * (t + 1) / threads - blocks * t / threads));
+        });
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - started;
+        return took.count();
+    }
+
+    ThreadPool pool;
+    Buffer memory;
+    std::atomic<std::uint64_t> sum{0};  // so that reading is not left out
+};
 
 }  // namespace
 
@@ -123,10 +192,14 @@ NB_MODULE(_native, module) {
             "codes"_a.noconvert(), "scales"_a.noconvert(), "minima"_a.none(), "cols"_a, "bits"_a, "group"_a, "bfloat16"_a)
         .def_static(
             "zigzag",
-            [](In<std::uint8_t, 1> chunks, int rows, int cols, int tile_rows, int group, bool affine) {
-                return make_zigzag(chunks.data(), chunks.size(), rows, cols, tile_rows, group, affine);
+            [](In<std::uint8_t, 1> chunks, int rows, int cols, int tile_rows, int group, bool affine,
+               std::optional<In<float, 1>> row_scale) {
+                expect(!row_scale || int(row_scale->size()) == rows, "one row_scale per row");
+                auto made = make_zigzag(chunks.data(), chunks.size(), rows, cols, tile_rows, group, affine);
+                if (row_scale) made->row_scale = floats(*row_scale);
+                return made;
             },
-            "chunks"_a.noconvert(), "rows"_a, "cols"_a, "tile_rows"_a, "group"_a, "affine"_a)
+            "chunks"_a.noconvert(), "rows"_a, "cols"_a, "tile_rows"_a, "group"_a, "affine"_a, "row_scale"_a = nb::none())
         .def_prop_ro("shape", [](const Matrix& m) { return std::make_tuple(m.out(), m.in()); })
         .def_prop_ro("nbytes", &Matrix::nbytes)
         .def_rw("threshold", &Matrix::threshold)
@@ -204,21 +277,21 @@ NB_MODULE(_native, module) {
         .def("copy", &Engine::copy, "source"_a, "target"_a, "tokens"_a)
         .def(
             "step",
-            [](Engine& e, In<std::int32_t, 2> rows, Out<float, 2> logits, bool sparse) {
-                expect(rows.shape(1) == 4, "rows is (n, 4): sequence, position, token, wants logits");
+            [](Engine& e, In<std::int32_t, 2> rows, Out<float, 2> logits) {
+                expect(rows.shape(1) == 5, "rows is (n, 5): sequence, position, token, wants logits, sparse");
                 std::vector<Row> list;
                 std::size_t wanted = 0;
                 for (std::size_t i = 0; i < rows.shape(0); i++) {
-                    const std::int32_t* r = rows.data() + 4 * i;
-                    list.push_back({r[0], r[1], r[2], r[3] != 0});
+                    const std::int32_t* r = rows.data() + 5 * i;
+                    list.push_back({r[0], r[1], r[2], r[3] != 0, r[4] != 0});
                     wanted += r[3] != 0;
                 }
                 expect(logits.shape(0) == wanted && int(logits.shape(1)) == e.model().vocab_size,
                        "logits is (rows that want them, vocabulary)");
                 nb::gil_scoped_release released;
-                e.step(list, sparse, logits.data());
+                e.step(list, logits.data());
             },
-            "rows"_a.noconvert(), "logits"_a.noconvert(), "sparse"_a = false)
+            "rows"_a.noconvert(), "logits"_a.noconvert())
         .def_prop_ro("threads", &Engine::threads)
         .def_prop_ro("kernels", [](const Engine& e) { return std::string(e.kernels().name); })
         .def_prop_ro("weight_bytes", &Engine::weight_bytes)
@@ -227,4 +300,13 @@ NB_MODULE(_native, module) {
         .def("cache_bytes_of", &Engine::cache_bytes_of)
         .def_prop_ro("kept_share", &Engine::kept_share)
         .def_ro_static("max_rows", &Engine::kMaxRows);
+
+    nb::class_<Product>(module, "Product", "One linear with threads of its own, for benchmarks of single products.")
+        .def(nb::init<const Linear&, int, const std::string&>(), "linear"_a, "threads"_a, "kernels"_a = "best")
+        .def("run", &Product::run, "x"_a.noconvert(), "y"_a.noconvert(), "sparse"_a = false)
+        .def_prop_ro("kept_share", [](const Product& p) { return p.products.kept_share(); });
+
+    nb::class_<Reader>(module, "Reader", "Memory of its own that it reads as fast as its threads can.")
+        .def(nb::init<std::size_t, int>(), "bytes"_a, "threads"_a)
+        .def("run", &Reader::run, "first"_a, "last"_a);
 }

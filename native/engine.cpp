@@ -4,92 +4,25 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
-#include <tuple>
 
 #include "half.h"
 
 namespace pennyweight {
 namespace {
 
-constexpr int kPad = 128;  // widths of buffers; the largest group of columns
-
 float* floats(const Buffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
-
-// The share of `n` things that thread t of `threads` does: [first, last).
-std::pair<int, int> share(int n, int t, int threads) {
-    return {int(long(n) * t / threads), int(long(n) * (t + 1) / threads)};
-}
 
 }  // namespace
 
-int Matrix::out() const { return layout == Layout::wide ? wide.rows : layout == Layout::rows ? rows.rows : zigzag.rows; }
-int Matrix::in() const { return layout == Layout::wide ? wide.cols : layout == Layout::rows ? rows.cols : zigzag.cols; }
-
-int Linear::out() const {
-    int total = 0;
-    for (const auto& part : parts) total += part->out();
-    return total;
-}
-
-void dequantise_row(const Matrix& matrix, int row, float* out) {
-    if (matrix.layout == Matrix::Layout::wide) {
-        const Wide& w = matrix.wide;
-        const std::uint8_t* at = w.data + row * w.row_bytes();
-        if (w.type == Wide::Type::float32) std::memcpy(out, at, w.row_bytes());
-        else
-            for (int c = 0; c < w.cols; c++)
-                out[c] = load_half(at + 2 * c, w.type == Wide::Type::float16 ? Half::float16 : Half::bfloat16);
-        return;
-    }
-    if (matrix.layout != Matrix::Layout::rows) throw std::logic_error("a zigzag matrix has no rows to read");
-    const Rows& w = matrix.rows;
-    const int r = row % Rows::kTile, offset = w.affine ? 0 : w.bits == 4 ? 8 : 128;
-    const std::uint8_t* tile = w.data + row / Rows::kTile * w.tile_bytes();
-    for (int c = 0; c < w.cols; c++) {
-        const std::uint8_t* group = tile + c / w.group * w.group_bytes();
-        const std::uint8_t* block = group + c % w.group / Rows::kBlock * w.block_bytes();
-        const std::uint8_t* halves = group + w.group / Rows::kBlock * w.block_bytes();
-        const int k = c % Rows::kBlock;
-        const std::uint8_t byte = block[64 * (w.bits == 4 ? k / 8 : k / 4) + 4 * r + k % 4];
-        const int code = w.bits == 8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
-        out[c] = float(code - offset) * load_half(halves + 2 * r, w.half);
-        if (w.affine) out[c] += load_half(halves + 2 * (Rows::kTile + r), w.half);
-    }
-}
-
 Engine::Engine(Model model, int threads, const Kernels& kernels)
-    : model_(std::move(model)), kernels_(kernels), pool_(threads), own_(pool_.threads()) {
-    int widest = round_up(model_.hidden_size, kPad), zigzag_rows = 0;
-    const auto see = [&](const Linear& linear) {
-        for (const auto& part : linear.parts) {
-            widest = std::max(widest, round_up(part->in(), kPad));
-            if (part->layout == Matrix::Layout::rows) widest = std::max(widest, part->rows.padded_cols());
-            if (part->layout == Matrix::Layout::zigzag) zigzag_rows = std::max(zigzag_rows, part->zigzag.padded_rows());
-        }
-        // Tiles write whole, so every output has room for the last one.
-        if (&linear != &model_.head) widest = std::max(widest, round_up(linear.out(), kPad) + kPad);
-    };
+    : model_(std::move(model)), kernels_(kernels), pool_(threads), products_(pool_, kernels), own_(pool_.threads()) {
     for (const Layer& layer : model_.layers)
-        for (const Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) see(*linear);
-    see(model_.head);
-    widest_ = widest;
-    const std::size_t bytes = sizeof(float) * std::size_t(kMaxRows) * widest;
-    for (Buffer* buffer : {&hidden_, &wide_, &mixed_, &out_, &normed_}) *buffer = Buffer(bytes, false);
-    codes_ = Buffer(std::size_t(kMaxRows) * widest, false);
-    for (Buffer* buffer : {&scale_, &sum_, &minus8_}) *buffer = Buffer(bytes / Rows::kBlock, false);
-    partial_ = Buffer(sizeof(float) * std::size_t(pool_.threads()) * zigzag_rows, false);
-    shared_.x.resize(kMaxRows);
-    shared_.quantised.resize(kMaxRows);
-    for (Thread& own : own_) {
-        own.normed.resize(widest);
-        own.codes.resize(widest);
-        for (auto* part : {&own.scale, &own.sum}) part->resize(widest / Rows::kBlock);
-        own.minus8.resize(widest / Rows::kBlock);
-        own.index.resize(widest + 16);
-        own.value.resize(widest + 16);
-        own.input.x.resize(1);
-        own.input.quantised.resize(1);
-    }
+        for (const Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) products_.expect(*linear);
+    products_.expect(model_.head, false);  // logits go to the caller's memory
+    products_.reserve();
+    stride_ = std::max(products_.stride(), round_up(model_.hidden_size, 16));
+    for (Buffer* buffer : {&hidden_, &wide_, &mixed_, &out_})
+        *buffer = Buffer(sizeof(float) * std::size_t(kMaxRows) * stride_, false);
 }
 
 std::size_t Engine::weight_bytes() const {
@@ -183,7 +116,7 @@ void Engine::copy(int from, int to, int tokens) {
     target.length = tokens;
 }
 
-void Engine::step(const std::vector<Row>& rows, bool sparse, float* logits) {
+void Engine::step(const std::vector<Row>& rows, float* logits) {
     if (rows.empty() || rows.size() > kMaxRows)
         throw std::invalid_argument(std::to_string(rows.size()) + " rows; a step takes 1 to " + std::to_string(kMaxRows));
     std::vector<int> length;
@@ -207,196 +140,84 @@ void Engine::step(const std::vector<Row>& rows, bool sparse, float* logits) {
     }
     rows_ = &rows;
     count_ = int(rows.size());
-    sparse_ = sparse;
     logits_ = logits;
     wanted_.clear();
-    for (int r = 0; r < count_; r++)
+    std::vector<char> sparse(count_);
+    for (int r = 0; r < count_; r++) {
         if (rows[r].wants_logits) wanted_.push_back(r);
-    for (Thread& own : own_) own.kept = own.kept_of = 0;
+        sparse[r] = rows[r].sparse;
+    }
+    products_.begin(std::move(sparse));
     pool_.run([this](int t) { run(t); });
     for (std::size_t i = 0; i < sequences_.size(); i++) sequences_[i].length = length[i];
-    kept_ = kept_of_ = 0;
-    for (Thread& own : own_) {
-        kept_ += own.kept;
-        kept_of_ += own.kept_of;
-    }
 }
-
-void Engine::embed(int token, float* out) const { dequantise_row(*model_.embedding, token, out); }
 
 void Engine::run(int t) {
     const int threads = pool_.threads(), hidden = model_.hidden_size;
     float *x = floats(hidden_), *wide = floats(wide_), *mixed = floats(mixed_), *out = floats(out_);
-    for (int r = t; r < count_; r += threads) embed((*rows_)[r].token, x + std::size_t(r) * widest_);
+    for (int r = t; r < count_; r += threads)
+        dequantise_row(*model_.embedding, (*rows_)[r].token, x + std::size_t(r) * stride_);
     pool_.barrier();
     // Adds this thread's rows of a product to the residual stream. The same rows as `multiply` gave it, so that no
     // barrier is needed in between.
     const auto add = [&](const Linear& linear) {
         int row = 0;
         for (const auto& part : linear.parts) {
-            auto [first, last] = share((part->out() + 15) / 16, t, threads);
-            first *= 16;
-            last = std::min(16 * last, part->out());
+            const auto [first, last] = share_of_rows(part->out(), t, threads);
             for (int r = 0; r < count_ && first < last; r++)
-                kernels_.add(x + std::size_t(r) * widest_ + row + first, out + std::size_t(r) * widest_ + row + first,
+                kernels_.add(x + std::size_t(r) * stride_ + row + first, out + std::size_t(r) * stride_ + row + first,
                              last - first);
             row += part->out();
         }
+    };
+    const auto times = [&](const Linear& linear, const float* from, int width, const std::vector<float>* norm, float* to) {
+        const Products::Input& input =
+            products_.prepare(t, from, count_, width, stride_, norm, model_.epsilon, linear);
+        products_.multiply(t, linear, input, count_, to, stride_);
     };
     for (int index = 0; index < int(model_.layers.size()); index++) {
         const Layer& layer = model_.layers[index];
         if (!layer.o.empty()) {
             if (layer.qkv.empty()) {
-                multiply(t, layer.o, prepare(t, x, hidden, widest_, &layer.mixer_norm, layer.o), count_, out, widest_);
+                times(layer.o, x, hidden, &layer.mixer_norm, out);
                 pool_.barrier();  // every thread has read x before any adds to it
             } else {
-                const Input& input = prepare(t, x, hidden, widest_, &layer.mixer_norm, layer.qkv);
-                multiply(t, layer.qkv, input, count_, wide, widest_);
+                times(layer.qkv, x, hidden, &layer.mixer_norm, wide);
                 pool_.barrier();
                 attention(t, index);
                 pool_.barrier();
-                multiply(t, layer.o, prepare(t, mixed, layer.heads * layer.head_dim, widest_, nullptr, layer.o), count_,
-                         out, widest_);
+                times(layer.o, mixed, layer.heads * layer.head_dim, nullptr, out);
             }
             add(layer.o);
             pool_.barrier();
         }
         if (!layer.down.empty()) {
             if (layer.gate_up.empty()) {
-                multiply(t, layer.down, prepare(t, x, hidden, widest_, &layer.ffn_norm, layer.down), count_, out, widest_);
+                times(layer.down, x, hidden, &layer.ffn_norm, out);
                 pool_.barrier();
             } else {
-                multiply(t, layer.gate_up, prepare(t, x, hidden, widest_, &layer.ffn_norm, layer.gate_up), count_, wide,
-                         widest_);
+                times(layer.gate_up, x, hidden, &layer.ffn_norm, wide);
                 pool_.barrier();
                 const int width = layer.gate_up.out() / 2;
-                auto [first, last] = share(round_up(width, 16) / 16, t, threads);
-                first *= 16;
-                last = std::min(16 * last, width);
+                const auto [first, last] = share_of_rows(width, t, threads);
                 for (int r = 0; r < count_ && first < last; r++) {
-                    const float* gate = wide + std::size_t(r) * widest_;
+                    const float* gate = wide + std::size_t(r) * stride_;
                     kernels_.swiglu(gate + first, gate + width + first, last - first,
-                                    mixed + std::size_t(r) * widest_ + first);
+                                    mixed + std::size_t(r) * stride_ + first);
                 }
                 pool_.barrier();
-                multiply(t, layer.down, prepare(t, mixed, width, widest_, nullptr, layer.down), count_, out, widest_);
+                times(layer.down, mixed, width, nullptr, out);
             }
             add(layer.down);
             pool_.barrier();
         }
     }
     if (wanted_.empty()) return;
-    const Input& input = prepare(t, x, hidden, widest_, &model_.final_norm, model_.head, &wanted_);
-    multiply(t, model_.head, input, int(wanted_.size()), logits_, model_.vocab_size);
-}
-
-// Normed if asked for, and in 8 bits if the next matrices want that. One row is done by every thread for itself,
-// which saves a barrier. `rows` picks rows of x.
-const Engine::Input& Engine::prepare(int t, const float* x, int width, int stride, const std::vector<float>* norm,
-                                     const Linear& next, const std::vector<int>* rows) {
-    const int count = rows ? int(rows->size()) : count_, threads = pool_.threads();
-    int padded = 0;
-    for (const auto& part : next.parts)
-        if (part->layout == Matrix::Layout::rows) padded = std::max(padded, part->rows.padded_cols());
-    const auto one = [&](int i, float* normed, std::int8_t* codes, float* scale, std::int32_t* minus8, float* sum,
-                         Input& input) {
-        const float* from = x + std::size_t(rows ? (*rows)[i] : i) * stride;
-        const int slot = count == 1 ? 0 : i;
-        if (norm) {
-            kernels_.rms_norm(from, norm->data(), model_.epsilon, width, normed);
-            from = normed;
-        } else if (padded > width) {
-            std::memcpy(normed, from, sizeof(float) * width);
-            from = normed;
-        }
-        input.x[slot] = from;
-        if (padded) {
-            if (padded > width) std::fill(normed + width, normed + padded, 0.0f);
-            kernels_.quantise(from, padded, codes, scale, minus8, sum);
-            input.quantised[slot] = {codes, scale, minus8, sum};
-        }
-    };
-    if (count == 1) {
-        Thread& own = own_[t];
-        one(0, own.normed.data(), own.codes.data(), own.scale.data(), own.minus8.data(), own.sum.data(), own.input);
-        return own.input;
-    }
-    const int blocks = widest_ / Rows::kBlock;
-    for (int i = t; i < count; i += threads)
-        one(i, floats(normed_) + std::size_t(i) * widest_,
-            reinterpret_cast<std::int8_t*>(codes_.data()) + std::size_t(i) * widest_,
-            floats(scale_) + std::size_t(i) * blocks, reinterpret_cast<std::int32_t*>(minus8_.data()) + std::size_t(i) * blocks,
-            floats(sum_) + std::size_t(i) * blocks, shared_);
-    pool_.barrier();
-    return shared_;
-}
-
-void Engine::multiply(int t, const Linear& linear, const Input& input, int count, float* y, int stride) {
-    const int threads = pool_.threads();
-    int row = 0;
-    for (const auto& part : linear.parts) {
-        int first = 0, last = 0;  // rows of this part that this thread made
-        if (part->layout == Matrix::Layout::zigzag) {
-            multiply_zigzag(t, *part, input, count, y + row, stride);
-            std::tie(first, last) = share((part->out() + 15) / 16, t, threads);
-        } else if (part->layout == Matrix::Layout::rows) {
-            std::tie(first, last) = share(part->rows.tiles(), t, threads);
-            // The last tile may not be full: beside it lie rows of the next part, which it must not touch.
-            const int full = std::min(last, part->out() / Rows::kTile);
-            float* to = y + row + first * Rows::kTile;
-            kernels_.rows_times(part->rows, input.quantised.data(), count, to, stride, first, full);
-            for (int r = 0; r < count && full < last; r++) {
-                alignas(64) float tile[Rows::kTile];
-                const int at = full * Rows::kTile;
-                kernels_.rows_times(part->rows, input.quantised.data() + r, 1, tile, 0, full, last);
-                std::memcpy(y + row + std::ptrdiff_t(r) * stride + at, tile, sizeof(float) * (part->out() - at));
-            }
-        } else {
-            std::tie(first, last) = share((part->out() + Rows::kTile - 1) / Rows::kTile, t, threads);
-            kernels_.wide_times(part->wide, input.x.data(), count, y + row, stride, first * Rows::kTile,
-                                std::min(last * Rows::kTile, part->out()));
-        }
-        if (!linear.bias.empty())
-            for (int r = 0; r < count; r++)
-                for (int i = row + first * 16; i < row + std::min(last * 16, part->out()); i++)
-                    y[std::ptrdiff_t(r) * stride + i] += linear.bias[i];
-        row += part->out();
-    }
-}
-
-// Columns are split among threads, which sum down whole tiles: the longer the pieces of memory, the better. Each leaves
-// its part of the sum; after a barrier every thread adds up its share of the rows.
-void Engine::multiply_zigzag(int t, const Matrix& matrix, const Input& input, int count, float* y, int stride) {
-    const Zigzag& w = matrix.zigzag;
-    const int threads = pool_.threads(), padded = w.padded_rows();
-    Thread& own = own_[t];
-    for (int r = 0; r < count; r++) {
-        const float threshold = sparse_ ? matrix.threshold : -1;
-        const float* importance = threshold < 0 || matrix.importance.empty() ? nullptr : matrix.importance.data();
-        const int kept = kernels_.collect(input.x[r], importance, threshold, w.cols, own.index.data(), own.value.data());
-        if (t == 0 && sparse_) {
-            own.kept += kept;
-            own.kept_of += w.cols;
-        }
-        // Whole steps of 16 columns, so that the sum depends on the number of threads only in its last bits.
-        const int steps = (kept + 15) / 16;
-        auto [first, last] = share(steps, t, threads);
-        first *= 16;
-        last = std::min(16 * last, kept);
-        kernels_.zigzag_times(w, own.index.data() + first, own.value.data() + first, std::max(0, last - first),
-                              floats(partial_) + std::size_t(t) * padded, 0, w.tiles());
-        pool_.barrier();
-        auto [from, to] = share((w.rows + 15) / 16, t, threads);
-        from *= 16;
-        to = std::min(16 * to, w.rows);
-        if (from < to) {
-            float* out = y + std::ptrdiff_t(r) * stride + from;
-            std::memcpy(out, floats(partial_) + from, sizeof(float) * (to - from));
-            for (int other = 1; other < threads; other++)
-                kernels_.add(out, floats(partial_) + std::size_t(other) * padded + from, to - from);
-        }
-        pool_.barrier();
-    }
+    const int wanted = int(wanted_.size());
+    products_.multiply(t, model_.head,
+                       products_.prepare(t, x, wanted, hidden, stride_, &model_.final_norm, model_.epsilon, model_.head,
+                                         &wanted_),
+                       wanted, logits_, model_.vocab_size, &wanted_);
 }
 
 void Engine::store(Kept& cache, const Layer& layer, int head, int position, const float* key, const float* value,
@@ -433,7 +254,7 @@ void Engine::attention(int t, int index) {
     const auto of = [&](int task, auto&& body) {
         const int r = task / layer.kv_heads, head = task % layer.kv_heads;
         const Row& row = (*rows_)[r];
-        float* qkv = floats(wide_) + std::size_t(r) * widest_;
+        float* qkv = floats(wide_) + std::size_t(r) * stride_;
         body(r, head, row, qkv + head * per_group * dim, qkv + (layer.heads + head) * dim,
              qkv + (layer.heads + layer.kv_heads + head) * dim, sequences_[row.sequence].layers[index]);
     };
@@ -464,7 +285,7 @@ void Engine::attention(int t, int index) {
             a.scale = attention_scale;
             own.scores.resize(4 * std::size_t(a.last - a.first + 2 * Attention::kBlock));
             a.scratch = own.scores.data();
-            float* out = floats(mixed_) + std::size_t(r) * widest_ + head * per_group * dim;
+            float* out = floats(mixed_) + std::size_t(r) * stride_ + head * per_group * dim;
             const float* queries[64];
             float* outs[64];
             for (int m = 0; m < per_group; m++) {

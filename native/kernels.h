@@ -24,9 +24,10 @@ struct Kernels {
     // `index` and `value` must have room for n + 16.
     int (*collect)(const float* x, const float* weight, float threshold, int n, std::int32_t* index, float* value) = nullptr;
 
-    // y (padded rows of tiles [first, last)) = the listed columns of w times their values.
-    void (*zigzag_times)(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
-                         int last) = nullptr;
+    // y[t * stride + r] = row r of the units [first, last) of one tile, counted from the first of them: the listed columns
+    // of w times value[t]; overwritten. `count` columns, the same for all tokens. A unit is 128 rows.
+    void (*zigzag_times)(const Zigzag& w, int tile, int first, int last, const std::int32_t* index,
+                         const float* const* value, int tokens, int count, float* y, std::ptrdiff_t stride) = nullptr;
 
     // y[t * stride + r] = row r of w times x[t] in float32, for rows [first, last).
     void (*wide_times)(const Wide& w, const float* const* x, int count, float* y, std::ptrdiff_t stride, int first,

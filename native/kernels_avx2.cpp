@@ -208,121 +208,127 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
     return found;
 }
 
-// code[c][g] = x[c] * scale[c][g] in 8 bits, with one float a group; eight groups at a time.
+// Codes of x[c] * scale[c][g] in 8 bits, with one float a group; eight groups at a time.
 template <bool kAffine>
-inline void fold(const Zigzag& w, const std::uint8_t* const* chunk, const float* x, Folded& out) {
-    const int groups = w.groups();
-    for (int g = 0; g < groups; g += 8) {
-        const int inside = std::min(8, groups - g);
+inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start, int tokens,
+                 Folded& out) {
+    float room[kStep];
+    for (int i = 0; i < slice.groups; i += 8) {
+        const int g = slice.first_group + i, inside = std::clamp(w.groups() - g, 0, 8);
         const auto eight = [&](const std::uint8_t* at) {
             if (inside == 8) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
             alignas(16) std::uint16_t few[8] = {};
             std::memcpy(few, at, 2 * inside);
             return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(few)));
         };
-        __m256 e[kStep], most = _mm256_setzero_ps();
-        for (int c = 0; c < kStep; c++) {
-            e[c] = _mm256_mul_ps(eight(chunk[c] + 2 * g), _mm256_set1_ps(x[c]));
-            most = _mm256_max_ps(most, magnitude(e[c]));
-        }
-        if constexpr (kAffine) {
-            __m256 bias = _mm256_load_ps(out.bias + g);
+        __m256 scales[kStep];
+        for (int c = 0; c < kStep; c++) scales[c] = eight(step.chunk[c] + 2 * g);
+        for (int t = 0; t < tokens; t++) {
+            const float* x = step.of(value[t] + start, room);
+            __m256 e[kStep], most = _mm256_setzero_ps();
             for (int c = 0; c < kStep; c++) {
-                bias = _mm256_fmadd_ps(_mm256_set1_ps(x[c]), eight(chunk[c] + 2 * (groups + g)), bias);
-                bias = _mm256_fmadd_ps(_mm256_set1_ps(8.0f), e[c], bias);  // codes count from 8
+                e[c] = _mm256_mul_ps(scales[c], _mm256_set1_ps(x[c]));
+                most = _mm256_max_ps(most, magnitude(e[c]));
             }
-            _mm256_store_ps(out.bias + g, bias);
-        }
-        const __m256 some = _mm256_cmp_ps(most, _mm256_setzero_ps(), _CMP_GT_OQ);
-        const __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(127.0f), most));
-        _mm256_store_ps(out.scale + g, _mm256_mul_ps(most, _mm256_set1_ps(1.0f / 127.0f)));
-        __m256i total = _mm256_setzero_si256();
-        const __m256i byte = _mm256_set1_epi32(255);
-        for (int q = 0; q < kStep / 4; q++) {
-            __m256i four = _mm256_setzero_si256();
-            for (int c = 3; c >= 0; c--) {
-                const __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(e[4 * q + c], inverse));
-                total = _mm256_add_epi32(total, code);
-                four = _mm256_or_si256(_mm256_slli_epi32(four, 8), _mm256_and_si256(code, byte));
+            if constexpr (kAffine) {
+                __m256 bias = _mm256_load_ps(out.bias(t) + i);
+                for (int c = 0; c < kStep; c++) {
+                    bias = _mm256_fmadd_ps(_mm256_set1_ps(x[c]), eight(step.chunk[c] + 2 * (w.groups() + g)), bias);
+                    bias = _mm256_fmadd_ps(_mm256_set1_ps(8.0f), e[c], bias);  // codes count from 8
+                }
+                _mm256_store_ps(out.bias(t) + i, bias);
             }
-            _mm256_store_si256(reinterpret_cast<__m256i*>(out.quad[q] + g), four);
+            const __m256 some = _mm256_cmp_ps(most, _mm256_setzero_ps(), _CMP_GT_OQ);
+            const __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(127.0f), most));
+            _mm256_store_ps(out.scale(t) + i, _mm256_mul_ps(most, _mm256_set1_ps(1.0f / 127.0f)));
+            __m256i total = _mm256_setzero_si256();
+            const __m256i byte = _mm256_set1_epi32(255);
+            for (int q = 0; q < kStep / 4; q++) {
+                __m256i four = _mm256_setzero_si256();
+                for (int c = 3; c >= 0; c--) {
+                    const __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(e[4 * q + c], inverse));
+                    total = _mm256_add_epi32(total, code);
+                    four = _mm256_or_si256(_mm256_slli_epi32(four, 8), _mm256_and_si256(code, byte));
+                }
+                _mm256_store_si256(reinterpret_cast<__m256i*>(out.quad(t, q) + i), four);
+            }
+            _mm256_store_si256(reinterpret_cast<__m256i*>(out.minus8(t) + i),
+                               _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(total, 3)));
         }
-        _mm256_store_si256(reinterpret_cast<__m256i*>(out.minus8 + g),
-                           _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(total, 3)));
     }
+}
+
+// One step's columns of a slice, for all tokens. Sums of nibbles times codes stay in 16 bits: four quads of two products
+// of at most 15 * 127.
+template <bool kOne>
+inline void slice_times(const Step& step, const Slice& slice, int group, std::size_t scale_bytes, Folded& folded,
+                        int tokens, float* y, std::ptrdiff_t stride) {
+    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    for (int unit = slice.first; unit < slice.last; unit++)
+        for (int half = 0; half < 2; half++) {  // lanes 2 half and 2 half + 1: rows 8 half .. 8 half + 7 of 16
+            const std::size_t at = scale_bytes + 64 * unit + 32 * half;
+            __m256i rows[kStep / 4][4];
+            for (int q = 0; q < kStep / 4; q++) {
+                __m256i column[4];
+                for (int c = 0; c < 4; c++) {
+                    if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(step.next[4 * q + c] + at), _MM_HINT_T1);
+                    column[c] = load(step.chunk[4 * q + c] + at);
+                }
+                const __m256i a = _mm256_unpacklo_epi8(column[0], column[1]);
+                const __m256i b = _mm256_unpackhi_epi8(column[0], column[1]);
+                const __m256i c = _mm256_unpacklo_epi8(column[2], column[3]);
+                const __m256i d = _mm256_unpackhi_epi8(column[2], column[3]);
+                rows[q][0] = _mm256_unpacklo_epi16(a, c);
+                rows[q][1] = _mm256_unpackhi_epi16(a, c);
+                rows[q][2] = _mm256_unpacklo_epi16(b, d);
+                rows[q][3] = _mm256_unpackhi_epi16(b, d);
+            }
+            for (int u = 0; u < 4; u++) {
+                const int g = (128 * (unit - slice.first) + 32 * u) / group;
+                __m256i lower[kStep / 4], upper[kStep / 4];
+                for (int q = 0; q < kStep / 4; q++) {
+                    lower[q] = _mm256_and_si256(rows[q][u], nibble);
+                    upper[q] = _mm256_and_si256(_mm256_srli_epi16(rows[q][u], 4), nibble);
+                }
+                float* row = y + 128 * (unit - slice.first) + 32 * u + 8 * half;
+                for (int t = 0; t < (kOne ? 1 : tokens); t++, row += stride) {
+                    __m256i low = _mm256_setzero_si256(), high = low;
+                    for (int q = 0; q < kStep / 4; q++) {
+                        const __m256i codes = _mm256_set1_epi32(folded.quad(t, q)[g]);
+                        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(lower[q], codes));
+                        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(upper[q], codes));
+                    }
+                    const __m256i minus8 = _mm256_set1_epi32(folded.minus8(t)[g]);
+                    const __m256 scale = _mm256_set1_ps(folded.scale(t)[g]);
+                    for (int up = 0; up < 2; up++) {
+                        const __m256i sum = _mm256_madd_epi16(up ? high : low, ones);
+                        const __m256 exact = _mm256_cvtepi32_ps(_mm256_add_epi32(sum, minus8));
+                        float* to = row + 16 * up;
+                        _mm256_storeu_ps(to, _mm256_fmadd_ps(exact, scale, _mm256_loadu_ps(to)));
+                    }
+                }
+            }
+        }
 }
 
 template <bool kAffine>
-void zigzag_times_as(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
-                     int last) {
-    static thread_local Folded folded;
-    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    const std::size_t chunk_bytes = w.chunk_bytes(), scale_bytes = w.scale_bytes();
-    const int units = w.tile_rows / Zigzag::kUnitRows;
-    for (int tile = first; tile < last; tile++) {
-        const std::uint8_t* base = w.data + tile * w.tile_bytes();
-        float* out = y + std::ptrdiff_t(tile) * w.tile_rows;
-        std::fill(out, out + w.tile_rows, 0.0f);
-        if constexpr (kAffine) std::fill(folded.bias, folded.bias + round_up(w.groups(), 8), 0.0f);
-        for (int start = 0; start < count; start += kStep) {
-            const Step step(base, chunk_bytes, index, value, count, start);
-            const auto& [chunk, next, x] = step;
-            fold<kAffine>(w, chunk, x, folded);
-            for (int c = 0; c < kStep; c++)
-                for (std::size_t o = 0; o < scale_bytes; o += 64)
-                    _mm_prefetch(reinterpret_cast<const char*>(next[c] + o), _MM_HINT_T1);
-            for (int unit = 0; unit < units; unit++)
-                for (int half = 0; half < 2; half++) {  // lanes 2 half and 2 half + 1: rows 8 half .. 8 half + 7 of 16
-                    const std::size_t at = scale_bytes + 64 * unit + 32 * half;
-                    __m256i low[4], high[4];  // 16-bit sums: four quads of two products of at most 15 * 127
-                    for (int u = 0; u < 4; u++) low[u] = high[u] = _mm256_setzero_si256();
-                    for (int q = 0; q < kStep / 4; q++) {
-                        __m256i column[4];
-                        for (int c = 0; c < 4; c++) {
-                            if (half == 0)
-                                _mm_prefetch(reinterpret_cast<const char*>(next[4 * q + c] + at), _MM_HINT_T1);
-                            column[c] = load(chunk[4 * q + c] + at);
-                        }
-                        const __m256i a = _mm256_unpacklo_epi8(column[0], column[1]);
-                        const __m256i b = _mm256_unpackhi_epi8(column[0], column[1]);
-                        const __m256i c = _mm256_unpacklo_epi8(column[2], column[3]);
-                        const __m256i d = _mm256_unpackhi_epi8(column[2], column[3]);
-                        const __m256i rows[4] = {_mm256_unpacklo_epi16(a, c), _mm256_unpackhi_epi16(a, c),
-                                                 _mm256_unpacklo_epi16(b, d), _mm256_unpackhi_epi16(b, d)};
-                        for (int u = 0; u < 4; u++) {
-                            const __m256i codes = _mm256_set1_epi32(folded.quad[q][(128 * unit + 32 * u) / w.group]);
-                            const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(rows[u], 4), nibble);
-                            low[u] = _mm256_add_epi16(
-                                low[u], _mm256_maddubs_epi16(_mm256_and_si256(rows[u], nibble), codes));
-                            high[u] = _mm256_add_epi16(high[u], _mm256_maddubs_epi16(upper, codes));
-                        }
-                    }
-                    float* to = out + 128 * unit + 8 * half;
-                    for (int u = 0; u < 4; u++) {
-                        const int g = (128 * unit + 32 * u) / w.group;
-                        const __m256i minus8 = _mm256_set1_epi32(folded.minus8[g]);
-                        const __m256 scale = _mm256_set1_ps(folded.scale[g]);
-                        for (int upper = 0; upper < 2; upper++) {
-                            const __m256i sum = _mm256_madd_epi16(upper ? high[u] : low[u], ones);
-                            float* row = to + 32 * u + 16 * upper;
-                            const __m256 exact = _mm256_cvtepi32_ps(_mm256_add_epi32(sum, minus8));
-                            _mm256_storeu_ps(row, _mm256_fmadd_ps(exact, scale, _mm256_loadu_ps(row)));
-                        }
-                    }
-                }
-        }
-        if constexpr (kAffine)
-            for (int r = 0; r < w.tile_rows; r++) out[r] += folded.bias[r / w.group];
-    }
+void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::int32_t* index,
+                     const float* const* value, int tokens, int count, float* y, std::ptrdiff_t stride) {
+    each_step<kAffine>(
+        w, tile, first, last, index, value, tokens, count, y, stride,
+        [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Folded& folded) {
+            fold<kAffine>(w, step, slice, x, start, n, folded);
+        },
+        [&](const Step& step, const Slice& slice, Folded& folded, int n, float* out) {
+            auto* run = n == 1 ? slice_times<true> : slice_times<false>;
+            run(step, slice, w.group, w.scale_bytes(), folded, n, out, stride);
+        });
 }
 
-void zigzag_times(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
-                  int last) {
-    if (count == 0) {
-        std::fill(y + std::ptrdiff_t(first) * w.tile_rows, y + std::ptrdiff_t(last) * w.tile_rows, 0.0f);
-        return;
-    }
-    (w.affine ? zigzag_times_as<true> : zigzag_times_as<false>)(w, index, value, count, y, first, last);
+void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
+                  int tokens, int count, float* y, std::ptrdiff_t stride) {
+    (w.affine ? zigzag_times_as<true> : zigzag_times_as<false>)(w, tile, first, last, index, value, tokens, count, y,
+                                                               stride);
 }
 
 }  // namespace

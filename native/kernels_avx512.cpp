@@ -171,133 +171,131 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
     return found;
 }
 
-// code[c][g] = x[c] * scale[c][g] in 8 bits, with one float a group; for 16 groups at a time.
+// Codes of x[c] * scale[c][g] in 8 bits, with one float a group; for 16 groups at a time. A group's scales are read and
+// widened once for all tokens.
 template <bool kAffine>
-inline void fold(const Zigzag& w, const std::uint8_t* const* chunk, const float* x, Folded& out) {
-    const int groups = w.groups();
-    for (int g = 0; g < groups; g += 16) {
-        const __mmask16 inside = groups - g >= 16 ? __mmask16(0xffff) : __mmask16((1u << (groups - g)) - 1);
-        __m512 e[kStep], most = _mm512_setzero_ps();
+inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start, int tokens,
+                 Folded& out) {
+    float room[kStep];
+    for (int i = 0; i < slice.groups; i += 16) {
+        const int g = slice.first_group + i, left = w.groups() - g;
+        const __mmask16 inside = left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
+        __m512 scales[kStep];
 #pragma GCC unroll 16
-        for (int c = 0; c < kStep; c++) {
-            const __m256i raw = _mm256_maskz_loadu_epi16(inside, chunk[c] + 2 * g);
-            e[c] = _mm512_mul_ps(_mm512_cvtph_ps(raw), _mm512_set1_ps(x[c]));
-            most = _mm512_max_ps(most, _mm512_abs_ps(e[c]));
-        }
-        if constexpr (kAffine) {
-            __m512 bias = _mm512_load_ps(out.bias + g);
+        for (int c = 0; c < kStep; c++)
+            scales[c] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(inside, step.chunk[c] + 2 * g));
+        for (int t = 0; t < tokens; t++) {
+            const float* x = step.of(value[t] + start, room);
+            __m512 e[kStep], most = _mm512_setzero_ps();
+#pragma GCC unroll 16
             for (int c = 0; c < kStep; c++) {
-                const __m256i raw = _mm256_maskz_loadu_epi16(inside, chunk[c] + 2 * (groups + g));
-                bias = _mm512_fmadd_ps(_mm512_set1_ps(x[c]), _mm512_cvtph_ps(raw), bias);
-                bias = _mm512_fmadd_ps(_mm512_set1_ps(8.0f), e[c], bias);  // codes count from 8
+                e[c] = _mm512_mul_ps(scales[c], _mm512_set1_ps(x[c]));
+                most = _mm512_max_ps(most, _mm512_abs_ps(e[c]));
             }
-            _mm512_store_ps(out.bias + g, bias);
+            if constexpr (kAffine) {
+                __m512 bias = _mm512_load_ps(out.bias(t) + i);
+                for (int c = 0; c < kStep; c++) {
+                    const __m256i raw = _mm256_maskz_loadu_epi16(inside, step.chunk[c] + 2 * (w.groups() + g));
+                    bias = _mm512_fmadd_ps(_mm512_set1_ps(x[c]), _mm512_cvtph_ps(raw), bias);
+                    bias = _mm512_fmadd_ps(_mm512_set1_ps(8.0f), e[c], bias);  // codes count from 8
+                }
+                _mm512_store_ps(out.bias(t) + i, bias);
+            }
+            const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ);
+            const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(127.0f), most);
+            _mm512_store_ps(out.scale(t) + i, _mm512_mul_ps(most, _mm512_set1_ps(1.0f / 127.0f)));
+            __m512i total = _mm512_setzero_si512();
+#pragma GCC unroll 4
+            for (int q = 0; q < kStep / 4; q++) {
+                __m512i code[4];
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++) {
+                    code[c] = _mm512_cvtps_epi32(_mm512_mul_ps(e[4 * q + c], inverse));
+                    total = _mm512_add_epi32(total, code[c]);
+                }
+                const __m512i even = _mm512_mask_blend_epi16(0xAAAAAAAA, code[0], _mm512_slli_epi32(code[2], 16));
+                const __m512i odd = _mm512_mask_blend_epi16(0xAAAAAAAA, code[1], _mm512_slli_epi32(code[3], 16));
+                const __m512i four = _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAAull, even, _mm512_slli_epi16(odd, 8));
+                _mm512_store_si512(out.quad(t, q) + i, four);
+            }
+            const __m512i minus8 = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(total, 3));
+            _mm512_store_si512(out.minus8(t) + i, minus8);
+            _mm512_store_si512(out.minus136(t) + i, _mm512_add_epi32(minus8, _mm512_slli_epi32(minus8, 4)));
         }
-        const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ);
-        const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(127.0f), most);
-        _mm512_store_ps(out.scale + g, _mm512_mul_ps(most, _mm512_set1_ps(1.0f / 127.0f)));
-        __m512i total = _mm512_setzero_si512();
+    }
+}
+
+// One step's columns of a slice, for all tokens: four columns interleaved give dwords of one row, whose low nibbles and
+// whole bytes (low + 16 high) are summed; the difference is the high nibbles' sum.
+template <int kGroup, bool kOne>
+inline void slice_times(const Step& step, const Slice& slice, std::size_t scale_bytes, Folded& folded, int tokens,
+                        float* y, std::ptrdiff_t stride) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    for (int unit = slice.first; unit < slice.last; unit++) {
+        const std::size_t at = scale_bytes + 64 * unit;
+        __m512i rows[kStep / 4][4];
 #pragma GCC unroll 4
         for (int q = 0; q < kStep / 4; q++) {
-            __m512i code[4];
+            __m512i column[4];
 #pragma GCC unroll 4
             for (int c = 0; c < 4; c++) {
-                code[c] = _mm512_cvtps_epi32(_mm512_mul_ps(e[4 * q + c], inverse));
-                total = _mm512_add_epi32(total, code[c]);
+                // No prefetcher follows columns that are picked; the list tells what comes. Into L2: L1 would overflow.
+                _mm_prefetch(reinterpret_cast<const char*>(step.next[4 * q + c] + at), _MM_HINT_T1);
+                column[c] = _mm512_loadu_si512(step.chunk[4 * q + c] + at);
             }
-            const __m512i even = _mm512_mask_blend_epi16(0xAAAAAAAA, code[0], _mm512_slli_epi32(code[2], 16));
-            const __m512i odd = _mm512_mask_blend_epi16(0xAAAAAAAA, code[1], _mm512_slli_epi32(code[3], 16));
-            const __m512i four = _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAAull, even, _mm512_slli_epi16(odd, 8));
-            _mm512_store_si512(out.quad[q] + g, four);
+            const __m512i a = _mm512_unpacklo_epi8(column[0], column[1]);
+            const __m512i b = _mm512_unpackhi_epi8(column[0], column[1]);
+            const __m512i c = _mm512_unpacklo_epi8(column[2], column[3]);
+            const __m512i d = _mm512_unpackhi_epi8(column[2], column[3]);
+            rows[q][0] = _mm512_unpacklo_epi16(a, c);
+            rows[q][1] = _mm512_unpackhi_epi16(a, c);
+            rows[q][2] = _mm512_unpacklo_epi16(b, d);
+            rows[q][3] = _mm512_unpackhi_epi16(b, d);
         }
-        _mm512_store_si512(out.minus8 + g, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(total, 3)));
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; u++) {
+            const int g = (128 * (unit - slice.first) + 32 * u) / kGroup;
+            __m512i lower[kStep / 4];
+#pragma GCC unroll 4
+            for (int q = 0; q < kStep / 4; q++) lower[q] = _mm512_and_si512(rows[q][u], nibble);
+            float* row = y + 128 * (unit - slice.first) + 32 * u;
+            for (int t = 0; t < (kOne ? 1 : tokens); t++, row += stride) {
+                __m512i low = _mm512_set1_epi32(folded.minus8(t)[g]), both = _mm512_set1_epi32(folded.minus136(t)[g]);
+#pragma GCC unroll 4
+                for (int q = 0; q < kStep / 4; q++) {
+                    const __m512i codes = _mm512_set1_epi32(folded.quad(t, q)[g]);
+                    both = _mm512_dpbusd_epi32(both, rows[q][u], codes);
+                    low = _mm512_dpbusd_epi32(low, lower[q], codes);
+                }
+                const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(both, low), 4);
+                const __m512 scale = _mm512_set1_ps(folded.scale(t)[g]);
+                _mm512_storeu_ps(row, _mm512_fmadd_ps(_mm512_cvtepi32_ps(low), scale, _mm512_loadu_ps(row)));
+                _mm512_storeu_ps(row + 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), scale, _mm512_loadu_ps(row + 16)));
+            }
+        }
     }
 }
 
 template <bool kAffine, int kGroup>
-void zigzag_times_as(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
-                     int last) {
-    static thread_local Folded folded;
-    const __m512i nibble = _mm512_set1_epi8(15);
-    const std::size_t chunk_bytes = w.chunk_bytes(), scale_bytes = w.scale_bytes();
-    const int units = w.tile_rows / Zigzag::kUnitRows;
-    for (int tile = first; tile < last; tile++) {
-        const std::uint8_t* base = w.data + tile * w.tile_bytes();
-        float* out = y + std::ptrdiff_t(tile) * w.tile_rows;
-        for (int r = 0; r < w.tile_rows; r += 16) _mm512_storeu_ps(out + r, _mm512_setzero_ps());
-        if constexpr (kAffine) std::fill(folded.bias, folded.bias + round_up(w.groups(), 16), 0.0f);
-        for (int start = 0; start < count; start += kStep) {
-            const Step step(base, chunk_bytes, index, value, count, start);
-            const auto& [chunk, next, x] = step;
-            fold<kAffine>(w, chunk, x, folded);
-            // No prefetcher follows columns that are picked; the list tells what comes. Into L2: L1 would overflow.
-            for (int c = 0; c < kStep; c++)
-                for (std::size_t o = 0; o < scale_bytes; o += 64)
-                    _mm_prefetch(reinterpret_cast<const char*>(next[c] + o), _MM_HINT_T1);
-            for (int unit = 0; unit < units; unit++) {
-                const std::size_t at = scale_bytes + 64 * unit;
-                __m512i low[4], both[4];  // sums of low nibbles; of whole bytes, low + 16 high
-                for (int u = 0; u < 4; u++) low[u] = both[u] = _mm512_setzero_si512();
-#pragma GCC unroll 4
-                for (int q = 0; q < kStep / 4; q++) {
-                    __m512i column[4];
-#pragma GCC unroll 4
-                    for (int c = 0; c < 4; c++) {
-                        _mm_prefetch(reinterpret_cast<const char*>(next[4 * q + c] + at), _MM_HINT_T1);
-                        column[c] = _mm512_loadu_si512(chunk[4 * q + c] + at);
-                    }
-                    const __m512i a = _mm512_unpacklo_epi8(column[0], column[1]);
-                    const __m512i b = _mm512_unpackhi_epi8(column[0], column[1]);
-                    const __m512i c = _mm512_unpacklo_epi8(column[2], column[3]);
-                    const __m512i d = _mm512_unpackhi_epi8(column[2], column[3]);
-                    const __m512i rows[4] = {_mm512_unpacklo_epi16(a, c), _mm512_unpackhi_epi16(a, c),
-                                             _mm512_unpacklo_epi16(b, d), _mm512_unpackhi_epi16(b, d)};
-#pragma GCC unroll 4
-                    for (int u = 0; u < 4; u++) {
-                        const __m512i codes = _mm512_set1_epi32(folded.quad[q][(128 * unit + 32 * u) / kGroup]);
-                        both[u] = _mm512_dpbusd_epi32(both[u], rows[u], codes);
-                        low[u] = _mm512_dpbusd_epi32(low[u], _mm512_and_si512(rows[u], nibble), codes);
-                    }
-                }
-                float* to = out + 128 * unit;
-#pragma GCC unroll 4
-                for (int u = 0; u < 4; u++) {
-                    const int g = (128 * unit + 32 * u) / kGroup;
-                    const __m512i minus8 = _mm512_set1_epi32(folded.minus8[g]);
-                    const __m512 scale = _mm512_set1_ps(folded.scale[g]);
-                    const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(both[u], low[u]), 4);
-                    for (int half = 0; half < 2; half++) {
-                        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(half ? high : low[u], minus8));
-                        float* row = to + 32 * u + 16 * half;
-                        _mm512_storeu_ps(row, _mm512_fmadd_ps(sum, scale, _mm512_loadu_ps(row)));
-                    }
-                }
-            }
-        }
-        if constexpr (kAffine)
-            for (int r = 0; r < w.tile_rows; r += 16) {
-                const __m512 bias = _mm512_set1_ps(folded.bias[r / kGroup]);
-                _mm512_storeu_ps(out + r, _mm512_add_ps(_mm512_loadu_ps(out + r), bias));
-            }
-    }
+void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::int32_t* index,
+                     const float* const* value, int tokens, int count, float* y, std::ptrdiff_t stride) {
+    each_step<kAffine>(
+        w, tile, first, last, index, value, tokens, count, y, stride,
+        [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Folded& folded) {
+            fold<kAffine>(w, step, slice, x, start, n, folded);
+        },
+        [&](const Step& step, const Slice& slice, Folded& folded, int n, float* out) {
+            auto* run = n == 1 ? slice_times<kGroup, true> : slice_times<kGroup, false>;
+            run(step, slice, w.scale_bytes(), folded, n, out, stride);
+        });
 }
 
-template <bool kAffine>
-void zigzag_times_as(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
-                     int last) {
-    auto* run = w.group == 32 ? zigzag_times_as<kAffine, 32>
-                : w.group == 64 ? zigzag_times_as<kAffine, 64>
-                                : zigzag_times_as<kAffine, 128>;
-    run(w, index, value, count, y, first, last);
-}
-
-void zigzag_times(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
-                  int last) {
-    if (count == 0) {
-        std::fill(y + std::ptrdiff_t(first) * w.tile_rows, y + std::ptrdiff_t(last) * w.tile_rows, 0.0f);
-        return;
-    }
-    (w.affine ? zigzag_times_as<true> : zigzag_times_as<false>)(w, index, value, count, y, first, last);
+void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
+                  int tokens, int count, float* y, std::ptrdiff_t stride) {
+    auto* run = w.group == 32   ? (w.affine ? zigzag_times_as<true, 32> : zigzag_times_as<false, 32>)
+                : w.group == 64 ? (w.affine ? zigzag_times_as<true, 64> : zigzag_times_as<false, 64>)
+                                : (w.affine ? zigzag_times_as<true, 128> : zigzag_times_as<false, 128>);
+    run(w, tile, first, last, index, value, tokens, count, y, stride);
 }
 
 }  // namespace

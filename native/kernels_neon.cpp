@@ -176,117 +176,116 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
     return found;
 }
 
-// code[c][g] = x[c] * scale[c][g] in 8 bits, with one float a group; four groups at a time.
+// Codes of x[c] * scale[c][g] in 8 bits, with one float a group; four groups at a time.
 template <bool kAffine>
-inline void fold(const Zigzag& w, const std::uint8_t* const* chunk, const float* x, Folded& out) {
-    const int groups = w.groups();
-    for (int g = 0; g < groups; g += 4) {
-        const int inside = std::min(4, groups - g);
+inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start, int tokens,
+                 Folded& out) {
+    float room[kStep];
+    for (int i = 0; i < slice.groups; i += 4) {
+        const int g = slice.first_group + i, inside = std::clamp(w.groups() - g, 0, 4);
         const auto four_of = [&](const std::uint8_t* at) {
             std::uint16_t few[4] = {};
             std::memcpy(few, at, 2 * inside);
             return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(few)));
         };
-        float32x4_t e[kStep], most = vdupq_n_f32(0);
-        for (int c = 0; c < kStep; c++) {
-            e[c] = vmulq_n_f32(four_of(chunk[c] + 2 * g), x[c]);
-            most = vmaxq_f32(most, vabsq_f32(e[c]));
-        }
-        if constexpr (kAffine) {
-            float32x4_t bias = vld1q_f32(out.bias + g);
+        float32x4_t scales[kStep];
+        for (int c = 0; c < kStep; c++) scales[c] = four_of(step.chunk[c] + 2 * g);
+        for (int t = 0; t < tokens; t++) {
+            const float* x = step.of(value[t] + start, room);
+            float32x4_t e[kStep], most = vdupq_n_f32(0);
             for (int c = 0; c < kStep; c++) {
-                bias = vfmaq_n_f32(bias, four_of(chunk[c] + 2 * (groups + g)), x[c]);
-                bias = vfmaq_n_f32(bias, e[c], 8.0f);  // codes count from 8
+                e[c] = vmulq_n_f32(scales[c], x[c]);
+                most = vmaxq_f32(most, vabsq_f32(e[c]));
             }
-            vst1q_f32(out.bias + g, bias);
-        }
-        const uint32x4_t some = vcgtq_f32(most, vdupq_n_f32(0));
-        const float32x4_t inverse = vreinterpretq_f32_u32(
-            vandq_u32(some, vreinterpretq_u32_f32(vdivq_f32(vdupq_n_f32(127.0f), most))));
-        vst1q_f32(out.scale + g, vmulq_n_f32(most, 1.0f / 127.0f));
-        int32x4_t total = vdupq_n_s32(0);
-        for (int q = 0; q < kStep / 4; q++) {
-            int32x4_t four = vdupq_n_s32(0);
-            for (int c = 3; c >= 0; c--) {
-                const int32x4_t code = vcvtnq_s32_f32(vmulq_f32(e[4 * q + c], inverse));
-                total = vaddq_s32(total, code);
-                four = vorrq_s32(vshlq_n_s32(four, 8), vandq_s32(code, vdupq_n_s32(255)));
+            if constexpr (kAffine) {
+                float32x4_t bias = vld1q_f32(out.bias(t) + i);
+                for (int c = 0; c < kStep; c++) {
+                    bias = vfmaq_n_f32(bias, four_of(step.chunk[c] + 2 * (w.groups() + g)), x[c]);
+                    bias = vfmaq_n_f32(bias, e[c], 8.0f);  // codes count from 8
+                }
+                vst1q_f32(out.bias(t) + i, bias);
             }
-            vst1q_s32(out.quad[q] + g, four);
+            const uint32x4_t some = vcgtq_f32(most, vdupq_n_f32(0));
+            const float32x4_t inverse = vreinterpretq_f32_u32(
+                vandq_u32(some, vreinterpretq_u32_f32(vdivq_f32(vdupq_n_f32(127.0f), most))));
+            vst1q_f32(out.scale(t) + i, vmulq_n_f32(most, 1.0f / 127.0f));
+            int32x4_t total = vdupq_n_s32(0);
+            for (int q = 0; q < kStep / 4; q++) {
+                int32x4_t four = vdupq_n_s32(0);
+                for (int c = 3; c >= 0; c--) {
+                    const int32x4_t code = vcvtnq_s32_f32(vmulq_f32(e[4 * q + c], inverse));
+                    total = vaddq_s32(total, code);
+                    four = vorrq_s32(vshlq_n_s32(four, 8), vandq_s32(code, vdupq_n_s32(255)));
+                }
+                vst1q_s32(out.quad(t, q) + i, four);
+            }
+            vst1q_s32(out.minus8(t) + i, vmulq_n_s32(total, -8));
         }
-        vst1q_s32(out.minus8 + g, vmulq_n_s32(total, -8));
     }
+}
+
+// One step's columns of a slice, for all tokens.
+inline void slice_times(const Step& step, const Slice& slice, int group, std::size_t scale_bytes, Folded& folded,
+                        int tokens, float* y, std::ptrdiff_t stride) {
+    const uint8x16_t nibble = vdupq_n_u8(15);
+    for (int unit = slice.first; unit < slice.last; unit++)
+        for (int lane = 0; lane < 4; lane++) {
+            const std::size_t at = scale_bytes + 64 * unit + 16 * lane;
+            uint8x16_t rows[kStep / 4][4];
+            for (int q = 0; q < kStep / 4; q++) {
+                uint8x16_t column[4];
+                for (int c = 0; c < 4; c++) {
+                    if (lane == 0) __builtin_prefetch(step.next[4 * q + c] + at, 0, 2);
+                    column[c] = vld1q_u8(step.chunk[4 * q + c] + at);
+                }
+                const uint8x16x2_t ab = vzipq_u8(column[0], column[1]), cd = vzipq_u8(column[2], column[3]);
+                for (int i = 0; i < 2; i++) {
+                    const uint16x8x2_t both =
+                        vzipq_u16(vreinterpretq_u16_u8(ab.val[i]), vreinterpretq_u16_u8(cd.val[i]));
+                    rows[q][2 * i] = vreinterpretq_u8_u16(both.val[0]);
+                    rows[q][2 * i + 1] = vreinterpretq_u8_u16(both.val[1]);
+                }
+            }
+            for (int u = 0; u < 4; u++) {
+                const int g = (128 * (unit - slice.first) + 32 * u) / group;
+                int8x16_t lower[kStep / 4], upper[kStep / 4];
+                for (int q = 0; q < kStep / 4; q++) {
+                    lower[q] = vreinterpretq_s8_u8(vandq_u8(rows[q][u], nibble));
+                    upper[q] = vreinterpretq_s8_u8(vshrq_n_u8(rows[q][u], 4));
+                }
+                float* row = y + 128 * (unit - slice.first) + 32 * u + 4 * lane;
+                for (int t = 0; t < tokens; t++, row += stride) {
+                    int32x4_t low = vdupq_n_s32(folded.minus8(t)[g]), high = low;
+                    for (int q = 0; q < kStep / 4; q++) {
+                        const int8x16_t codes = vreinterpretq_s8_s32(vdupq_n_s32(folded.quad(t, q)[g]));
+                        low = vdotq_s32(low, lower[q], codes);
+                        high = vdotq_s32(high, upper[q], codes);
+                    }
+                    const float scale = folded.scale(t)[g];
+                    vst1q_f32(row, vfmaq_n_f32(vld1q_f32(row), vcvtq_f32_s32(low), scale));
+                    vst1q_f32(row + 16, vfmaq_n_f32(vld1q_f32(row + 16), vcvtq_f32_s32(high), scale));
+                }
+            }
+        }
 }
 
 template <bool kAffine>
-void zigzag_times_as(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
-                     int last) {
-    static thread_local Folded folded;
-    const uint8x16_t nibble = vdupq_n_u8(15);
-    const std::size_t chunk_bytes = w.chunk_bytes(), scale_bytes = w.scale_bytes();
-    const int units = w.tile_rows / Zigzag::kUnitRows;
-    for (int tile = first; tile < last; tile++) {
-        const std::uint8_t* base = w.data + tile * w.tile_bytes();
-        float* out = y + std::ptrdiff_t(tile) * w.tile_rows;
-        std::fill(out, out + w.tile_rows, 0.0f);
-        if constexpr (kAffine) std::fill(folded.bias, folded.bias + round_up(w.groups(), 4), 0.0f);
-        for (int start = 0; start < count; start += kStep) {
-            const Step step(base, chunk_bytes, index, value, count, start);
-            const auto& [chunk, next, x] = step;
-            fold<kAffine>(w, chunk, x, folded);
-            for (int c = 0; c < kStep; c++)
-                for (std::size_t o = 0; o < scale_bytes; o += 64) __builtin_prefetch(next[c] + o, 0, 2);
-            for (int unit = 0; unit < units; unit++)
-                for (int lane = 0; lane < 4; lane++) {
-                    const std::size_t at = scale_bytes + 64 * unit + 16 * lane;
-                    int32x4_t low[4], high[4];
-                    for (int u = 0; u < 4; u++) {
-                        low[u] = vdupq_n_s32(folded.minus8[(128 * unit + 32 * u) / w.group]);
-                        high[u] = low[u];
-                    }
-                    for (int q = 0; q < kStep / 4; q++) {
-                        uint8x16_t column[4];
-                        for (int c = 0; c < 4; c++) {
-                            if (lane == 0) __builtin_prefetch(next[4 * q + c] + at, 0, 2);
-                            column[c] = vld1q_u8(chunk[4 * q + c] + at);
-                        }
-                        const uint8x16x2_t ab = vzipq_u8(column[0], column[1]), cd = vzipq_u8(column[2], column[3]);
-                        uint8x16_t rows[4];
-                        for (int i = 0; i < 2; i++) {
-                            const uint16x8x2_t both =
-                                vzipq_u16(vreinterpretq_u16_u8(ab.val[i]), vreinterpretq_u16_u8(cd.val[i]));
-                            rows[2 * i] = vreinterpretq_u8_u16(both.val[0]);
-                            rows[2 * i + 1] = vreinterpretq_u8_u16(both.val[1]);
-                        }
-                        for (int u = 0; u < 4; u++) {
-                            const int8x16_t codes = vreinterpretq_s8_s32(
-                                vdupq_n_s32(folded.quad[q][(128 * unit + 32 * u) / w.group]));
-                            low[u] = vdotq_s32(low[u], vreinterpretq_s8_u8(vandq_u8(rows[u], nibble)), codes);
-                            high[u] = vdotq_s32(high[u], vreinterpretq_s8_u8(vshrq_n_u8(rows[u], 4)), codes);
-                        }
-                    }
-                    float* to = out + 128 * unit + 4 * lane;
-                    for (int u = 0; u < 4; u++) {
-                        const float scale = folded.scale[(128 * unit + 32 * u) / w.group];
-                        for (int upper = 0; upper < 2; upper++) {
-                            float* row = to + 32 * u + 16 * upper;
-                            vst1q_f32(row, vfmaq_n_f32(vld1q_f32(row), vcvtq_f32_s32(upper ? high[u] : low[u]), scale));
-                        }
-                    }
-                }
-        }
-        if constexpr (kAffine)
-            for (int r = 0; r < w.tile_rows; r++) out[r] += folded.bias[r / w.group];
-    }
+void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::int32_t* index,
+                     const float* const* value, int tokens, int count, float* y, std::ptrdiff_t stride) {
+    each_step<kAffine>(
+        w, tile, first, last, index, value, tokens, count, y, stride,
+        [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Folded& folded) {
+            fold<kAffine>(w, step, slice, x, start, n, folded);
+        },
+        [&](const Step& step, const Slice& slice, Folded& folded, int n, float* out) {
+            slice_times(step, slice, w.group, w.scale_bytes(), folded, n, out, stride);
+        });
 }
 
-void zigzag_times(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
-                  int last) {
-    if (count == 0) {
-        std::fill(y + std::ptrdiff_t(first) * w.tile_rows, y + std::ptrdiff_t(last) * w.tile_rows, 0.0f);
-        return;
-    }
-    (w.affine ? zigzag_times_as<true> : zigzag_times_as<false>)(w, index, value, count, y, first, last);
+void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
+                  int tokens, int count, float* y, std::ptrdiff_t stride) {
+    (w.affine ? zigzag_times_as<true> : zigzag_times_as<false>)(w, tile, first, last, index, value, tokens, count, y,
+                                                               stride);
 }
 
 }  // namespace

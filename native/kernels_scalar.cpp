@@ -1,8 +1,8 @@
 // The kernels in plain C++: what the others must compute. Slow, and meant to be read first.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 #include "half.h"
 #include "kernels.h"
@@ -97,36 +97,35 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
     return found;
 }
 
-void zigzag_times(const Zigzag& w, const std::int32_t* index, const float* value, int count, float* y, int first,
-                  int last) {
+void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
+                  int tokens, int count, float* y, std::ptrdiff_t stride) {
     constexpr int kStep = 16;  // columns that share one integer scale per group of rows
-    const int groups = w.groups();
-    std::vector<float> folded(kStep * groups), bias(groups);
-    for (int tile = first; tile < last; tile++) {
-        const std::uint8_t* base = w.data + tile * w.tile_bytes();
-        float* out = y + std::ptrdiff_t(tile) * w.tile_rows;
-        std::memset(out, 0, sizeof(float) * w.tile_rows);
-        std::fill(bias.begin(), bias.end(), 0.0f);
-        for (int start = 0; start < count; start += kStep) {
-            const int columns = std::min(kStep, count - start);
-            for (int g = 0; g < groups; g++) {
-                float most = 0;
+    const std::uint8_t* base = w.data + tile * w.tile_bytes();
+    const int first_row = first * Zigzag::kUnitRows, last_row = last * Zigzag::kUnitRows, groups = w.groups();
+    for (int t = 0; t < tokens; t++) {
+        float* out = y + t * stride - first_row;
+        std::fill(out + first_row, out + last_row, 0.0f);
+        for (int g = first_row / w.group; g < last_row / w.group; g++) {
+            float bias = 0;
+            for (int start = 0; start < count; start += kStep) {
+                const int columns = std::min(kStep, count - start);
+                float folded[kStep], most = 0;
                 for (int c = 0; c < columns; c++) {
                     const std::uint8_t* chunk = base + index[start + c] * w.chunk_bytes();
-                    const float x = value[start + c];
-                    folded[c * groups + g] = x * load_half(chunk + 2 * g, Half::float16);
-                    most = std::max(most, std::fabs(folded[c * groups + g]));
+                    const float x = value[t][start + c];
+                    folded[c] = x * load_half(chunk + 2 * g, Half::float16);
+                    most = std::max(most, std::fabs(folded[c]));
                     // Codes count from 8 with minima too: what rounding leaves of a folded activation is multiplied by
                     // the code, and should not meet 15 where it could meet 7. The minimum is then 8 scales higher.
                     if (w.affine) {
-                        bias[g] = std::fma(x, load_half(chunk + 2 * (groups + g), Half::float16), bias[g]);
-                        bias[g] = std::fma(8.0f, folded[c * groups + g], bias[g]);
+                        bias = std::fma(x, load_half(chunk + 2 * (groups + g), Half::float16), bias);
+                        bias = std::fma(8.0f, folded[c], bias);
                     }
                 }
                 const float inverse = most > 0 ? 127.0f / most : 0.0f, scale = most * (1.0f / 127.0f);
                 std::int32_t codes[kStep] = {}, total = 0;
                 for (int c = 0; c < columns; c++) {
-                    codes[c] = int(std::nearbyintf(folded[c * groups + g] * inverse));
+                    codes[c] = int(std::nearbyintf(folded[c] * inverse));
                     total += codes[c];
                 }
                 for (int r = g * w.group; r < (g + 1) * w.group; r++) {
@@ -140,9 +139,9 @@ void zigzag_times(const Zigzag& w, const std::int32_t* index, const float* value
                     out[r] = std::fma(float(exact), scale, out[r]);
                 }
             }
+            if (w.affine)
+                for (int r = g * w.group; r < (g + 1) * w.group; r++) out[r] += bias;
         }
-        if (w.affine)
-            for (int r = 0; r < w.tile_rows; r++) out[r] += bias[r / w.group];
     }
 }
 

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <cstring>
 #include <new>
 #include <utility>
 
@@ -36,6 +37,17 @@ void Buffer::swap(Buffer& other) noexcept {
     std::swap(mapped_, other.mapped_);
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
+}
+
+std::uint64_t read_sum(const std::uint8_t* at, std::size_t n) {
+    std::uint64_t sum[8] = {}, word[8];
+    for (std::size_t i = 0; i < n; i += sizeof word) {
+        std::memcpy(word, at + i, sizeof word);
+        for (int k = 0; k < 8; k++) sum[k] += word[k];
+    }
+    std::uint64_t total = 0;
+    for (std::uint64_t part : sum) total += part;
+    return total;
 }
 
 }  // namespace pennyweight

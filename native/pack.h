@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "engine.h"
+#include "products.h"
 
 namespace pennyweight {
 

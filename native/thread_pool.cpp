@@ -15,16 +15,21 @@ inline void pause() {
 #endif
 }
 
-// Spinning helps only while the other threads really run. When a processor is taken away, give ours up as well.
-template <class Done>
-inline void spin(Done done) {
-    for (int i = 0; !done(); i++) {
+// Until `word` is no longer `old`. Spinning helps only while the other threads really run: after some tens of
+// microseconds the processor is given up, so that threads without one of their own get one.
+template <class T>
+inline T changed(const std::atomic<T>& word, T old, int spins) {
+    for (int i = 0; i < spins; i++) {
+        if (const T now = word.load(std::memory_order_acquire); now != old) return now;
         pause();
-        if (i > 20000) std::this_thread::yield();
+    }
+    for (;;) {
+        word.wait(old, std::memory_order_acquire);
+        if (const T now = word.load(std::memory_order_acquire); now != old) return now;
     }
 }
 
-constexpr int kSpinsBeforeSleep = 3000;  // some tens of microseconds
+constexpr int kSpins = 3000;
 
 }  // namespace
 
@@ -45,7 +50,7 @@ void ThreadPool::run(const std::function<void(int)>& body) {
     started_.fetch_add(1, std::memory_order_release);
     started_.notify_all();
     body(0);
-    spin([&] { return finished_.load(std::memory_order_acquire) == threads_ - 1; });
+    for (int done = 0; done < threads_ - 1;) done = changed(finished_, done, kSpins);
 }
 
 void ThreadPool::barrier() {
@@ -53,20 +58,19 @@ void ThreadPool::barrier() {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
         arrived_.store(0, std::memory_order_relaxed);
         passed_.store(round + 1, std::memory_order_release);
+        passed_.notify_all();
     } else {
-        spin([&] { return passed_.load(std::memory_order_acquire) != round; });
+        changed(passed_, round, kSpins);
     }
 }
 
 void ThreadPool::work(int thread) {
     for (unsigned seen = 0;; seen++) {
-        for (int i = 0; started_.load(std::memory_order_acquire) == seen; i++) {
-            pause();
-            if (i > kSpinsBeforeSleep) started_.wait(seen, std::memory_order_acquire);
-        }
+        changed(started_, seen, kSpins);
         if (stop_) return;
         (*body_)(thread);
         finished_.fetch_add(1, std::memory_order_release);
+        finished_.notify_one();
     }
 }
 

@@ -1,4 +1,4 @@
-// What every instruction set shares of products with Zigzag: sixteen picked columns at a time, and what becomes of them.
+// What every instruction set shares of products with Zigzag: sixteen columns at a time, and what becomes of them.
 #pragma once
 
 #include <algorithm>
@@ -6,32 +6,98 @@
 #include "matrices.h"
 
 namespace pennyweight {
+// Unnamed: each kernel file is compiled for other instructions, and the linker must not let one use another's copy.
+namespace {
 
 constexpr int kStep = 16;         // columns at a time, in four quads
 constexpr int kMaxGroups = 1024;  // of a tile; pack.cpp refuses more
+constexpr int kMaxTokens = 32;    // that share one look at a column
 
-// Activations times scales in 8 bits, with one float for every group of rows.
+// Activations times scales in 8 bits, with one float for every group of rows: of so many tokens that kMaxGroups groups
+// hold them all, and they stay in the first level of cache beside the weights.
 struct Folded {
-    alignas(64) std::int32_t quad[kStep / 4][kMaxGroups];  // four codes, one per column of a quad
-    alignas(64) float scale[kMaxGroups];
-    alignas(64) std::int32_t minus8[kMaxGroups];  // -8 times the sum of the codes
-    alignas(64) float bias[kMaxGroups];           // what minima add, summed over all steps
+    int groups = 0;  // of each token
+    // Of token t: four codes (one per column of a quad) for each quad and group; then per group the scale, -8 times the
+    // sum of the codes, 17 times that (where the sum of whole bytes, low + 16 high, starts), and what minima add.
+    alignas(64) std::int32_t table[8 * kMaxGroups];
+
+    std::int32_t* quad(int t, int q) { return table + (8 * t + q) * groups; }
+    float* scale(int t) { return reinterpret_cast<float*>(table + (8 * t + 4) * groups); }
+    std::int32_t* minus8(int t) { return table + (8 * t + 5) * groups; }
+    std::int32_t* minus136(int t) { return table + (8 * t + 6) * groups; }
+    float* bias(int t) { return reinterpret_cast<float*>(table + (8 * t + 7) * groups); }
+};
+
+// Rows of a tile that are worked on together: whole units, and so few that the tables of all tokens fit.
+struct Slice {
+    int first, last;         // units
+    int first_group, groups;  // `groups` rounded up to 16
+
+    Slice(const Zigzag& w, int tokens, int first_unit, int last_unit) : first(first_unit) {
+        const int per_unit = Zigzag::kUnitRows / w.group, room = kMaxGroups / tokens / 16 * 16;
+        last = std::min(last_unit, first + std::max(1, room / per_unit));
+        first_group = first * per_unit;
+        groups = round_up((last - first) * per_unit, 16);
+    }
 };
 
 // The chunks of one step and, to be prefetched, of the next. A step that is not full takes its last column again, with
 // an activation of zero.
 struct Step {
     const std::uint8_t *chunk[kStep], *next[kStep];
-    float x[kStep];
+    int columns;
 
-    Step(const std::uint8_t* tile, std::size_t chunk_bytes, const std::int32_t* index, const float* value, int count,
-         int start) {
+    Step(const std::uint8_t* tile, std::size_t chunk_bytes, const std::int32_t* index, int count, int start)
+        : columns(std::min(kStep, count - start)) {
         for (int c = 0; c < kStep; c++) {
             chunk[c] = tile + index[std::min(start + c, count - 1)] * chunk_bytes;
             next[c] = tile + index[std::min(start + kStep + c, count - 1)] * chunk_bytes;
-            x[c] = start + c < count ? value[start + c] : 0.0f;
         }
+    }
+
+    // A step's activations of one token; those of a step that is not full are copied to `room`, with zeros behind.
+    const float* of(const float* value, float* room) const {
+        if (columns == kStep) return value;
+        for (int c = 0; c < kStep; c++) room[c] = c < columns ? value[c] : 0.0f;
+        return room;
     }
 };
 
+// The loops around what an instruction set does itself: `fold` makes the tables of a step, `times` adds its products.
+template <bool kAffine, class Fold, class Times>
+void each_step(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
+               int tokens, int count, float* y, std::ptrdiff_t stride, Fold&& fold, Times&& times) {
+    static thread_local Folded folded;
+    const std::uint8_t* base = w.data + tile * w.tile_bytes();
+    const std::size_t chunk_bytes = w.chunk_bytes();
+    for (int from = 0; from < tokens; from += kMaxTokens) {
+        const int n = std::min(kMaxTokens, tokens - from);
+        for (int unit = first; unit < last;) {
+            const Slice slice(w, n, unit, last);
+            unit = slice.last;
+            float* out = y + from * stride + Zigzag::kUnitRows * (slice.first - first);
+            const int rows = Zigzag::kUnitRows * (slice.last - slice.first);
+            folded.groups = slice.groups;
+            for (int t = 0; t < n; t++) {
+                for (int r = 0; r < rows; r++) out[t * stride + r] = 0;
+                if constexpr (kAffine)
+                    for (int g = 0; g < slice.groups; g++) folded.bias(t)[g] = 0;
+            }
+            for (int start = 0; start < count; start += kStep) {
+                const Step step(base, chunk_bytes, index, count, start);
+                fold(step, slice, value + from, start, n, folded);
+                for (int c = 0; c < kStep; c++)
+                    for (int g = slice.first_group; g < slice.first_group + slice.groups; g += 32)
+                        for (int part = 0; part < (kAffine ? 2 : 1); part++)
+                            __builtin_prefetch(step.next[c] + 2 * (g + part * w.groups()), 0, 2);
+                times(step, slice, folded, n, out);
+            }
+            if constexpr (kAffine)
+                for (int t = 0; t < n; t++)
+                    for (int r = 0; r < rows; r++) out[t * stride + r] += folded.bias(t)[r / w.group];
+        }
+    }
+}
+
+}  // namespace
 }  // namespace pennyweight

@@ -18,7 +18,7 @@ from tests.conftest import SHAPES
 from tests.test_heterogeneous import LAYOUT, build
 
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
-from pennyweight.runtime.engine import Engine  # noqa: E402  (needs the native module)
+from pennyweight.runtime.engine import Engine, Row  # noqa: E402  (needs the native module)
 
 IDS = [int(i) for i in torch.arange(70).mul(7919).remainder(300)]
 
@@ -102,13 +102,13 @@ def test_sharing_a_step_changes_no_bit(child):
     engine = Engine(child, threads=2)
     whole = engine.logits(IDS)
     one = engine.open(128)
-    single = np.concatenate([engine.step([(one, i, token, True)]) for i, token in enumerate(IDS)])
+    single = np.concatenate([engine.step([Row(one, i, token)]) for i, token in enumerate(IDS)])
     np.testing.assert_array_equal(single, whole)
     two, three = engine.open(128), engine.open(128)
     mixed = []
     for i in range(0, 70, 7):
-        rows = [(two, i + j, IDS[i + j], True) for j in range(7)]
-        beside = [(three, i + j, IDS[-1 - i - j], False) for j in range(7)]
+        rows = [Row(two, i + j, IDS[i + j]) for j in range(7)]
+        beside = [Row(three, i + j, IDS[-1 - i - j], False) for j in range(7)]
         mixed.append(engine.step([row for pair in zip(rows, beside, strict=True) for row in pair]))
     np.testing.assert_array_equal(np.concatenate(mixed), whole)
 
@@ -116,17 +116,17 @@ def test_sharing_a_step_changes_no_bit(child):
 def test_going_back_writes_over(child):
     engine = Engine(child, threads=1)
     sequence = engine.open(128)
-    engine.step([(sequence, i, token, False) for i, token in enumerate(IDS)])
-    again = engine.step([(sequence, 40 + i, token, True) for i, token in enumerate(IDS[:20])])
+    engine.step([Row(sequence, i, token, False) for i, token in enumerate(IDS)])
+    again = engine.step([Row(sequence, 40 + i, token) for i, token in enumerate(IDS[:20])])
     np.testing.assert_array_equal(again, engine.logits(IDS[:40] + IDS[:20])[40:])
 
 
 def test_a_copied_prefix_is_the_prefix(child):
     engine = Engine(child, threads=1)
     source, target = engine.open(128), engine.open(100)
-    engine.step([(source, i, token, False) for i, token in enumerate(IDS)])
+    engine.step([Row(source, i, token, False) for i, token in enumerate(IDS)])
     engine.copy(source, target, 50)
-    found = engine.step([(target, 50 + i, token, True) for i, token in enumerate(IDS[:20])])
+    found = engine.step([Row(target, 50 + i, token) for i, token in enumerate(IDS[:20])])
     np.testing.assert_array_equal(found, engine.logits(IDS[:50] + IDS[:20])[50:])
 
 
@@ -157,10 +157,10 @@ def test_bad_rows_are_refused(folder):
     engine = Engine(folder, threads=1)
     sequence = engine.open(10)
     for rows, said in [
-        ([(5, 0, 1, True)], "not open"),
-        ([(sequence, 0, 300, True)], "vocabulary of 300"),
-        ([(sequence, 1, 1, True)], "the next is 0"),
-        ([(sequence, 0, 1, True), (sequence, 2, 1, True)], "the next is 1"),
+        ([Row(5, 0, 1)], "not open"),
+        ([Row(sequence, 0, 300)], "vocabulary of 300"),
+        ([Row(sequence, 1, 1)], "the next is 0"),
+        ([Row(sequence, 0, 1), Row(sequence, 2, 1)], "the next is 1"),
         ([], "1 to 512"),
     ]:
         with pytest.raises(ValueError, match=said):
@@ -228,15 +228,29 @@ def test_zigzag_layers_run(zigzag_model, monkeypatch):
     np.testing.assert_array_equal(two, engine(monkeypatch, 2).logits(IDS))
 
 
-def test_sparse_steps_leave_columns_out(zigzag_model, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_zigzag_rows_are_the_same_alone_and_together(zigzag_model, monkeypatch, threads):
+    """A product of one token splits columns, one of many tokens splits rows: the same bits."""
+    made = zigzag_model[1](monkeypatch, threads, 0.3)
+    together, thinned = made.logits(IDS), made.logits(IDS, sparse=True)
+    assert relative(thinned, together) > 0.01
+    sequence = made.open(len(IDS))
+    alone = [made.step([Row(sequence, i, token)]) for i, token in enumerate(IDS)]
+    np.testing.assert_array_equal(np.concatenate(alone), together)
+    alone = [made.step([Row(sequence, i, token, True, True)]) for i, token in enumerate(IDS)]
+    np.testing.assert_array_equal(np.concatenate(alone), thinned)
+    mixed = made.step([Row(sequence, i, token, True, i >= 40) for i, token in enumerate(IDS)])
+    np.testing.assert_array_equal(mixed[:40], together[:40])
+    assert 0 < relative(mixed[40:], thinned[40:]) < relative(thinned[40:], together[40:])  # another beginning
+
+
+def test_sparse_rows_leave_columns_out(zigzag_model, monkeypatch):
     folder, engine = zigzag_model
-    rows = [(0, i, token, True) for i, token in enumerate(IDS)]
     nothing, some = engine(monkeypatch, 2, 0.0), engine(monkeypatch, 2, 0.3)
     dense = nothing.logits(IDS)
-    for made in (nothing, some):
-        assert made.open(128) == 0
-    np.testing.assert_array_equal(nothing.step(rows, sparse=True), dense)  # only zeros are left out
-    np.testing.assert_array_equal(some.step(rows), dense)
-    thinned = some.step(rows, sparse=True)
+    np.testing.assert_array_equal(nothing.logits(IDS, sparse=True), dense)  # only zeros are left out
+    np.testing.assert_array_equal(some.logits(IDS), dense)
+    assert some.kept_share == 1
+    thinned = some.logits(IDS, sparse=True)
     assert 0.3 < some.kept_share < 0.95
     assert 0 < relative(thinned, wanted(folder)) < 1

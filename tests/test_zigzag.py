@@ -46,6 +46,29 @@ def test_packing_loses_nothing(spec, rows, columns):
     assert torch.equal(zigzag.unpack(zigzag.slice_rows(packed, fewer)), matrix[:fewer])
 
 
+@settings(max_examples=30)
+@given(spec=specs, last=st.sampled_from([1, 128, 200]), scaled=st.booleans())
+def test_stacked_matrices_are_the_matrices(spec, last, scaled):
+    matrices = []
+    for i, rows in enumerate((256, 2176, last)):
+        scale = torch.linspace(0.5, 2, rows) if scaled and i != 1 else None
+        matrices.append(
+            zigzag.pack(*random_parts(rows, 5, spec, i)[:2], spec, random_parts(rows, 5, spec, i)[2], scale)
+        )
+    stacked = zigzag.stack(matrices)
+    assert torch.equal(zigzag.unpack(stacked), torch.cat([zigzag.unpack(parts) for parts in matrices]))
+
+
+def test_what_does_not_stack_is_refused():
+    plain, narrow = Spec(group=32), Spec(group=32)
+    uneven = packed_from(random_parts(200, 5, plain), plain)
+    other = packed_from(random_parts(128, 4, narrow), narrow)
+    for matrices in ([uneven, uneven], [packed_from(random_parts(128, 5, plain), plain), other]):
+        assert not zigzag.can_stack(matrices)
+        with pytest.raises(ValueError, match="do not stack"):
+            zigzag.stack(matrices)
+
+
 def test_every_nibble_is_where_the_format_says():
     spec, rows, columns = Spec(group=32, affine=True, tile_rows=256), 500, 3
     codes, scale, minimum = random_parts(rows, columns, spec)

@@ -7,7 +7,7 @@ column leaves behind. Bytes: docs/formats.md; the kernels read them as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,10 +51,14 @@ def nbytes(rows: int, columns: int, spec: Spec) -> int:
 
 
 def pack(
-    codes: torch.Tensor, scale: torch.Tensor, spec: Spec, minimum: torch.Tensor | None = None
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    spec: Spec,
+    minimum: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """codes (rows, columns) 0 to 15; scale and minimum (ceil(rows / group), columns) float16 -> tensors by suffix: the
-    chunks as bytes, rows and columns, and group, affine, tile_rows.
+    """codes (rows, columns) 0 to 15; scale and minimum (ceil(rows / group), columns) float16; row_scale (rows,) float32
+    or None -> tensors by suffix: the chunks as bytes, rows and columns, group, affine and tile_rows, and the row scale.
 
     Rows that fill the last tile have code 0 and scale 0. Raises ValueError if shapes do not match the spec.
     """
@@ -81,11 +85,16 @@ def pack(
     nibbles = units[:, :, :, 0] | units[:, :, :, 1] << 4
     nibbles = nibbles.permute(0, 5, 1, 3, 2, 4).reshape(tiles, columns, spec.tile_rows // 2)
     out[:, :, spec._half_bytes : spec._half_bytes + spec.tile_rows // 2] = nibbles
-    return {
+    parts = {
         "weight_zigzag": out.view(-1),
         "weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
         "weight_layout": torch.tensor([spec.group, spec.affine, spec.tile_rows], dtype=torch.int64),
     }
+    if row_scale is not None:
+        if row_scale.shape != (rows,):
+            raise ValueError(f"row_scale {tuple(row_scale.shape)} for {rows} rows")
+        parts["weight_row_scale"] = row_scale.float()
+    return parts
 
 
 def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
@@ -96,7 +105,8 @@ def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
 
 def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The matrix (rows, columns) in float32. Raises ValueError if the tensors do not belong together."""
-    return dequantize(*codes_of(parts), spec_of(parts))
+    matrix = dequantize(*codes_of(parts), spec_of(parts))
+    return matrix.mul_(parts["weight_row_scale"].unsqueeze(1)) if "weight_row_scale" in parts else matrix
 
 
 def slice_rows(parts: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
@@ -104,7 +114,52 @@ def slice_rows(parts: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.
     codes, scale, minimum = codes_of(parts)
     spec = spec_of(parts).of(rows)
     groups = -(-rows // spec.group)
-    return pack(codes[:rows], scale[:groups], spec, None if minimum is None else minimum[:groups])
+    row_scale = parts["weight_row_scale"][:rows] if "weight_row_scale" in parts else None
+    return pack(codes[:rows], scale[:groups], spec, None if minimum is None else minimum[:groups], row_scale)
+
+
+def can_stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> bool:
+    """Whether `stack` takes them: the same columns and ways of grouping, and all but the last end with a whole unit."""
+    specs = [spec_of(parts) for parts in matrices]
+    alike = len(
+        {(spec.group, spec.affine, int(parts["weight_shape"][1])) for spec, parts in zip(specs, matrices, strict=True)}
+    )
+    return alike == 1 and all(int(parts["weight_shape"][0]) % UNIT_ROWS == 0 for parts in matrices[:-1])
+
+
+def stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Matrices on one input as one matrix of a single tile: what a column of any of them needs lies in one piece, and
+    one list of columns serves all. No code or scale changes. Raises ValueError for what `can_stack` refuses."""
+    if not can_stack(matrices):
+        raise ValueError("matrices of different columns or groupings, or of rows that are no whole units, do not stack")
+    specs = [spec_of(parts) for parts in matrices]
+    shapes = [[int(n) for n in parts["weight_shape"]] for parts in matrices]
+    rows, columns = sum(rows for rows, _ in shapes), shapes[0][1]
+    spec = Spec(specs[0].group, specs[0].affine, -(-rows // UNIT_ROWS) * UNIT_ROWS)
+    pieces: list[list[torch.Tensor]] = [[], [], []]  # scales, minima, nibbles; each (columns, bytes)
+    for parts, own, (count, _) in zip(matrices, specs, shapes, strict=True):
+        tiles, units = -(-count // own.tile_rows), -(-count // UNIT_ROWS)
+        chunks = parts["weight_zigzag"].view(tiles, columns, own.chunk_bytes).transpose(0, 1)
+        size = 2 * own.tile_rows // own.group
+        ends = [size, 2 * size if own.affine else size, own._half_bytes + own.tile_rows // 2]
+        keep = [2 * units * UNIT_ROWS // own.group] * 2 + [units * UNIT_ROWS // 2]
+        for piece, start, end, kept in zip(pieces, [0, *ends], ends, keep, strict=False):
+            if end > start:
+                piece.append(chunks[:, :, start:end].reshape(columns, -1)[:, :kept])
+    out = torch.zeros(columns, spec.chunk_bytes, dtype=torch.uint8)
+    whole = torch.cat([part for piece in pieces for part in piece], dim=1)
+    out[:, : whole.shape[1]] = whole
+    made = {
+        "weight_zigzag": out.view(-1),
+        "weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
+        "weight_layout": torch.tensor([spec.group, spec.affine, spec.tile_rows], dtype=torch.int64),
+    }
+    if any("weight_row_scale" in parts for parts in matrices):
+        each = [
+            parts.get("weight_row_scale", torch.ones(count)) for parts, (count, _) in zip(matrices, shapes, strict=True)
+        ]
+        made["weight_row_scale"] = torch.cat(each)
+    return made
 
 
 def codes_of(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

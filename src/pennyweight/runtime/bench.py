@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pennyweight.runtime.engine import Engine
+from pennyweight.runtime.engine import Engine, Row
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,11 @@ class Speed:
         return asdict(self)
 
 
-def bench(engine: Engine, *, prompt: int = 256, new: int = 128, repeats: int = 3, seed: int = 0) -> Speed:
-    """Read a random prompt and write `new` tokens, `repeats` times. Raises ValueError if that exceeds the context."""
+def bench(
+    engine: Engine, *, prompt: int = 256, new: int = 128, repeats: int = 3, seed: int = 0, sparse: bool = True
+) -> Speed:
+    """Read a random prompt and write `new` tokens, `repeats` times; `sparse` as in engine.Row, for the new tokens.
+    Raises ValueError if that exceeds the context."""
     if prompt < 1 or new < 1 or prompt + new > engine.context:
         raise ValueError(f"a prompt of {prompt} and {new} new tokens; the model takes up to {engine.context} in all")
     rng = np.random.default_rng(seed)
@@ -56,13 +59,13 @@ def bench(engine: Engine, *, prompt: int = 256, new: int = 128, repeats: int = 3
         started = time.perf_counter()
         for start in range(0, prompt, engine.max_rows):
             chunk = ids[start : start + engine.max_rows]
-            rows = [(sequence, start + i, token, start + i == prompt - 1) for i, token in enumerate(chunk)]
+            rows = [Row(sequence, start + i, token, start + i == prompt - 1) for i, token in enumerate(chunk)]
             logits = engine.step(rows)
         first.append(time.perf_counter() - started)
         before = joules() if joules else 0.0
         for i in range(new):
             started = time.perf_counter()
-            logits = engine.step([(sequence, prompt + i, int(logits[-1].argmax()), True)])
+            logits = engine.step([Row(sequence, prompt + i, int(logits[-1].argmax()), True, sparse)])
             each.append(time.perf_counter() - started)
         spent += joules() - before if joules else 0.0
         engine.close(sequence)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,16 @@ def physical_cores() -> int:
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+class Row(NamedTuple):
+    """A token at a position of a sequence. `sparse`: matrices that have a threshold leave columns out for it."""
+
+    sequence: int
+    position: int
+    token: int
+    wants_logits: bool = True
+    sparse: bool = False
 
 
 class Engine:
@@ -67,7 +78,7 @@ class Engine:
 
     @property
     def kept_share(self) -> float:
-        """Share of the columns that the last sparse step read."""
+        """Share of the columns that the sparse rows of the last step read."""
         return self._native.kept_share
 
     @property
@@ -100,26 +111,26 @@ class Engine:
         """Whether a sequence of `length` tokens may go on after its first `to`: layers with a window forget."""
         return not self._windows or length - to <= self.max_rows
 
-    def step(self, rows: Sequence[tuple[int, int, int, bool]], *, sparse: bool = False) -> np.ndarray:
-        """Run rows (sequence, position, token, wants logits); returns the wanted logits (n, vocab_size) float32.
+    def step(self, rows: Sequence[Row]) -> np.ndarray:
+        """Run rows; returns the wanted logits (n, vocab_size) float32.
 
-        Positions of a sequence come in order and without gaps; going back writes over what was there. `sparse`: zigzag
-        matrices leave out columns whose input is at most their threshold. Raises ValueError for a sequence, position or
-        token that is not there.
+        Positions of a sequence come in order and without gaps; going back writes over what was there. Raises ValueError
+        for a sequence, position or token that is not there.
         """
-        table = np.asarray(rows, np.int32).reshape(-1, 4)
+        table = np.asarray(rows, np.int32).reshape(-1, 5)
         logits = np.empty((int((table[:, 3] != 0).sum()), self.vocab_size), np.float32)
-        self._native.step(table, logits, sparse)
+        self._native.step(table, logits)
         return logits
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
+    def logits(self, ids: Sequence[int], *, sparse: bool = False) -> np.ndarray:
         """Logits after every token of a text (tokens, vocab_size) float32, from an empty cache."""
         sequence = self.open(len(ids))
         try:
             parts = []
             for start in range(0, len(ids), self.max_rows):
                 chunk = ids[start : start + self.max_rows]
-                parts.append(self.step([(sequence, start + i, int(token), True) for i, token in enumerate(chunk)]))
+                rows = [Row(sequence, start + i, int(token), True, sparse) for i, token in enumerate(chunk)]
+                parts.append(self.step(rows))
             return np.concatenate(parts)
         finally:
             self.close(sequence)

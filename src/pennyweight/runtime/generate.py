@@ -2,7 +2,8 @@
 
 Every step runs one batch: a stretch of each prompt that is still being read, the next token of each text that is being
 written, and guesses for it if there is a guesser. A text that ends makes room for the next one at once. Texts that
-begin alike share what was computed for the beginning.
+begin alike share what was computed for the beginning. Prompts are read with all columns, whatever thresholds a model
+has: the first tokens carry most of the attention, and reading many tokens at once is not bound by memory anyway.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pennyweight.runtime.engine import Engine
+from pennyweight.runtime.engine import Engine, Row
 from pennyweight.runtime.sample import GREEDY, Sampling, pick
 from pennyweight.runtime.speculate import Guesser, common_prefix
 
@@ -113,7 +114,7 @@ class Batch:
     def step(self) -> list[tuple[Text, list[int]]]:
         """Run one batch; the new tokens of each text that got some."""
         self._seat()
-        rows: list[tuple[int, int, int, bool]] = []
+        rows: list[Row] = []
         plans: list[tuple[_Place, Text, list[int]]] = []  # what each text has in this step, and its guesses
         room = self.engine.max_rows
         writing = any(text.read >= len(text.tokens) - 1 for text in self.running)
@@ -129,8 +130,11 @@ class Batch:
                 most = min(self.guesses, room - 1, self.capacity - len(text.tokens) - 1)
                 guesses = self._guesser(text).guess(text.tokens, most) if most > 0 else []
             done = text.read + len(new) == len(text.tokens)
+            prompt = len(text.request.prompt)
             for i, token in enumerate(new + guesses):
-                rows.append((place.sequence, text.read + i, token, done and i >= len(new) - 1))
+                position = text.read + i
+                wanted = done and i >= len(new) - 1
+                rows.append(Row(place.sequence, position, token, wanted, position >= prompt))
             text.read += len(new)
             room -= len(new) + len(guesses)
             place.held = text.tokens[: text.read]

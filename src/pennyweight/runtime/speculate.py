@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pennyweight.runtime.engine import Engine
+from pennyweight.runtime.engine import Engine, Row
 
 
 class Guesser(Protocol):
@@ -66,8 +66,8 @@ class DraftModel:
         size = self.engine.max_rows
         for start in range(0, len(tokens) - 1, size):
             chunk = tokens[start : min(start + size, len(tokens) - 1)]
-            self.engine.step([(self._sequence, position + start + i, token, False) for i, token in enumerate(chunk)])
-        return self.engine.step([(self._sequence, position + len(tokens) - 1, tokens[-1], True)])[0]
+            self.engine.step([Row(self._sequence, position + start + i, token, False) for i, token in enumerate(chunk)])
+        return self.engine.step([Row(self._sequence, position + len(tokens) - 1, tokens[-1])])[0]
 
     def close(self) -> None:
         self.engine.close(self._sequence)

@@ -1,0 +1,171 @@
+"""One matrix times one token: our dense and sparse kernels beside llama.cpp's, on the same cores.
+
+Protocol: all variants in turn, 80 MB read before every sample so that weights come from memory as they do in decoding,
+one product a sample, threads woken and inputs quantised inside the measured time. p05 is what the machine can do, p50
+what it did beside whatever else ran. Ratios are of p05 within one run. Activations are normal with a few channels
+twelve times larger; a sparse product leaves out the share of columns with the smallest |x|.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import _bench
+import _llama
+from pennyweight import _native
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # rows (outputs), columns (inputs)
+LEVELS = (0.0, 0.25, 0.4, 0.5, 0.7)
+FLUSH_BYTES = 80 << 20
+READ_BYTES = 33 << 20
+
+
+@dataclass
+class Variant:
+    """Something to time: `run` returns seconds. `bits` per weight."""
+
+    name: str
+    bits: float
+    run: Callable[[], float]
+    seconds: list[float] = field(default_factory=list)
+
+    def quantile(self, q: float) -> float:
+        return float(np.quantile(self.seconds, q))
+
+
+def activations(columns: int, rng: np.random.Generator) -> np.ndarray:
+    x = rng.standard_normal(columns).astype(np.float32)
+    x[rng.random(columns) < 0.004] *= 12
+    return x
+
+
+def rows_matrix(rows: int, columns: int, group: int, rng: np.random.Generator) -> _native.Linear:
+    codes = rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8)
+    scales = (0.01 + 0.01 * rng.random((rows, columns // group))).astype(np.float16).view(np.uint16)
+    return linear(_native.Matrix.rows(codes, scales, None, columns, 4, group, False))
+
+
+def zigzag_matrix(rows: int, columns: int, group: int, threshold: float, rng: np.random.Generator) -> _native.Linear:
+    """One tile as tall as the matrix. Random bytes, with scales that are numbers."""
+    scale_bytes = 2 * rows // group
+    chunk = -(-(scale_bytes + rows // 2) // 64) * 64
+    chunks = rng.integers(0, 256, (columns, chunk), dtype=np.uint8)
+    scales = (0.01 + 0.01 * rng.random((columns, rows // group))).astype(np.float16)
+    chunks[:, :scale_bytes] = scales.view(np.uint8).reshape(columns, -1)
+    made = _native.Matrix.zigzag(chunks.reshape(-1), rows, columns, rows, group, False)
+    made.threshold = threshold
+    return linear(made)
+
+
+def linear(matrix: _native.Matrix) -> _native.Linear:
+    made = _native.Linear()
+    made.add(matrix)
+    return made
+
+
+def own(name: str, bits: float, made: _native.Linear, x: np.ndarray, rows: int, threads: int, sparse: bool) -> Variant:
+    product, y = _native.Product(made, threads), np.empty((1, rows), np.float32)
+    return Variant(name, bits, lambda: product.run(x[None], y, sparse))
+
+
+def theirs(ggml: _llama.Ggml, kind: str, rows: int, columns: int, x: np.ndarray, threads: int) -> Variant:
+    few = np.random.default_rng(3).normal(0, 0.02, (64, columns)).astype(np.float32)
+    product = _llama.GgmlProduct(ggml, kind, np.tile(few, (rows // 64, 1)))
+    product.set(x[None])
+    product.run()
+    error = np.linalg.norm(product.get()[0, :64] - few @ x) / np.linalg.norm(few @ x)
+    if not error < 0.2:
+        raise RuntimeError(f"llama.cpp's {kind} product is off by {error:.2f}: it was not set up as it should be")
+
+    def run() -> float:
+        ggml.threads(threads)
+        started = time.perf_counter()
+        product.run()
+        return time.perf_counter() - started
+
+    return Variant(f"llama.cpp {kind}", 4.5, run)
+
+
+def measure(rows: int, columns: int, threads: int, samples: int, ggml: _llama.Ggml | None) -> dict[str, Variant]:
+    rng = np.random.default_rng(0)
+    x = activations(columns, rng)
+    reader, flush = _native.Reader(READ_BYTES, threads), _native.Reader(FLUSH_BYTES, 1)
+    variants = [
+        Variant("read", 0, lambda: reader.run(0, READ_BYTES // 256 * 256)),
+        own("dense g32", 4.5, rows_matrix(rows, columns, 32, rng), x, rows, threads, False),
+        own("dense g64", 4.25, rows_matrix(rows, columns, 64, rng), x, rows, threads, False),
+    ]
+    if ggml is not None:
+        variants += [theirs(ggml, kind, rows, columns, x, threads) for kind in ("q4_0", "q4_K")]
+    for level in LEVELS:
+        threshold = float(np.quantile(np.abs(x), level)) if level else -1.0
+        made = zigzag_matrix(rows, columns, 64, threshold, rng)
+        variants.append(own(f"sparse {level:.0%}", 4.25, made, x, rows, threads, level > 0))
+    for variant in variants:
+        variant.run()
+    for _ in range(samples):
+        for variant in variants:
+            flush.run(0, FLUSH_BYTES)
+            variant.seconds.append(variant.run())
+    return {variant.name: variant for variant in variants}
+
+
+def main() -> int:
+    arguments = _bench.parser(__doc__).parse_args()
+    ggml = _llama.Ggml() if _llama.folder() is not None else None
+    if ggml is None:
+        print(_llama.MISSING, file=sys.stderr)
+    samples = 40 if arguments.quick else 200
+    threads = sorted({1, min(2, os.cpu_count() or 1)})
+    rows_out, bars = [], []
+    for rows, columns in SHAPES:
+        for count in threads:
+            found = measure(rows, columns, count, samples, ggml)
+            read = READ_BYTES / found["read"].quantile(0.05)
+            print(f"\n{rows} x {columns}, {count} thread{'s' * (count > 1)}; reads {read / 1e9:.1f} GB/s", flush=True)
+            dense = found["dense g32"].quantile(0.05)
+            for variant in found.values():
+                p05, p50 = variant.quantile(0.05), variant.quantile(0.5)
+                rate = rows * columns * variant.bits / 8 / p05
+                if variant.bits:
+                    print(
+                        f"  {variant.name:15} {variant.bits} bits  p05 {p05 * 1e6:7.1f} us  p50 {p50 * 1e6:7.1f} us  "
+                        f"{rate / 1e9:6.1f} GB/s of all its bytes, {rate / read:4.0%} of reading"
+                    )
+                rows_out.append(
+                    {
+                        "rows": rows,
+                        "columns": columns,
+                        "threads": count,
+                        "variant": variant.name,
+                        "p05": p05,
+                        "p50": p50,
+                    }
+                )
+            shape = f"{rows}x{columns} {count}t"
+            rate = rows * columns * 4.5 / 8 / dense
+            bars.append(_bench.bar(f"{shape}: dense bytes/s over reading", rate / read, ">=", 0.85))
+            half = found["sparse 50%"].quantile(0.05)
+            tall = (rows, columns) != SHAPES[0]
+            if tall:
+                bars.append(_bench.bar(f"{shape}: 50 % over own dense", dense / half, ">=", 1.6))
+            if ggml is not None:
+                k = found["llama.cpp q4_K"].quantile(0.05)
+                bars.append(_bench.bar(f"{shape}: dense over q4_K", k / dense, ">=", 1.35))
+                if tall:
+                    bars.append(_bench.bar(f"{shape}: 50 % over q4_K", k / half, ">=", 2.3))
+    if ggml is None:
+        return _bench.finish(
+            "gemv", arguments.quick, {"times": rows_out, "skipped": f"comparison: {_llama.MISSING}"}, bars
+        )
+    return _bench.finish("gemv", arguments.quick, {"times": rows_out}, bars)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

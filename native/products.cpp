@@ -1,0 +1,277 @@
+#include "products.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+
+#include "half.h"
+
+namespace pennyweight {
+namespace {
+
+constexpr int kPad = 128;           // widths of buffers; the largest group of columns
+constexpr int kTallEnough = 4096;   // rows of a thread's piece of a column
+constexpr int kRowsTogether = 1024, kTokensTogether = 32;  // of a product with many tokens: its sums stay in L2
+
+float* floats(const Buffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
+
+}  // namespace
+
+int Matrix::out() const { return layout == Layout::wide ? wide.rows : layout == Layout::rows ? rows.rows : zigzag.rows; }
+int Matrix::in() const { return layout == Layout::wide ? wide.cols : layout == Layout::rows ? rows.cols : zigzag.cols; }
+
+int Linear::out() const {
+    int total = 0;
+    for (const auto& part : parts) total += part->out();
+    return total;
+}
+
+void dequantise_row(const Matrix& matrix, int row, float* out) {
+    if (matrix.layout == Matrix::Layout::wide) {
+        const Wide& w = matrix.wide;
+        const std::uint8_t* at = w.data + row * w.row_bytes();
+        if (w.type == Wide::Type::float32) std::memcpy(out, at, w.row_bytes());
+        else
+            for (int c = 0; c < w.cols; c++)
+                out[c] = load_half(at + 2 * c, w.type == Wide::Type::float16 ? Half::float16 : Half::bfloat16);
+        return;
+    }
+    if (matrix.layout != Matrix::Layout::rows) throw std::logic_error("a zigzag matrix has no rows to read");
+    const Rows& w = matrix.rows;
+    const int r = row % Rows::kTile, offset = w.affine ? 0 : w.bits == 4 ? 8 : 128;
+    const std::uint8_t* tile = w.data + row / Rows::kTile * w.tile_bytes();
+    for (int c = 0; c < w.cols; c++) {
+        const std::uint8_t* group = tile + c / w.group * w.group_bytes();
+        const std::uint8_t* block = group + c % w.group / Rows::kBlock * w.block_bytes();
+        const std::uint8_t* halves = group + w.group / Rows::kBlock * w.block_bytes();
+        const int k = c % Rows::kBlock;
+        const std::uint8_t byte = block[64 * (w.bits == 4 ? k / 8 : k / 4) + 4 * r + k % 4];
+        const int code = w.bits == 8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
+        out[c] = float(code - offset) * load_half(halves + 2 * r, w.half);
+        if (w.affine) out[c] += load_half(halves + 2 * (Rows::kTile + r), w.half);
+    }
+}
+
+void Products::expect(const Linear& linear, bool output) {
+    for (const auto& part : linear.parts) {
+        stride_ = std::max(stride_, round_up(part->in(), kPad));
+        if (part->layout == Matrix::Layout::rows) stride_ = std::max(stride_, part->rows.padded_cols());
+        if (part->layout == Matrix::Layout::zigzag) zigzag_rows_ = std::max(zigzag_rows_, part->zigzag.padded_rows());
+    }
+    // Tiles write whole, so every output has room for the last one.
+    if (output) stride_ = std::max(stride_, round_up(linear.out(), kPad) + kPad);
+}
+
+void Products::reserve() {
+    const std::size_t bytes = sizeof(float) * std::size_t(kMaxRows) * stride_;
+    normed_ = Buffer(bytes, false);
+    codes_ = Buffer(std::size_t(kMaxRows) * stride_, false);
+    for (Buffer* buffer : {&scale_, &sum_, &minus8_}) *buffer = Buffer(bytes / Rows::kBlock, false);
+    partial_ = Buffer(2 * sizeof(float) * std::size_t(pool_.threads()) * zigzag_rows_, false);
+    shared_.x.resize(kMaxRows);
+    shared_.quantised.resize(kMaxRows);
+    every_.resize(stride_ + 16);
+    std::iota(every_.begin(), every_.end(), 0);
+    for (Thread& own : own_) {
+        own.normed.resize(stride_);
+        own.codes.resize(stride_);
+        for (auto* part : {&own.scale, &own.sum}) part->resize(stride_ / Rows::kBlock);
+        own.minus8.resize(stride_ / Rows::kBlock);
+        own.index.resize(stride_ + 16);
+        own.value.resize(stride_ + 16);
+        if (zigzag_rows_) own.part.resize(std::size_t(2) * kRowsTogether * kTokensTogether);
+        own.input.x.resize(1);
+        own.input.quantised.resize(1);
+    }
+}
+
+void Products::begin(std::vector<char> sparse) {
+    sparse_ = std::move(sparse);
+    for (Thread& own : own_) own.kept = own.kept_of = 0;
+}
+
+double Products::kept_share() const {
+    long kept = 0, of = 0;
+    for (const Thread& own : own_) {
+        kept += own.kept;
+        of += own.kept_of;
+    }
+    return of ? double(kept) / double(of) : 1.0;
+}
+
+const Products::Input& Products::prepare(int t, const float* x, int count, int width, int stride,
+                                         const std::vector<float>* norm, float epsilon, const Linear& next,
+                                         const std::vector<int>* rows) {
+    int padded = 0;
+    for (const auto& part : next.parts)
+        if (part->layout == Matrix::Layout::rows) padded = std::max(padded, part->rows.padded_cols());
+    const auto one = [&](int i, float* normed, std::int8_t* codes, float* scale, std::int32_t* minus8, float* sum,
+                         Input& input) {
+        const float* from = x + std::size_t(rows ? (*rows)[i] : i) * stride;
+        const int slot = count == 1 ? 0 : i;
+        if (norm) {
+            kernels_.rms_norm(from, norm->data(), epsilon, width, normed);
+            from = normed;
+        } else if (padded > width) {
+            std::memcpy(normed, from, sizeof(float) * width);
+            from = normed;
+        }
+        input.x[slot] = from;
+        if (padded) {
+            if (padded > width) std::fill(normed + width, normed + padded, 0.0f);
+            kernels_.quantise(from, padded, codes, scale, minus8, sum);
+            input.quantised[slot] = {codes, scale, minus8, sum};
+        }
+    };
+    if (count == 1) {
+        Thread& own = own_[t];
+        one(0, own.normed.data(), own.codes.data(), own.scale.data(), own.minus8.data(), own.sum.data(), own.input);
+        return own.input;
+    }
+    const int blocks = stride_ / Rows::kBlock;
+    for (int i = t; i < count; i += pool_.threads())
+        one(i, floats(normed_) + std::size_t(i) * stride_,
+            reinterpret_cast<std::int8_t*>(codes_.data()) + std::size_t(i) * stride_,
+            floats(scale_) + std::size_t(i) * blocks, reinterpret_cast<std::int32_t*>(minus8_.data()) + std::size_t(i) * blocks,
+            floats(sum_) + std::size_t(i) * blocks, shared_);
+    pool_.barrier();
+    return shared_;
+}
+
+void Products::multiply(int t, const Linear& linear, const Input& input, int count, float* y, int stride,
+                        const std::vector<int>* which) {
+    const int threads = pool_.threads();
+    int row = 0;
+    for (const auto& part : linear.parts) {
+        const auto [first, last] = share_of_rows(part->out(), t, threads);
+        if (part->layout == Matrix::Layout::zigzag) {
+            zigzag(t, *part, input, count, y + row, stride, which);
+        } else if (part->layout == Matrix::Layout::rows) {
+            // The last tile may not be full: beside it lie rows of the next part, which it must not touch.
+            const int from = first / Rows::kTile, full = last / Rows::kTile;
+            if (from < full)
+                kernels_.rows_times(part->rows, input.quantised.data(), count, y + row + first, stride, from, full);
+            for (int r = 0; r < count && full * Rows::kTile < last; r++) {
+                alignas(64) float tile[Rows::kTile];
+                const int at = full * Rows::kTile;
+                kernels_.rows_times(part->rows, input.quantised.data() + r, 1, tile, 0, full, full + 1);
+                std::memcpy(y + row + std::ptrdiff_t(r) * stride + at, tile, sizeof(float) * (last - at));
+            }
+        } else if (first < last) {
+            kernels_.wide_times(part->wide, input.x.data(), count, y + row, stride, first, last);
+        }
+        if (!linear.bias.empty() && first < last)
+            for (int r = 0; r < count; r++)
+                kernels_.add(y + std::ptrdiff_t(r) * stride + row + first, linear.bias.data() + row + first, last - first);
+        row += part->out();
+    }
+}
+
+// A column's pieces should be long: no prefetcher helps to find the next one. Where every thread's share of the rows is
+// not, columns are split instead, each thread sums down all rows, and the parts are added in a fixed order. A product
+// with many tokens splits rows but adds in the same order, so that a token gets the same bits alone and among others.
+int Products::column_parts(const Zigzag& w) const {
+    return w.padded_rows() / pool_.threads() >= kTallEnough ? 1 : pool_.threads();
+}
+
+void Products::zigzag(int t, const Matrix& matrix, const Input& input, int count, float* y, int stride,
+                      const std::vector<int>* which) {
+    Thread& own = own_[t];
+    own.dense.clear();
+    own.dense_row.clear();
+    for (int r = 0; r < count; r++) {
+        const int in_step = which ? (*which)[r] : r;
+        const bool sparse = matrix.threshold >= 0 && in_step < int(sparse_.size()) && sparse_[in_step];
+        if (sparse || count == 1) {
+            zigzag_one(t, matrix, input.x[r], sparse ? matrix.threshold : -1, y + std::ptrdiff_t(r) * stride);
+        } else {
+            own.dense.push_back(input.x[r]);
+            own.dense_row.push_back(r);
+        }
+    }
+    if (!own.dense.empty()) zigzag_many(t, matrix, stride, y);
+}
+
+void Products::zigzag_one(int t, const Matrix& matrix, const float* x, float threshold, float* y) {
+    const Zigzag& w = matrix.zigzag;
+    const int threads = pool_.threads(), parts = column_parts(w), units = w.tile_rows / Zigzag::kUnitRows;
+    Thread& own = own_[t];
+    const std::int32_t* index = every_.data();
+    int kept = w.cols;
+    if (threshold >= 0) {
+        const float* importance = matrix.importance.empty() ? nullptr : matrix.importance.data();
+        kept = kernels_.collect(x, importance, threshold, w.cols, own.index.data(), own.value.data());
+        index = own.index.data();
+        x = own.value.data();
+        if (t == 0) {
+            own.kept += kept;
+            own.kept_of += w.cols;
+        }
+    }
+    // Buffers take turns: whoever comes to the barrier of the next product has read this one's.
+    float* partial = floats(partial_) + std::size_t(own.zigzags++ % 2) * threads * zigzag_rows_;
+    const int steps = (kept + 15) / 16;  // parts are whole steps
+    const auto run = [&](int part, int first_unit, int last_unit, float* to) {
+        const int first = 16 * share(steps, part, parts).first, last = std::min(16 * share(steps, part, parts).second, kept);
+        const float* values = x + first;
+        for (int unit = first_unit; unit < last_unit;) {
+            const int tile = unit / units, from = unit % units, end = std::min(units, from + last_unit - unit);
+            kernels_.zigzag_times(w, tile, from, end, index + first, &values, 1, last - first,
+                                  to + std::size_t(unit) * Zigzag::kUnitRows, 0);
+            unit += end - from;
+        }
+    };
+    if (parts == 1) {
+        const auto [first, last] = share(w.tiles() * units, t, threads);
+        run(0, first, last, partial);
+    } else {
+        run(t, 0, w.tiles() * units, partial + std::size_t(t) * zigzag_rows_);
+    }
+    pool_.barrier();
+    const auto [from, to] = share_of_rows(w.rows, t, threads);
+    if (from == to) return;
+    std::memcpy(y + from, partial + from, sizeof(float) * (to - from));
+    for (int part = 1; part < parts; part++)
+        kernels_.add(y + from, partial + std::size_t(part) * zigzag_rows_ + from, to - from);
+    if (!matrix.row_scale.empty())
+        for (int i = from; i < to; i++) y[i] *= matrix.row_scale[i];
+}
+
+void Products::zigzag_many(int t, const Matrix& matrix, int stride, float* y) {
+    const Zigzag& w = matrix.zigzag;
+    const int threads = pool_.threads(), parts = column_parts(w), units = w.tile_rows / Zigzag::kUnitRows;
+    const int count = int(own_[t].dense.size());
+    Thread& own = own_[t];
+    const auto [first_unit, last_unit] = share(w.tiles() * units, t, threads);
+    const int steps = (w.cols + 15) / 16;
+    const float* values[kTokensTogether];
+    for (int unit = first_unit; unit < last_unit;) {
+        const int tile = unit / units, from = unit % units;
+        const int end = std::min({units, from + last_unit - unit, from + kRowsTogether / Zigzag::kUnitRows});
+        const int rows = (end - from) * Zigzag::kUnitRows, row = unit * Zigzag::kUnitRows;
+        const int real = std::min(rows, w.rows - row);  // of the last tile, not all
+        for (int token = 0; token < count && real > 0; token += kTokensTogether) {
+            const int n = std::min(kTokensTogether, count - token);
+            float *sum = own.part.data(), *more = sum + std::size_t(kRowsTogether) * kTokensTogether;
+            for (int part = 0; part < parts; part++) {
+                const int first = 16 * share(steps, part, parts).first;
+                const int last = std::min(16 * share(steps, part, parts).second, w.cols);
+                for (int i = 0; i < n; i++) values[i] = own.dense[token + i] + first;
+                kernels_.zigzag_times(w, tile, from, end, every_.data() + first, values, n, last - first,
+                                      part ? more : sum, rows);
+                if (part) kernels_.add(sum, more, n * rows);
+            }
+            for (int i = 0; i < n; i++) {
+                float* to = y + std::ptrdiff_t(own.dense_row[token + i]) * stride + row;
+                std::memcpy(to, sum + std::size_t(i) * rows, sizeof(float) * real);
+                if (!matrix.row_scale.empty())
+                    for (int r = 0; r < real; r++) to[r] *= matrix.row_scale[row + r];
+            }
+        }
+        unit += end - from;
+    }
+    pool_.barrier();  // units are not shares of 16 rows
+}
+
+}  // namespace pennyweight

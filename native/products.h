@@ -1,0 +1,122 @@
+// Products of weights with the activations of a step, done by all threads of a pool together.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "thread_pool.h"
+
+namespace pennyweight {
+
+// A matrix of one of the layouts, and its bytes.
+struct Matrix {
+    enum class Layout { wide, rows, zigzag };
+    Layout layout = Layout::wide;
+    Wide wide;
+    Rows rows;
+    Zigzag zigzag;
+    std::vector<float> row_scale;   // zigzag: multiplies each row at the end; empty: 1
+    float threshold = -1;           // zigzag: columns with |x| at most this are left out; below 0 keeps all
+    std::vector<float> importance;  // zigzag: multiplies |x| before it is compared; empty: 1
+    Buffer bytes;
+
+    int out() const;
+    int in() const;
+    std::size_t nbytes() const { return bytes.size() + sizeof(float) * row_scale.size(); }
+};
+
+// One row of a matrix in float32. Throws std::logic_error for zigzag, which has no rows to read.
+void dequantise_row(const Matrix& matrix, int row, float* out);
+
+// Matrices stacked on one input: y = [A x; B x; ...] + bias.
+struct Linear {
+    std::vector<std::shared_ptr<Matrix>> parts;
+    std::vector<float> bias;  // empty, or one value per row
+
+    int out() const;
+    int in() const { return parts.front()->in(); }
+    bool empty() const { return parts.empty(); }
+};
+
+// The share of `n` things that thread t of `threads` does: [first, last).
+inline std::pair<int, int> share(int n, int t, int threads) {
+    return {int(long(n) * t / threads), int(long(n) * (t + 1) / threads)};
+}
+
+// The share of `rows` rows, in whole groups of 16: the rows of a product that thread t has written when it returns.
+inline std::pair<int, int> share_of_rows(int rows, int t, int threads) {
+    const auto [first, last] = share((rows + Rows::kTile - 1) / Rows::kTile, t, threads);
+    return {std::min(first * Rows::kTile, rows), std::min(last * Rows::kTile, rows)};
+}
+
+class Products {
+public:
+    // What a linear reads, for all rows.
+    struct Input {
+        std::vector<const float*> x;
+        std::vector<Activations> quantised;
+    };
+
+    static constexpr int kMaxRows = 512;
+
+    Products(ThreadPool& pool, const Kernels& kernels) : pool_(pool), kernels_(kernels), own_(pool.threads()) {}
+
+    // Linears that will be multiplied; call for each, then `reserve` once. `output`: into buffers of `stride`.
+    void expect(const Linear& linear, bool output = true);
+    void reserve();
+
+    // Floats between rows of inputs and outputs: the widest of either, and room for tiles that are written whole.
+    int stride() const { return stride_; }
+
+    // Before a step: which of its rows leave columns out where a matrix has a threshold.
+    void begin(std::vector<char> sparse);
+
+    // Called by all threads. x (count, width) with `stride` floats between rows, or the given `rows` of it; normed if
+    // asked for, and in 8 bits if the next matrices want that. One row is done by every thread for itself, which saves
+    // a barrier; more are shared out and met by one.
+    const Input& prepare(int t, const float* x, int count, int width, int stride, const std::vector<float>* norm,
+                         float epsilon, const Linear& next, const std::vector<int>* rows = nullptr);
+
+    // Called by all threads. y[r * stride + i] for `count` rows r; returns when this thread's share_of_rows of every
+    // part is written. `which`: numbers of the rows within the step, if not 0, 1, ...
+    void multiply(int t, const Linear& linear, const Input& input, int count, float* y, int stride,
+                  const std::vector<int>* which = nullptr);
+
+    // Share of the columns that sparse rows have read since `begin`.
+    double kept_share() const;
+
+private:
+    struct Thread {  // scratch that no other thread touches
+        std::vector<float> normed, value, part;
+        std::vector<std::int8_t> codes;
+        std::vector<float> scale, sum;
+        std::vector<std::int32_t> minus8, index;
+        std::vector<const float*> dense;
+        std::vector<int> dense_row;
+        Input input;
+        int zigzags = 0;  // done in this step
+        long kept = 0, kept_of = 0;
+    };
+
+    void zigzag(int t, const Matrix& matrix, const Input& input, int count, float* y, int stride,
+                const std::vector<int>* which);
+    void zigzag_one(int t, const Matrix& matrix, const float* x, float threshold, float* y);
+    void zigzag_many(int t, const Matrix& matrix, int stride, float* y);
+    int column_parts(const Zigzag& w) const;
+
+    ThreadPool& pool_;
+    const Kernels& kernels_;
+    std::vector<Thread> own_;
+    std::vector<char> sparse_;
+    int stride_ = 0, zigzag_rows_ = 0;
+    Buffer partial_;  // (2, threads, zigzag_rows_)
+    Buffer normed_, codes_, scale_, sum_, minus8_;
+    std::vector<std::int32_t> every_;  // 0, 1, 2, ...
+    Input shared_;
+};
+
+}  // namespace pennyweight
