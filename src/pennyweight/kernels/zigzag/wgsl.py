@@ -23,19 +23,23 @@ _BLOCK = 256  # columns that a program of count and scatter looks at
 _BAND_ROWS = 512
 _PROGRAMS = 512  # what a product is cut into: a few per core of the largest GPUs with this interface
 _SLICE_COLUMNS = 16  # no slice of a dense product is thinner
-
 _LIMITS = ("max-buffer-size", "max-storage-buffer-binding-size")  # bytes; what an adapter has above the default is used
+
+
+def adapters() -> list[Any]:
+    """Every wgpu.GPUAdapter here. Raises ImportError without wgpu."""
+    import wgpu
+
+    return wgpu.gpu.enumerate_adapters_sync()
 
 
 def why_not() -> str | None:
     """The reason why nothing can be multiplied here, None if it can."""
     try:
-        import wgpu
+        found = adapters()
     except ImportError:
         return "wgpu is not installed: pip install 'pennyweight[gpu-wgpu]'"
-    if not wgpu.gpu.enumerate_adapters_sync():
-        return "wgpu finds no adapter; Debian's mesa-vulkan-drivers is one in software"
-    return None
+    return None if found else "wgpu finds no adapter; Debian's mesa-vulkan-drivers is one in software"
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,12 @@ class Matrix:
 
         def shape(first_tile: int) -> Any:
             numbers = (self.rows, self.columns, spec.tile_rows, spec.group, spec.affine, spec.chunk_bytes // 4)
-            return self._buffer(struct.pack("9I", *numbers, padded_rows, slices, first_tile))
+            return self._buffer(struct.pack("9I", *numbers, padded_rows, slices, first_tile), uniform=True)
 
         self._kernels = kernels
         self._passes: list[tuple[Any, Any, tuple[int, int]]] = []
-        self._threshold, self._x, self._y = self._buffer(4), self._buffer(4 * self.columns), self._buffer(4 * self.rows)
+        self._threshold = self._buffer(4, uniform=True)
+        self._x, self._y = self._buffer(4 * self.columns), self._buffer(4 * self.rows)
         self._counts, self._kept = self._buffer(4 * blocks + 4), self._buffer(8 * self.columns)
         listing = {1: self._threshold, 2: self._x, 3: self._buffer(weights.numpy()), 4: self._counts}
         self._partial = self._buffer(4 * slices * padded_rows)
@@ -115,11 +120,11 @@ class Matrix:
             self._append(kernels.multiply, bound_tiles | {7: self._partial}, (here * bands, slices))
         self._append(kernels.reduce, {0: shape(0), 7: self._partial, 8: self._y}, (-(-self.rows // 64), 1))
 
-    def _buffer(self, content: Any) -> Any:
+    def _buffer(self, content: Any, *, uniform: bool = False) -> Any:
         """On the device: so many bytes, or a copy of an array."""
         from wgpu import BufferUsage as Usage
 
-        usage = Usage.STORAGE | Usage.UNIFORM | Usage.COPY_SRC | Usage.COPY_DST
+        usage = (Usage.UNIFORM if uniform else Usage.STORAGE) | Usage.COPY_SRC | Usage.COPY_DST
         if isinstance(content, int):
             return self._kernels.device.create_buffer(size=content, usage=usage)
         return self._kernels.device.create_buffer_with_data(data=content, usage=usage)
@@ -152,11 +157,11 @@ class Matrix:
         queue.write_buffer(self._threshold, 0, struct.pack("i", -1 if threshold < 0 else int(bits)))
         queue.write_buffer(self._x, 0, x.detach().float().contiguous().numpy())
 
-    def run(self, repeats: int = 1) -> None:
-        """Have the device multiply by what was loaded, so many times; does not wait for it."""
+    def run(self) -> None:
+        """Have the device multiply by what was loaded; does not wait for it."""
         encoder = self._kernels.device.create_command_encoder()
         run = encoder.begin_compute_pass()
-        for pipeline, group, (across, down) in self._passes * repeats:
+        for pipeline, group, (across, down) in self._passes:
             run.set_pipeline(pipeline)
             run.set_bind_group(0, group)
             run.dispatch_workgroups(across, down)
