@@ -15,6 +15,8 @@ import pytest
 hypothesis.settings.register_profile("penny", derandomize=not os.environ.get("PENNY_EXPLORE"), deadline=None)
 hypothesis.settings.load_profile("penny")
 
+# Triton's kernels run in its interpreter, and it decides when it is first imported; 0 runs them on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; two threads each would wait for one another
 os.environ["PENNY_CACHE"] = tempfile.mkdtemp(prefix="penny-tests-")  # nobody's own measurements are read or written
 

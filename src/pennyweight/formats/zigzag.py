@@ -103,6 +103,15 @@ def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
     return Spec(group, bool(affine), tile_rows)
 
 
+def shape_of(parts: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Rows and columns. Raises ValueError if there are not as many bytes as they take."""
+    packed, spec = parts["weight_zigzag"], spec_of(parts)
+    rows, columns = (int(n) for n in parts["weight_shape"])
+    if packed.numel() != nbytes(rows, columns, spec):
+        raise ValueError(f"{packed.numel()} bytes; {rows} x {columns} in {spec} take {nbytes(rows, columns, spec)}")
+    return rows, columns
+
+
 def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The matrix (rows, columns) in float32. Raises ValueError if the tensors do not belong together."""
     matrix = dequantize(*codes_of(parts), spec_of(parts))
@@ -164,12 +173,9 @@ def stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Ten
 
 def codes_of(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What `pack` was given: codes, scale, minimum. Raises ValueError if there are not as many bytes as this takes."""
-    packed, spec = parts["weight_zigzag"], spec_of(parts)
-    rows, columns = (int(n) for n in parts["weight_shape"])
-    if packed.numel() != nbytes(rows, columns, spec):
-        raise ValueError(f"{packed.numel()} bytes; {rows} x {columns} in {spec} take {nbytes(rows, columns, spec)}")
+    (rows, columns), spec = shape_of(parts), spec_of(parts)
     tiles = -(-rows // spec.tile_rows)
-    chunks = packed.view(tiles, columns, spec.chunk_bytes)
+    chunks = parts["weight_zigzag"].view(tiles, columns, spec.chunk_bytes)
     size, groups = 2 * spec.tile_rows // spec.group, -(-rows // spec.group)
     raw = [chunks[:, :, i * size : (i + 1) * size].clone() for i in range(2 if spec.affine else 1)]
     halves = [
