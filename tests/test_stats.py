@@ -8,6 +8,7 @@ import torch
 
 from pennyweight import stats
 from pennyweight.checkpoint import Checkpoint, read_entry, read_header
+from pennyweight.variants import sparsity
 from pennyweight.walk import Walk, run_layer
 from tests.conftest import SHAPES
 
@@ -57,7 +58,14 @@ def test_moments_are_means_over_tokens(folder, tmp_path):
     }
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    assert set(found) == {*expected, "mixer.output_moment"}
+    counted = {
+        f"{kind}.{which}_{name}"
+        for kind in ("mixer", "ffn")
+        for which in ("input", "inner")
+        for name in ("counts", "weighted_counts")
+    }
+    assert set(found) == {*expected, "mixer.output_moment", *counted}
+    assert torch.equal((found["ffn.inner_counts"] * ids().size).round(), sparsity.counts(inner.abs()))
 
 
 def test_chunks_do_not_change_the_means(folder, tmp_path):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pennyweight.slots import QUANTILES
+
 
 def _keep_length(past_key_values: Any, hidden_states: torch.Tensor, layer: int) -> None:
     """Tell the cache that these tokens passed: transformers asks layer 0 how long the sequence is."""
@@ -65,6 +67,45 @@ class LinearMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear_mlp(hidden_states)
+
+
+def leave_out(module: Any, columns: int, share: float, *, weighted: bool = False) -> None:
+    """Let a module (a block, or one matrix of it) see only the largest of its `columns` input channels: those whose
+    |x|, times `importance` if `weighted`, is above the quantile `share` of the module's table `magnitudes`.
+
+    Both are parameters of the module, to be loaded or set. The first DENSE_TOKENS of a text are seen whole: much
+    attention rests on them. A text read at once is thinned like one that is written token by token, so that its loss
+    is the loss of writing it.
+    """
+    module.magnitudes = nn.Parameter(torch.zeros(QUANTILES), requires_grad=False)
+    module.importance = nn.Parameter(torch.ones(columns), requires_grad=False) if weighted else None
+    module.left_out = share
+    module.register_forward_pre_hook(_leave_out, with_kwargs=True)
+
+
+DENSE_TOKENS = 4
+
+
+def threshold(magnitudes: torch.Tensor, share: float) -> torch.Tensor:
+    """The magnitude below which `share` of the values lie, between the points of a table of evenly spaced quantiles."""
+    at = share * (len(magnitudes) - 1)
+    below = min(int(at), len(magnitudes) - 2)
+    table = magnitudes.float()
+    return table[below] + (table[below + 1] - table[below]) * (at - below)
+
+
+def _leave_out(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    name = "hidden_states" if "hidden_states" in kwargs else None
+    x = kwargs[name] if name else args[0]
+    if module.left_out > 0:
+        size = x.detach().abs().float()
+        if module.importance is not None:
+            size = size * module.importance.float()
+        keep = size > threshold(module.magnitudes, module.left_out)
+        if x.shape[-2] > 1:  # one token alone is one that is being written
+            keep[..., :DENSE_TOKENS, :] = True
+        x = x * keep
+    return (args, {**kwargs, name: x}) if name else ((x, *args[1:]), kwargs)
 
 
 def set_window(attention: nn.Module, window: int) -> None:

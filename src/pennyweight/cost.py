@@ -150,7 +150,8 @@ def computed(machine: Machine) -> Seconds:
     """Roofline: a block takes as long as its memory traffic or its arithmetic, whichever is longer.
 
     An expert weight is read if any sequence of the batch is routed to it: a share 1 - (1 - k/E)^B of the experts
-    under uniform routing. Windows shorten what attention reads.
+    under uniform routing. Windows shorten what attention reads. Sparse matrices are read in part while tokens are
+    written; each sequence of a batch leaves out its own channels, so that the share read is 1 - (1 - kept)^B.
     """
     bandwidth, flops = machine.bandwidth * machine.bandwidth_share, machine.flops * machine.flops_share
 
@@ -160,7 +161,7 @@ def computed(machine: Machine) -> Seconds:
         batch = workload.concurrency
         prefill_tokens = batch * workload.prompt
         per_token = sum(2 * w.parameters * w.active for w in _read_weights(shape) if len(w.shape) > 1)
-        decode_bytes = sum(w.nbytes * (1 - (1 - w.active) ** batch) for w in _read_weights(shape))
+        decode_bytes = sum(w.nbytes * (1 - (1 - w.active * w.kept) ** batch) for w in _read_weights(shape))
         decode_bytes += batch * kv_bytes(shape, workload.mean_length)
         prefill_bytes = sum(w.nbytes * (1 - (1 - w.active) ** prefill_tokens) for w in _read_weights(shape))
         if isinstance(shape, Head):  # only the last position of a prompt needs logits

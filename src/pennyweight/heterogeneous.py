@@ -8,6 +8,7 @@ families we support so that layer i is built from `config.per_layer_config[i]`:
     sliding_window                           a window for this layer alone (blocks.set_window)
     skip: ["attention", "mlp"]               the block is taken out, norm included (its size says 0)
     replace_with_linear: [...]               the block is one matrix (its size says 0)
+    sparsity: {"attention": ..., "mlp": ...} the block leaves channels of its inputs out (blocks.leave_out)
 
 It also mends compressed-tensors loading with `dequantize`, where transformers unpacks every matrix by the first
 config group, so that a checkpoint of mixed 4 and 8 bits would load as wrong numbers without a word.
@@ -26,9 +27,11 @@ import torch
 from torch import nn
 
 from pennyweight import blocks, kinds
-from pennyweight.families._decoder import BLOCK, NORM, SKIPPED
+from pennyweight.families._decoder import BLOCK, INNER, NORM, SKIPPED, sparsity
 
 _MARK = "_pennyweight_original"
+OWN_FORMAT = "pennyweight-zigzag"
+"""`format` of folders that hold matrices in zigzag, which transformers does not read."""
 
 
 def install() -> None:
@@ -123,6 +126,13 @@ def edit_layer(layer: Any, own: Any, layer_idx: int, differing: Collection[str])
                 BLOCK[kind],
                 blocks.LinearAttention(hidden, layer_idx) if kind == "mixer" else blocks.LinearMLP(hidden),
             )
+    for kind in SKIPPED:
+        sparse = sparsity({"sparsity": getattr(own, "sparsity", None)}, kind)
+        if sparse is not None:
+            block = getattr(layer, BLOCK[kind])
+            inner = getattr(block, INNER[kind])
+            blocks.leave_out(block, own.hidden_size, sparse.entering, weighted=sparse.weighted)
+            blocks.leave_out(inner, inner.in_features, sparse.inner, weighted=sparse.weighted)
     window = getattr(own, "sliding_window", None) if "sliding_window" in differing else None
     if window is not None and not skip & {"attention"} and not linear & {"attention"}:
         blocks.set_window(layer.self_attn, window)
@@ -151,6 +161,8 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
+    if (getattr(config, "quantization_config", None) or {}).get("format") == OWN_FORMAT:
+        return _load_own(folder, config, dtype)
     if getattr(config, "quantization_config", None):
         config.quantization_config["dequantize"] = True
     with installed(), _quiet_progress():
@@ -161,6 +173,26 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
     wrong = {kind: sorted(info.get(kind) or ())[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise ValueError(f"{folder} does not fit the model its config describes: {wrong}")
+    return model.eval()
+
+
+def _load_own(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from pennyweight.checkpoint import Checkpoint
+    from pennyweight.formats import _matrix
+
+    del config.quantization_config
+    with installed():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    checkpoint, tied = Checkpoint(folder), bool(getattr(config, "tie_word_embeddings", False))
+    state = {}
+    for name in model.state_dict():
+        if tied and name == "lm_head.weight":
+            continue
+        packed = _matrix.parts(name, checkpoint.entries, checkpoint.read)
+        state[name] = (_matrix.unpack(packed) if packed else checkpoint.read(name)).to(dtype)
+    model.load_state_dict(state, strict=not tied)
     return model.eval()
 
 

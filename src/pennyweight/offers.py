@@ -20,7 +20,7 @@ from pennyweight.search._problem import Infeasible, Problem
 from pennyweight.slots import BFLOAT16, PARENT, Choice, MoE, Shape, Shapes, Slot
 from pennyweight.units import show_bytes, show_seconds
 
-ORDER = ("noop", "linear", "kv_heads", "ffn_width", "window", "bits")
+ORDER = ("noop", "linear", "kv_heads", "ffn_width", "window", "bits", "sparsity")
 """Axes in the order their specs are applied: what removes a block first, what stores it last."""
 
 
@@ -93,8 +93,8 @@ def file_bytes(slot: Slot, shape: Shape) -> int:
         else:
             base = name.removesuffix("weight")
             rows, columns = weight.shape
-            entries.append((base + "weight_packed", (rows, columns)))
-            entries.append((base + "weight_scale", (rows, columns)))
+            suffixes = ("zigzag", "layout", "row_scale") if weight.stored.down else ("packed", "scale")
+            entries += [(f"{base}weight_{suffix}", (rows, columns)) for suffix in suffixes]
             entries.append((base + "weight_shape", (2,)))
     return sum(weight.nbytes for weight in shape.weights()) + header_bytes(entries)
 

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
+from pennyweight import kinds
 from pennyweight.checkpoint import Writer
 from pennyweight.events import Listener
 from pennyweight.families._decoder import Parts, tensor_names, with_shapes
-from pennyweight.formats import packed_int
-from pennyweight.slots import PARENT, Choice, Layout, Slot, Stored
+from pennyweight.formats import _matrix, packed_int
+from pennyweight.heterogeneous import OWN_FORMAT
+from pennyweight.slots import BFLOAT16, PARENT, STORING, Choice, Layout, Shapes, Slot, Stored, reshape_all
 from pennyweight.stats import Collector, SlotStats, autocast, of_slot
 from pennyweight.store import Store
-from pennyweight.variants import bits
+from pennyweight.variants import sparsity
 from pennyweight.variants._common import set_linear
 from pennyweight.walk import Walk, run_layer
 
@@ -86,7 +88,8 @@ def _pack_layer(
 ) -> dict[str, torch.Tensor]:
     """Tensors of one layer by full name; leaves the dequantised values in `layer`."""
     slots = [Slot("mixer", index), Slot("ffn", index)]
-    fitted = [slot for slot in slots if "bits" in layout.get(slot, PARENT) and layout[slot]["bits"].method == "gptq"]
+    chosen = {slot: [spec for axis, spec in layout.get(slot, PARENT).specs if axis in STORING] for slot in slots}
+    fitted = [slot for slot, specs in chosen.items() if any(spec.method == "gptq" for spec in specs)]
     means: dict[str, torch.Tensor] = {}
     if fitted:
         collector = Collector(
@@ -100,7 +103,35 @@ def _pack_layer(
     tensors: dict[str, torch.Tensor] = {}
     for slot in slots:
         tensors |= _packed(slot, child.parts(layer, slot), layout.get(slot, PARENT), of_slot(means, slot.kind))
+    for slot in slots:
+        if "sparsity" in layout.get(slot, PARENT):
+            tensors |= _thinned(child, layer, slot, layout[slot]["sparsity"], hidden, positions)
     return tensors
+
+
+def _thinned(
+    child: Walk, layer: Any, slot: Slot, spec: Any, hidden: torch.Tensor, positions: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The tables of a slot that leaves channels out, by full name, also put into `layer`. Counted one after the other
+    with all earlier ones at work: what a block computes from fewer channels is smaller."""
+    parts = child.parts(layer, slot)
+    shape = sparsity.reshape(parts.shape, spec)
+    names = tensor_names(slot, shape)
+    for module, _ in sparsity.attach(parts, spec.sparsity):
+        share, module.left_out = module.left_out, 0.0
+        counted: list[torch.Tensor] = []
+        handle = module.register_forward_pre_hook(sparsity.counting(counted), with_kwargs=True, prepend=True)
+        with autocast(child.dtype):
+            for rows in hidden.split(8):
+                run_layer(layer, rows, positions)
+        handle.remove()
+        sparsity.fill(module, torch.stack(counted).sum(dim=0))
+        module.left_out = share
+    return {
+        name: _other(layer, name).detach().bfloat16()
+        for key, name in names.items()
+        if key.endswith(("magnitudes", "importance"))
+    }
 
 
 def _packed(slot: Slot, parts: Parts, choice: Choice, stats: SlotStats) -> dict[str, torch.Tensor]:
@@ -108,46 +139,49 @@ def _packed(slot: Slot, parts: Parts, choice: Choice, stats: SlotStats) -> dict[
     names = tensor_names(slot, parts.shape)
     tensors: dict[str, torch.Tensor] = {}
     modules = parts.linears()
+    axis = next((axis for axis in STORING if axis in choice), None)
     for weight in parts.shape.weights():
         name = names[weight.name]
-        if weight.name in modules and "bits" in choice:
-            spec = choice["bits"]
-            codes, scale = bits.quantize(weight.name, modules[weight.name].weight, stats, spec)
-            packed = packed_int.pack(codes, scale, spec.stored.over(codes.shape[1]))
-            set_linear(modules[weight.name], packed_int.unpack(packed), getattr(modules[weight.name], "bias", None))
+        if weight.name in modules and axis is not None:
+            packed = kinds.load("variants", axis).pack(weight.name, modules[weight.name].weight, stats, choice[axis])
+            set_linear(modules[weight.name], _matrix.unpack(packed), getattr(modules[weight.name], "bias", None))
             tensors |= {name.removesuffix("weight") + suffix: part for suffix, part in packed.items()}
         elif weight.name in modules:
             tensors[name] = modules[weight.name].weight.detach().bfloat16()
         else:
-            tensors[name] = _other(parts, name).detach().bfloat16()
+            tensors[name] = _other(parts.layer, name).detach().bfloat16()
     return tensors
 
 
-def _other(parts: Parts, name: str) -> torch.Tensor:
-    """A norm or bias of a decoder layer, by its full tensor name."""
+def _other(layer: Any, name: str) -> torch.nn.Parameter:
+    """A norm, bias or table of a decoder layer, by its full tensor name."""
     path = name.split(".")[3:]  # after model.layers.<i>
-    return parts.layer.get_parameter(".".join(path))
+    return layer.get_parameter(".".join(path))
 
 
 def _config(child: Walk, layout: Layout) -> dict[str, Any]:
     """The child's config with one compressed-tensors group per way of storing."""
-    config = with_shapes(child.checkpoint.config, child.shapes)
+    storing = {
+        slot: Choice(tuple(item for item in choice.specs if item[0] in STORING)) for slot, choice in layout.items()
+    }
+    shapes = reshape_all(child.shapes, storing)
+    config = with_shapes(child.checkpoint.config, shapes)
     groups: dict[Stored, list[str]] = {}
-    for slot, shape in child.shapes.items():
-        choice = layout.get(slot, PARENT)
-        if "bits" in choice:
-            names, stored = tensor_names(slot, shape), choice["bits"].stored
-            for weight in (weight for weight in shape.weights() if len(weight.shape) > 1):
-                target = names[weight.name].removesuffix(".weight")
-                groups.setdefault(stored.over(weight.shape[-1]), []).append(target)
+    for slot, shape in shapes.items():
+        names = tensor_names(slot, shape)
+        for weight in (weight for weight in shape.weights() if len(weight.shape) > 1 and weight.stored != BFLOAT16):
+            groups.setdefault(weight.stored, []).append(names[weight.name].removesuffix(".weight"))
     if groups:
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            # transformers knows no zigzag. A method it does not know it would skip, and fill the missing weights with
+            # noise; at a format it does not know it stops.
+            "format": OWN_FORMAT if any(stored.down for stored in groups) else "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {
                 f"group_{i}": packed_int.config_group(stored, groups[stored])
-                for i, stored in enumerate(sorted(groups, key=lambda s: (s.bits, s.group)))
+                | ({"format": OWN_FORMAT} if stored.down else {})
+                for i, stored in enumerate(sorted(groups, key=lambda s: (s.down, s.bits, s.group)))
             },
             "ignore": [],
         }
@@ -156,9 +190,7 @@ def _config(child: Walk, layout: Layout) -> dict[str, Any]:
 
 def in_memory(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     """The matrix `name` among packed tensors, in 16 bits."""
-    if name in tensors:
-        return tensors[name]
-    return packed_int.unpack({f"weight_{part}": tensors[f"{name}_{part}"] for part in ("packed", "scale", "shape")})
+    return tensors[name] if name in tensors else _matrix.unpack(_matrix.parts(name, tensors, tensors.__getitem__))
 
 
 def put_in(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
@@ -166,18 +198,31 @@ def put_in(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], prefix:
     packed: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         path, _, part = name.removeprefix(prefix).rpartition(".")
-        if name.startswith(prefix) and part.startswith("weight_"):
+        if name.startswith(prefix) and part in _matrix.SUFFIXES:
             packed.setdefault(path, {})[part] = tensor
     for path, parts in packed.items():
         inner = module.get_submodule(path)
-        set_linear(inner, packed_int.unpack(parts), getattr(inner, "bias", None))
+        set_linear(inner, _matrix.unpack(parts), getattr(inner, "bias", None))
 
 
-def dequantised(model: Any, store: Store) -> Any:
-    """The child in memory: a transformers model of the 16-bit child, its chosen matrices replaced by what `pack` made
-    of them, straight from the run folder rather than from the written files."""
-    for index in range(len(model.model.layers)):
-        put_in(model, store.tensors(f"pack/{index}"), "")
+def thin_layer(layer: Any, index: int, layout: Layout, shapes: Shapes, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Leave out of a layer's inputs what the layout says, by the tables that `pack` made."""
+    for slot in (Slot("mixer", index), Slot("ffn", index)):
+        choice = layout.get(slot, PARENT)
+        if "sparsity" in choice:
+            sparsity.attach(Parts(layer, slot.kind, shapes[slot]), choice["sparsity"].sparsity)
+            names = tensor_names(slot, sparsity.reshape(shapes[slot], choice["sparsity"]))
+            for name in (name for key, name in names.items() if key.endswith(("magnitudes", "importance"))):
+                _other(layer, name).data.copy_(tensors[name])
+
+
+def dequantised(model: Any, store: Store, layout: Layout, shapes: Shapes) -> Any:
+    """The child in memory: a transformers model of the 16-bit child (whose `shapes` are given), its chosen matrices
+    replaced by what `pack` made of them, straight from the run folder rather than from the written files."""
+    for index, layer in enumerate(model.model.layers):
+        tensors = store.tensors(f"pack/{index}")
+        put_in(model, tensors, "")
+        thin_layer(layer, index, layout, shapes, tensors)
     put_in(model, store.tensors("pack/embed"), "")
     put_in(model, store.tensors("pack/head"), "")
     model.tie_weights()

@@ -38,34 +38,61 @@ class Slot:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a matrix is kept: 16 bits as bfloat16, or `bits`-bit codes with one bfloat16 scale per `group` columns."""
+    """How a matrix is kept: 16 bits as bfloat16, or `bits`-bit codes with one bfloat16 scale per `group` columns, or,
+    if `down`, 4-bit codes with one float16 scale per `group` rows of a column (zigzag, formats/zigzag.py)."""
 
     bits: int = 16
     group: int = 0
+    down: bool = False
 
     def over(self, columns: int) -> Stored:
         """As a matrix of so many columns is kept: one scale per row where the group does not divide them."""
-        return self if self.bits == 16 or columns % self.group == 0 else Stored(self.bits, columns)
+        whole = self.bits == 16 or self.down or columns % self.group == 0
+        return self if whole else Stored(self.bits, columns)
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes on disk. Codes of a row are packed into whole int32 words; packed matrices also keep their shape."""
         if self.bits == 16:
             return 2 * rows * columns
+        if (
+            self.down
+        ):  # a column's scales and nibbles, in whole units of 128 rows and whole cache lines; a scale per row
+            padded = math.ceil(rows / 128) * 128
+            return columns * math.ceil((2 * padded // self.group + padded // 2) / 64) * 64 + 4 * rows + 16 + 24
         return 4 * rows * math.ceil(columns * self.bits / 32) + 2 * rows * (columns // self.over(columns).group) + 16
 
 
 BFLOAT16 = Stored()
 
+QUANTILES = 257
+"""Points of the tables that say how large a matrix's inputs are."""
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Shares of its input channels that a block's matrices leave out while a model writes, token by token: `entering`
+    of the block's normed input, `inner` of what o_proj or down_proj reads. `weighted`: channels are compared by |x|
+    times the norm of their column (WINA, arXiv:2505.19427) instead of |x| (TEAL, arXiv:2408.14690)."""
+
+    entering: float = 0.0
+    inner: float = 0.0
+    weighted: bool = False
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.entering < 1 and 0 <= self.inner < 1):
+            raise ValueError(f"{self}: shares are at least 0 and below 1")
+
 
 @dataclass(frozen=True)
 class Weight:
     """One tensor of a slot, `stored` as its columns allow. `active` is the share of it that one token reads (below 1
-    for experts)."""
+    for experts); `kept` the share of its columns that a token being written reads (below 1 where it is sparse)."""
 
     name: str
     shape: tuple[int, ...]
     stored: Stored = BFLOAT16
     active: float = 1.0
+    kept: float = 1.0
 
     def __post_init__(self) -> None:
         if len(self.shape) > 1:
@@ -81,6 +108,18 @@ class Weight:
             return 2 * self.parameters
         *stack, rows, columns = self.shape
         return math.prod(stack) * self.stored.nbytes(rows, columns)
+
+
+def _kept(sparsity: Sparsity | None) -> tuple[float, float]:
+    return (1.0, 1.0) if sparsity is None else (1 - sparsity.entering, 1 - sparsity.inner)
+
+
+def _magnitudes(sparsity: Sparsity | None, entering: int, inner: int) -> Iterator[Weight]:
+    """What the runtime needs to find a threshold for any share: quantiles of the magnitudes of both inputs."""
+    if sparsity is not None:
+        yield from (Weight("magnitudes", (QUANTILES,)), Weight("inner_magnitudes", (QUANTILES,)))
+        if sparsity.weighted:
+            yield from (Weight("importance", (entering,)), Weight("inner_importance", (inner,)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +140,17 @@ class Attention:
     sinks: bool = False
     window: int | None = None
     stored: Stored = BFLOAT16
+    sparsity: Sparsity | None = None
 
     def weights(self) -> Iterator[Weight]:
         hidden, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        entering, inner = _kept(self.sparsity)
         yield Weight("norm", (hidden,))
-        yield Weight("q_proj", (q, hidden), self.stored)
-        yield Weight("k_proj", (kv, hidden), self.stored)
-        yield Weight("v_proj", (kv, hidden), self.stored)
-        yield Weight("o_proj", (hidden, q), self.stored)
+        yield Weight("q_proj", (q, hidden), self.stored, kept=entering)
+        yield Weight("k_proj", (kv, hidden), self.stored, kept=entering)
+        yield Weight("v_proj", (kv, hidden), self.stored, kept=entering)
+        yield Weight("o_proj", (hidden, q), self.stored, kept=inner)
+        yield from _magnitudes(self.sparsity, hidden, q)
         if self.qkv_bias:
             yield from (Weight("q_bias", (q,)), Weight("k_bias", (kv,)), Weight("v_bias", (kv,)))
         if self.o_bias:
@@ -127,13 +169,16 @@ class GatedMLP:
     intermediate_size: int
     bias: bool = False
     stored: Stored = BFLOAT16
+    sparsity: Sparsity | None = None
 
     def weights(self) -> Iterator[Weight]:
         hidden, inner = self.hidden_size, self.intermediate_size
+        kept, kept_inner = _kept(self.sparsity)
         yield Weight("norm", (hidden,))
-        yield Weight("gate_proj", (inner, hidden), self.stored)
-        yield Weight("up_proj", (inner, hidden), self.stored)
-        yield Weight("down_proj", (hidden, inner), self.stored)
+        yield Weight("gate_proj", (inner, hidden), self.stored, kept=kept)
+        yield Weight("up_proj", (inner, hidden), self.stored, kept=kept)
+        yield Weight("down_proj", (hidden, inner), self.stored, kept=kept_inner)
+        yield from _magnitudes(self.sparsity, hidden, inner)
         if self.bias:
             yield from (Weight("gate_bias", (inner,)), Weight("up_bias", (inner,)), Weight("down_bias", (hidden,)))
 
@@ -232,6 +277,10 @@ def parameters(shapes: Shapes) -> int:
     return sum(weight.parameters for shape in shapes.values() for weight in shape.weights())
 
 
+STORING = ("bits", "sparsity")
+"""Axes that say how a slot's matrices are kept and read, and leave what they compute nearly as it was."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What was picked for one slot: at most one spec per axis, in the order they are applied. Empty: the parent's."""
@@ -251,8 +300,8 @@ class Choice:
         return " + ".join(str(spec) for _, spec in self.specs) or "parent"
 
     def structural(self) -> Choice:
-        """Without `bits`: what changes the architecture."""
-        return Choice(tuple(item for item in self.specs if item[0] != "bits"))
+        """Without what only says how weights are kept and read: what changes the architecture."""
+        return Choice(tuple(item for item in self.specs if item[0] not in STORING))
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         return {axis: dataclasses.asdict(spec) for axis, spec in self.specs}

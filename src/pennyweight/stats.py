@@ -7,6 +7,7 @@ For each slot, over all calibration tokens t (x the slot's normed input, y what 
     output_moment   (q_width, q_width)    mean a a^T, a the input of o_proj          KV head ranking; GPTQ of o
     down_moment     (channels, channels)  mean z z^T, z the gated activation          GPTQ of down
     activation_mean_abs  (channels,)      mean |z|                                     FFN width ranking
+    magnitudes           histograms of |x| and of |a| or |z|, plain and weighted: *_counts of variants/sparsity.py
 
 Layers are visited one at a time, so memory is bounded by the largest layer plus one chunk of hidden states. The work
 is cut into chunks of rows; each chunk is a task of its own and partial means are merged in a fixed order, so the
@@ -25,11 +26,12 @@ from safetensors.torch import save_file
 
 from pennyweight import executor
 from pennyweight.checkpoint import Checkpoint, read_entry, read_header
-from pennyweight.families._decoder import BLOCK, NORM
+from pennyweight.families._decoder import BLOCK, INNER, NORM
 from pennyweight.slots import Attention, GatedMLP, Slot
+from pennyweight.variants import sparsity
 from pennyweight.walk import Walk, run_layer
 
-NAMES = ("input_moment", "cross_moment", "output_moment", "down_moment", "activation_mean_abs")
+NAMES = ("input_moment", "cross_moment", "output_moment", "down_moment", "activation_mean_abs", "magnitudes")
 
 
 class SlotStats(dict[str, Any]):
@@ -67,6 +69,12 @@ class Collector:
                 self._handles.append(block.o_proj.register_forward_pre_hook(self._on_inner(kind, "output_moment")))
             if isinstance(shape, GatedMLP):
                 self._handles.append(block.down_proj.register_forward_pre_hook(self._on_inner(kind, "down_moment")))
+            if "magnitudes" in self._wanted and isinstance(shape, Attention | GatedMLP):
+                inner = getattr(block, INNER[kind])
+                first = sparsity.importance([linear.weight for linear in sparsity.readers(block, kind)])
+                self._handles.append(norm.register_forward_hook(self._on_magnitudes(kind, "input", first)))
+                second = sparsity.importance([inner.weight])
+                self._handles.append(inner.register_forward_pre_hook(self._on_magnitudes(kind, "inner", second)))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -96,6 +104,15 @@ class Collector:
         def hook(module: Any, args: Any, output: Any) -> None:
             y = (output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2).float()
             self._add_product(f"{kind}.cross_moment", y, self._inputs.pop(kind))
+
+        return hook
+
+    def _on_magnitudes(self, kind: str, which: str, importance: torch.Tensor) -> Any:
+        def hook(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor | None = None) -> None:
+            size = (args[0] if output is None else output).detach().flatten(0, -2).abs().float()
+            for name, values in (("counts", size), ("weighted_counts", size * importance)):
+                key = f"{kind}.{which}_{name}"
+                self.sums[key] = self.sums.get(key, 0.0) + sparsity.counts(values)
 
         return hook
 

@@ -11,7 +11,7 @@ import torch
 
 from pennyweight.checkpoint import Checkpoint, safetensors_bytes
 from pennyweight.heterogeneous import load_model
-from pennyweight.slots import BFLOAT16, Noop, Shapes
+from pennyweight.slots import BFLOAT16, Layout, Noop, Shapes
 from pennyweight.walk import Walk, float_logits, run_layer
 
 
@@ -91,10 +91,10 @@ def check_reload(folder: Path, memory_child: Any, prompts: torch.Tensor, tokens:
 
 
 @torch.no_grad()
-def stored_tokens(child: Walk, store: Any, ids: torch.Tensor) -> torch.Tensor:
+def stored_tokens(child: Walk, store: Any, layout: Layout, ids: torch.Tensor) -> torch.Tensor:
     """Greedy next token at every position of `ids`, from the 16-bit child with its packed matrices put in from the run
     folder, one layer at a time: the child in memory for models too large to hold. (rows, tokens)."""
-    from pennyweight.pack import in_memory, put_in
+    from pennyweight.pack import in_memory, put_in, thin_layer
 
     positions = child.positions(ids.shape[1])
 
@@ -104,7 +104,9 @@ def stored_tokens(child: Walk, store: Any, ids: torch.Tensor) -> torch.Tensor:
     hidden = matrix("pack/embed", "model.embed_tokens.weight")[ids].float()
     for index in range(child.layers):
         layer = child.layer(index)
-        put_in(layer, store.tensors(f"pack/{index}"), f"model.layers.{index}.")
+        tensors = store.tensors(f"pack/{index}")
+        put_in(layer, tensors, f"model.layers.{index}.")
+        thin_layer(layer, index, layout, child.shapes, tensors)
         hidden = run_layer(layer, hidden, positions)
     head = matrix("pack/embed", "model.embed_tokens.weight") if child.tied else matrix("pack/head", "lm_head.weight")
     return float_logits(child.norm()(hidden), head).argmax(dim=-1)

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from pennyweight import heterogeneous, kinds
 from pennyweight.checkpoint import Checkpoint
 from pennyweight.families._decoder import BLOCK, NORM, Parts, tensor_names
-from pennyweight.formats import packed_int
+from pennyweight.formats import _matrix
 from pennyweight.slots import BFLOAT16, Choice, Kind, Shape, Slot, Stored
 
 _VOCABULARY_PART = 2**14  # of the output matrix in float32 at once
@@ -64,36 +64,35 @@ class Walk:
         entries = self.checkpoint.entries
         if name in entries:
             return entries[name].shape
-        packed, scale = (entries.get(f"{name}_{part}") for part in ("packed", "scale"))
-        if packed is None or scale is None:
-            return None
-        rows, columns = (int(n) for n in self.checkpoint.read(f"{name}_shape"))
-        return rows, columns
+        return (
+            _matrix.shape_of({"weight_shape": self.checkpoint.read(f"{name}_shape")})
+            if f"{name}_shape" in entries
+            else None
+        )
 
     def stored(self, slot: Slot) -> set[Stored]:
         """How the slot's matrices lie on disk."""
         found = set()
         for name in tensor_names(slot, self.shapes[slot]).values():
-            if f"{name}_packed" in self.checkpoint.entries:
-                parts = {
-                    f"weight_{part}": self.checkpoint.read(f"{name}_{part}") for part in ("packed", "scale", "shape")
-                }
-                found.add(packed_int.spec_of(parts))
+            if f"{name}_shape" in self.checkpoint.entries:
+                found.add(_matrix.stored_of(self._parts(name)))
             elif len(self.checkpoint.entries[name].shape) > 1:
                 found.add(BFLOAT16)
         return found
+
+    def _parts(self, name: str) -> dict[str, torch.Tensor]:
+        return _matrix.parts(name, self.checkpoint.entries, self.checkpoint.read)
 
     def _read(self, name: str) -> torch.Tensor:
         """One tensor in the walk's dtype. Raises ValueError if it is not finite."""
         return self._as_stored(name).to(self.dtype)
 
     def _as_stored(self, name: str) -> torch.Tensor:
-        """One tensor as it is on disk, or in bfloat16 if it is packed. Raises ValueError if it is not finite."""
+        """One tensor as it is on disk, or as its format computes it. Raises ValueError if it is not finite."""
         if name in self.checkpoint.entries:
             tensor = self.checkpoint.read(name)
         else:
-            parts = {f"weight_{part}": self.checkpoint.read(f"{name}_{part}") for part in ("packed", "scale", "shape")}
-            tensor = packed_int.unpack(parts)
+            tensor = _matrix.unpack(self._parts(name))
         bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.view(-1).split(2**24))
         if bad:
             raise ValueError(f"{name} holds {bad} NaN or infinite values; the checkpoint is damaged, fetch it again")

@@ -7,16 +7,30 @@ holds for every family that transformers derives from Llama.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from pennyweight.slots import Attention, Embedding, GatedMLP, Head, Kind, Linear, MoE, Noop, Norm, Shape, Slot
+from pennyweight.slots import (
+    Attention,
+    Embedding,
+    GatedMLP,
+    Head,
+    Kind,
+    Linear,
+    MoE,
+    Noop,
+    Norm,
+    Shape,
+    Slot,
+    Sparsity,
+)
 
 Config = Mapping[str, Any]
 
 NORM = {"mixer": "input_layernorm", "ffn": "post_attention_layernorm"}
 BLOCK = {"mixer": "self_attn", "ffn": "mlp"}
 SKIPPED = {"mixer": "attention", "ffn": "mlp"}  # words of per_layer_config's `skip` and `replace_with_linear`
+INNER = {"mixer": "o_proj", "ffn": "down_proj"}  # the matrix that reads what the block has computed
 
 
 def layer_config(config: Config, layer: int) -> dict[str, Any]:
@@ -64,8 +78,15 @@ def attention(config: Config, layer: int, **differs: Any) -> Attention:
         num_kv_heads=own.get("num_key_value_heads") or heads,
         head_dim=head_dim(own),
         window=window(config, layer),
+        sparsity=sparsity(own, "mixer"),
         **differs,
     )
+
+
+def sparsity(own: Config, kind: str) -> Sparsity | None:
+    """What a layer's config says of the channels that its block leaves out."""
+    said = (own.get("sparsity") or {}).get(SKIPPED[kind])
+    return None if said is None else Sparsity(**said)
 
 
 def decoder(config: Config, mixer: Any, ffn: Any) -> dict[Slot, Shape]:
@@ -91,7 +112,10 @@ def decoder(config: Config, mixer: Any, ffn: Any) -> dict[Slot, Shape]:
 def gated_mlp(config: Config, layer: int, **differs: Any) -> GatedMLP:
     own = layer_config(config, layer)
     return GatedMLP(
-        hidden_size=need(config, "hidden_size"), intermediate_size=need(own, "intermediate_size"), **differs
+        hidden_size=need(config, "hidden_size"),
+        intermediate_size=need(own, "intermediate_size"),
+        sparsity=sparsity(own, "ffn"),
+        **differs,
     )
 
 
@@ -115,6 +139,10 @@ def tensor_names(slot: Slot, shape: Shape) -> dict[str, str]:
             names["linear"] = f"{block}.linear_attn.weight" if slot.kind == "mixer" else f"{block}.linear_mlp.weight"
         elif weight.name.endswith("_bias"):
             names[weight.name] = f"{block}.{weight.name.removesuffix('_bias')}_proj.bias"
+        elif weight.name in ("magnitudes", "importance"):
+            names[weight.name] = f"{block}.{weight.name}"
+        elif weight.name in ("inner_magnitudes", "inner_importance"):
+            names[weight.name] = f"{block}.{INNER[slot.kind]}.{weight.name.removeprefix('inner_')}"
         else:
             names[weight.name] = f"{block}.{weight.name}.weight"
     return names
@@ -177,6 +205,13 @@ def with_shapes(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
             entry["num_key_value_heads"] = 0
         if isinstance(ffn, Noop | Linear):
             entry["intermediate_size"] = 0
+        sparse = {
+            SKIPPED[kind]: asdict(shape.sparsity)
+            for kind, shape in (("mixer", mixer), ("ffn", ffn))
+            if isinstance(shape, Attention | GatedMLP) and shape.sparsity is not None
+        }
+        if sparse:
+            entry["sparsity"] = sparse
         for key, kind in (("skip", Noop), ("replace_with_linear", Linear)):
             words = [SKIPPED[name] for name, shape in (("mixer", mixer), ("ffn", ffn)) if isinstance(shape, kind)]
             if words:
@@ -197,6 +232,8 @@ def with_shapes(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
             out["use_sliding_window"] = False
     if any("replace_with_linear" in entry for entry in own):
         out["replace_with_linear"] = []
+    if any("sparsity" in entry for entry in own):
+        out["sparsity"] = {}
     per_layer: dict[str, dict[str, Any]] = {}
     for layer, entry in enumerate(own):
         differs = {

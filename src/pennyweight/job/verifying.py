@@ -34,13 +34,14 @@ def verify_child(
     rows = job.text.held_out
     prompts = torch.from_numpy(rows.ids[: min(4, len(rows.ids)), :32])
     if whole:
-        memory_child = dequantised(load_model(healed, dtype=torch.float32), job.store)
+        made = Walk(Checkpoint(healed)).shapes
+        memory_child = dequantised(load_model(healed, dtype=torch.float32), job.store, layout, made)
         checks.append(verify.check_reload(candidate, memory_child, prompts, 32))
         del memory_child
     else:
         short = prompts[:1]
         expected = Streamed(Walk(Checkpoint(candidate)))(short).logits.argmax(dim=-1)
-        again = verify.stored_tokens(Walk(Checkpoint(healed)), job.store, short)
+        again = verify.stored_tokens(Walk(Checkpoint(healed)), job.store, layout, short)
         same = int((expected == again).sum())
         checks.append(
             verify.Check(

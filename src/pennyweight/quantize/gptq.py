@@ -50,11 +50,11 @@ def prepare(moment: torch.Tensor | None) -> Prepared:
 
 
 def quantize(weight: torch.Tensor, prepared: Prepared, spec: Stored) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (rows, columns) int8 and scales (rows, columns / group) bfloat16."""
+    """Codes (rows, columns) int8 and scales as `_scales.scales` gives them."""
     scale = _scales.scales(weight, spec, prepared.importance)
     order, factor = prepared.order, prepared.factor
     # Column by column means row by row of the transpose, which lies contiguous.
-    step = scale.float().repeat_interleave(spec.group, dim=1)[:, order].T.contiguous()
+    step = _scales.expand(scale, spec, len(weight))[:, order].T.contiguous()
     work = weight.float()[:, order].T.contiguous()
     low, high = packed_int.limits(spec.bits)
     columns, rows = work.shape

@@ -19,6 +19,6 @@ def prepare(moment: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def quantize(weight: torch.Tensor, importance: torch.Tensor | None, spec: Stored) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (rows, columns) int8, scales (rows, columns / group) bfloat16; `importance` weighs the choice of scales."""
+    """Codes (rows, columns) int8 and scales as `_scales.scales` gives them; `importance` weighs their choice."""
     scale = _scales.scales(weight, spec, importance)
     return _scales.codes(weight, scale, spec), scale

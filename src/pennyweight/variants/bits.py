@@ -58,15 +58,23 @@ MOMENT_OF = {"o_proj": "output_moment", "down_proj": "down_moment"}
 """Which moments belong to a matrix's inputs; the others read the slot's normed input."""
 
 
-def quantize(name: str, weight, stats: Stats, spec: Spec):
-    """(codes, scale) of the matrix called `name` (q_proj, down_proj, linear ...)."""
+def codes(name: str, weight, stats: Stats, method: str, stored: Stored):
+    """(codes, scale) of the matrix called `name` (q_proj, down_proj, linear ...) as `stored` keeps it."""
     from pennyweight import kinds
 
     moment = MOMENT_OF.get(name, "input_moment")
     fits = moment in stats and len(stats[moment]) == weight.shape[1]  # not so for a child narrower than the parent
-    quantizer = kinds.load("quantize", spec.method if fits else "rtn")
+    quantizer = kinds.load("quantize", method if fits else "rtn")
     prepared = stats.prepared(moment, quantizer) if fits else None
-    return quantizer.quantize(weight.detach(), prepared, spec.stored.over(weight.shape[1]))
+    return quantizer.quantize(weight.detach(), prepared, stored.over(weight.shape[1]))
+
+
+def pack(name: str, weight, stats: Stats, spec: Spec):
+    """The tensors of the matrix called `name`, by suffix."""
+    from pennyweight.formats import _matrix
+
+    found, scale = codes(name, weight, stats, spec.method, spec.stored)
+    return _matrix.pack(found, scale, None, spec.stored)
 
 
 def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
@@ -76,5 +84,5 @@ def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
 
     for name, linear in parts.linears().items():
         for rows in linear.weight.detach().split(max(1, _VALUES_AT_ONCE // linear.weight.shape[1])):
-            rows.copy_(dequantize(*quantize(name, rows, stats, spec)))
+            rows.copy_(dequantize(*codes(name, rows, stats, spec.method, spec.stored)))
     return with_shape(parts, reshape(parts.shape, spec))

@@ -1,0 +1,52 @@
+"""A packed matrix as the tensors it consists of, whichever of our formats they are in.
+
+On disk the parts of `model.layers.0.mlp.up_proj.weight` are `model.layers.0.mlp.up_proj.weight_<part>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from pennyweight.formats import packed_int, zigzag
+from pennyweight.slots import Stored
+
+_PARTS = ("packed", "scale", "zigzag", "layout", "row_scale", "shape")
+SUFFIXES = tuple(f"weight_{part}" for part in _PARTS)
+
+
+def parts(name: str, there: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parts of the matrix `name` among the tensors called `there`, by suffix; none if it is not packed."""
+    known = there if isinstance(there, Mapping | set | frozenset) else set(there)
+    return {f"weight_{part}": read(f"{name}_{part}") for part in _PARTS if f"{name}_{part}" in known}
+
+
+def shape_of(found: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Rows and columns."""
+    rows, columns = (int(n) for n in found["weight_shape"])
+    return rows, columns
+
+
+def stored_of(found: Mapping[str, torch.Tensor]) -> Stored:
+    """How the matrix is kept. Raises ValueError for parts that do not belong together."""
+    if "weight_zigzag" in found:
+        return Stored(4, zigzag.spec_of(found).group, down=True)
+    return packed_int.spec_of(found)
+
+
+def unpack(found: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The matrix (rows, columns), bfloat16 or float32 as its format computes it. Raises ValueError for parts that do
+    not belong together."""
+    return zigzag.unpack(found) if "weight_zigzag" in found else packed_int.unpack(found)
+
+
+def pack(
+    codes: torch.Tensor, scale: torch.Tensor, row_scale: torch.Tensor | None, stored: Stored
+) -> dict[str, torch.Tensor]:
+    """Codes counted from zero, and scales as quantisers give them (quantize/_scales.py). `row_scale` (rows,) only where
+    groups run down."""
+    if not stored.down:
+        return packed_int.pack(codes, scale, stored.over(codes.shape[1]))
+    spec = zigzag.Spec(stored.group, tile_rows=zigzag.UNIT_ROWS * -(-len(codes) // zigzag.UNIT_ROWS))
+    return zigzag.pack((codes + 8).to(torch.uint8), scale, spec, row_scale=row_scale)
