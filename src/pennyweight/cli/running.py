@@ -1,17 +1,19 @@
-"""penny run, penny serve, penny bench: a finished model at work in the native engine."""
+"""penny run, penny serve, penny bench: a model at work in the native engine."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pennyweight.cli._common import Json, Model, app, errors, quiet_libraries
+from pennyweight.cli._common import Json, app, errors, quiet_libraries, say
 
+Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder or a GGUF file.")]
 Threads = Annotated[int, typer.Option(help="Threads; 0: one per core.")]
 Cache = Annotated[str, typer.Option(help="How keys and values are kept: float16, fp8 or float32.")]
 Kernels = Annotated[str, typer.Option(help='An instruction set by name (avx512, avx2, neon, scalar), or "best".')]
@@ -53,6 +55,7 @@ def run(
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         started = time.perf_counter()
         opened = open_model(model, threads=threads or None, cache=cache, kernels=kernels)
+        _tell(opened.notes)
         loaded = time.perf_counter() - started
         text = sys.stdin.read() if prompt == "-" else prompt
         converses = chat if chat is not None else opened.converses
@@ -61,6 +64,7 @@ def run(
         guesser = None
         if draft is not None:
             smaller = Engine(draft, threads=threads or None, cache=cache, kernels=kernels)
+            _tell(smaller.notes)
             if smaller.vocab_size != opened.engine.vocab_size:
                 raise ValueError(
                     f"{draft} has {smaller.vocab_size} tokens, {model} {opened.engine.vocab_size}; a draft model needs "
@@ -97,6 +101,11 @@ def run(
             print("  ".join(f"{name} {value}" for name, value in figures.items()), file=sys.stderr)
 
 
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        say(note)
+
+
 def _stream(text: str, as_json: bool) -> None:
     if text and not as_json:
         print(text, end="", flush=True)
@@ -122,6 +131,7 @@ def bench(
         from pennyweight.units import show_bytes, show_seconds
 
         engine = Engine(model, context=prompt + new, threads=threads or None, cache=cache, kernels=kernels)
+        _tell(engine.notes)
         found = run_bench(engine, prompt=prompt, new=new, repeats=repeats)
         bandwidth = measure.machine().bandwidth
         share = found.bytes_per_token / found.tpot_p05 / bandwidth
@@ -166,6 +176,7 @@ def serve(
         from pennyweight.units import parse_bytes
 
         opened = open_model(model, context=context or None, threads=threads or None, cache=cache, kernels=kernels)
+        _tell(opened.notes)
         batch = Batch(opened.engine, places=places, guesser=PromptLookup if lookup else None)
         limits = Limits(key=key, body_bytes=parse_bytes(max_body))
         application = create_app(opened, Worker(batch, most_waiting=most_waiting), limits)
