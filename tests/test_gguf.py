@@ -172,6 +172,23 @@ def test_types_may_differ_from_matrix_to_matrix(pico, tmp_path):
     assert relative(Engine(file, threads=1, cache="float32").logits(IDS), wanted(same)) < 0.04
 
 
+def test_large_tensors_are_read_by_parts(pico, tmp_path, monkeypatch):
+    file, _ = convert(pico("llama"), tmp_path, lambda name: "F16" if "gate" in name else "Q4_1")
+    whole = Engine(file, threads=1).logits(IDS)
+    monkeypatch.setattr("pennyweight.runtime.gguf_source._CHUNK_WEIGHTS", 1000)
+    np.testing.assert_array_equal(Engine(file, threads=1).logits(IDS), whole)
+
+
+def test_text_begins_as_the_file_says(pico, tmp_path):
+    ids = open_model(pico("qwen3"), threads=1).encode("hello")
+    assert ids[0] == 0
+    silent = lambda writer: writer.kv_data[0].pop("tokenizer.ggml.add_bos_token")  # noqa: E731
+    assert open_model(convert(pico("qwen3"), tmp_path / "a", "F16")[0], threads=1).encode("hello") == ids
+    assert (
+        open_model(convert(pico("qwen3"), tmp_path / "b", "F16", more=silent)[0], threads=1).encode("hello") == ids[1:]
+    )
+
+
 def test_rows_are_put_back_in_halves():
     """By hand, for two heads of four: rotary pairs (0, 2) and (1, 3) are neighbours in the file."""
     assert interleaved(np.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
