@@ -17,7 +17,8 @@ from gguf.constants import GGMLQuantizationType as Type
 from typer.testing import CliRunner
 
 from pennyweight.cli import app
-from pennyweight.formats import ggml, gguf
+from pennyweight.gguf import file as gguf
+from pennyweight.gguf import ggml
 from tests.conftest import SHAPES
 from tests.gguf_files import convert, interleaved, quantise
 
@@ -175,7 +176,7 @@ def test_types_may_differ_from_matrix_to_matrix(pico, tmp_path):
 def test_large_tensors_are_read_by_parts(pico, tmp_path, monkeypatch):
     file, _ = convert(pico("llama"), tmp_path, lambda name: "F16" if "gate" in name else "Q4_1")
     whole = Engine(file, threads=1).logits(IDS)
-    monkeypatch.setattr("pennyweight.runtime.gguf_source._CHUNK_WEIGHTS", 1000)
+    monkeypatch.setattr("pennyweight.gguf.source._CHUNK_WEIGHTS", 1000)
     np.testing.assert_array_equal(Engine(file, threads=1).logits(IDS), whole)
 
 
@@ -447,14 +448,15 @@ def test_scales_beyond_float16_are_refused(tmp_path, pico):
         (lambda w: w.add_layer_norm_rms_eps(float("nan")), "an epsilon of nan"),
         (lambda w: w.add_rope_freq_base(float("inf")), "rotary base inf"),
         (lambda w: w.add_rope_scaling_type(reference.RopeScalingType.LONGROPE), "'longrope' or its factors are"),
-        (lambda w: w.add_tensor("rope_freqs.weight", np.ones(5, np.float32)), "rope_freqs.weight has shape (5,)"),
+        (lambda w: w.add_tensor("rope_freqs.weight", np.ones(5, np.float32)), "of shape (5,); expected 12 positive"),
+        (lambda w: w.add_tensor("rope_freqs.weight", np.zeros(12, np.float32)), "(12,); expected 12 positive numbers"),
         (lambda w: w.kv_data[0].pop("llama.block_count"), "the metadata lack llama.block_count"),
         (lambda w: w.add_tokenizer_model("bert"), "tokenizer 'bert' is not built; supported are gpt2 and llama"),
         (lambda w: w.add_token_list(["a"] * 301), "301 tokens, 300 types and 300 rows"),
         (lambda w: w.add_token_merges(["a b", "a nowhere"]), "merge 0, 'a b', is not of tokens to a token"),
         (lambda w: w.add_eos_token_id(300), "eos_token_id is 300; there are 300 tokens"),
     ],
-    ids=range(21),
+    ids=range(22),
 )  # fmt: skip
 def test_what_is_not_run_is_said(tmp_path, pico, change, said):
     def more(writer):

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from pennyweight.checkpoint import Checkpoint
-from pennyweight.formats import gguf, packed_int
+from pennyweight.formats import packed_int
+from pennyweight.gguf.file import is_gguf
 from pennyweight.slots import Shape, Slot
 from pennyweight.walk import Walk
 
@@ -69,8 +70,8 @@ class Source(Protocol):
 
 def open_source(path: Path) -> Source:
     """A Hugging Face folder or a GGUF file. Raises FileNotFoundError or ValueError for what is neither, or damaged."""
-    if gguf.is_gguf(path):
-        from pennyweight.runtime.gguf_source import GgufSource
+    if is_gguf(path):
+        from pennyweight.gguf.source import GgufSource
 
         return GgufSource(path)
     if path.suffix == ".gguf":

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pennyweight.formats import ggml
+from pennyweight.gguf import ggml
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

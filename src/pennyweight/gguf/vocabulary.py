@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pennyweight.formats.gguf import File
+from pennyweight.gguf.file import File
 from pennyweight.runtime.source import Vocabulary
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6

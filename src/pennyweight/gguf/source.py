@@ -16,7 +16,8 @@ import numpy as np
 
 from pennyweight import kinds
 from pennyweight.families._decoder import tensor_names
-from pennyweight.formats import ggml, gguf
+from pennyweight.gguf import ggml
+from pennyweight.gguf.file import File, Tensor, read
 from pennyweight.runtime.source import Vocabulary
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -49,13 +50,13 @@ class GgufSource:
     are missing, of another shape, or that the model has no place for."""
 
     def __init__(self, path: Path) -> None:
-        self._file = gguf.read(path)
+        self._file = read(path)
         self.name = path.stem
         self.config = config_of(self._file)
         self.shapes = kinds.family_of(self.config["model_type"]).slots(self.config)
         self._converted: Counter[ggml.Kind] = Counter()
         self._said = _warnings(self._file, self.config)
-        self._tensors: dict[str, gguf.Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
         left = dict(self._file.tensors)
         divisors = left.pop(_DIVISORS, None)
         for slot, shape in self.shapes.items():
@@ -72,10 +73,12 @@ class GgufSource:
                 f"{path}: {len(left)} tensors have no place in a {self.config['model_type']} model as we know it: "
                 f"{', '.join(sorted(left)[:3])} ...; without them it would compute something else"
             )
-        half = self.config["head_dim"] // 2
-        if divisors is not None and divisors.shape != (half,):
-            raise ValueError(f"{path}: {_DIVISORS} has shape {divisors.shape}; head_dim asks for ({half},)")
-        self.rotary_divisors = None if divisors is None else self._floats(divisors, 0, self._file.read(divisors))[0]
+        self.rotary_divisors: np.ndarray | None = None
+        if divisors is not None:
+            half, found = self.config["head_dim"] // 2, self._floats(divisors, 0, self._file.read(divisors))[0]
+            if divisors.shape != (half,) or not (found > 0).all():
+                raise ValueError(f"{path}: {_DIVISORS} of shape {divisors.shape}; expected {half} positive numbers")
+            self.rotary_divisors = found
 
     @property
     def notes(self) -> list[str]:
@@ -104,41 +107,47 @@ class GgufSource:
             stored = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[kind.name]
             return _native.Matrix.wide(raw if order is None else raw[order], _native.Float[stored])
         self._converted[kind] += 1
-        parts = [self._rows(tensor, first, part) for first, part in self._chunks(tensor)]
-        codes, scales = np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts])
-        minima = [part.minima for part in parts if part.minima is not None]
-        arrays = [codes, scales, np.concatenate(minima) if minima else None]
-        if order is not None:
-            arrays = [array if array is None else array[order] for array in arrays]
+        rows = self._quantised(tensor)
+        arrays = [
+            part if part is None or order is None else part[order] for part in (rows.codes, rows.scales, rows.minima)
+        ]
         return _native.Matrix.rows(*arrays, columns, kind.bits, ggml.Rows.GROUP, False)
 
     def vocabulary(self) -> Vocabulary:
-        from pennyweight.runtime.gguf_vocabulary import vocabulary
+        from pennyweight.gguf.vocabulary import vocabulary
 
         found, notes = vocabulary(self._file, self.config["vocab_size"])
         self._said += notes
         return found
 
-    def _chunks(self, tensor: gguf.Tensor) -> Iterator[tuple[int, np.ndarray]]:
+    def _chunks(self, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, some rows as stored), the whole tensor in all."""
         count, columns = tensor.shape
         step = max(1, _CHUNK_WEIGHTS // columns)
         for first in range(0, count, step):
             yield first, self._file.read(tensor, first, min(step, count - first))
 
-    def _floats(self, tensor: gguf.Tensor, first: int, raw: np.ndarray) -> np.ndarray:
+    def _floats(self, tensor: Tensor, first: int, raw: np.ndarray) -> np.ndarray:
         values = ggml.unpack(tensor.kind, raw)
         if not np.isfinite(values).all():
             raise self._damage(tensor, first, "NaN or infinite values")
         return values
 
-    def _rows(self, tensor: gguf.Tensor, first: int, raw: np.ndarray) -> ggml.Rows:
-        try:
-            return ggml.rows(tensor.kind, raw)
-        except ValueError as err:
-            raise self._damage(tensor, first, str(err)) from err
+    def _quantised(self, tensor: Tensor) -> ggml.Rows:
+        parts: list[ggml.Rows] = []
+        for first, raw in self._chunks(tensor):
+            try:
+                parts.append(ggml.rows(tensor.kind, raw))
+            except ValueError as err:
+                raise self._damage(tensor, first, str(err)) from err
+        minima = [part.minima for part in parts if part.minima is not None]
+        return ggml.Rows(
+            np.concatenate([part.codes for part in parts]),
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate(minima) if minima else None,
+        )
 
-    def _damage(self, tensor: gguf.Tensor, first: int, what: str) -> ValueError:
+    def _damage(self, tensor: Tensor, first: int, what: str) -> ValueError:
         start = tensor.start + first * tensor.row_bytes
         return ValueError(f"{self._file.path}: {tensor.name} from byte {start} on: {what}; the file is damaged")
 
@@ -161,7 +170,7 @@ def _stored_name(name: str) -> str:
     return f"blk.{layer}.{_PARTS['.'.join(part)]}.{kind}"
 
 
-def config_of(file: gguf.File) -> dict[str, Any]:
+def config_of(file: File) -> dict[str, Any]:
     """transformers' config.json of a file. Raises ValueError for an architecture or a setting that is not run, and for
     metadata that contradict themselves."""
     arch = file.get("general.architecture", str)
@@ -214,7 +223,7 @@ def config_of(file: gguf.File) -> dict[str, Any]:
     return config
 
 
-def _rope(file: gguf.File, arch: str) -> dict[str, Any]:
+def _rope(file: File, arch: str) -> dict[str, Any]:
     """transformers' rope_parameters. Without a type, a factor scales linearly."""
     base = file.get(f"{arch}.rope.freq_base", float, 10000.0)
     scaling = f"{arch}.rope.scaling"
@@ -233,13 +242,15 @@ def _rope(file: gguf.File, arch: str) -> dict[str, Any]:
         "rope_type": "yarn",
         "rope_theta": base,
         "factor": factor,
-        "original_max_position_embeddings": file.get(f"{scaling}.original_context_length", int),
+        "original_max_position_embeddings": file.get(
+            f"{scaling}.original_context_length", int, file.get(f"{arch}.context_length", int)
+        ),
         "beta_fast": file.get(f"{scaling}.yarn_beta_fast", float, 32.0),
         "beta_slow": file.get(f"{scaling}.yarn_beta_slow", float, 1.0),
     }
 
 
-def _warnings(file: gguf.File, config: dict[str, Any]) -> list[str]:
+def _warnings(file: File, config: dict[str, Any]) -> list[str]:
     window = file.get(f"{config['model_type']}.attention.sliding_window", int, 0)
     if not 0 < window < config["max_position_embeddings"]:
         return []
