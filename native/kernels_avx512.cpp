@@ -171,106 +171,151 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
     return found;
 }
 
-// Codes of x[c] * scale[c][g] in 8 bits, with one float a group; for 16 groups at a time. A group's scales are read and
-// widened once for all tokens.
+// 16 groups of a step: what activations times scales `e` become, in the table of token t.
+inline void fold_sixteen(const __m512 (&e)[kStep], Folded& out, int t, int i) {
+    __m512 most = _mm512_abs_ps(e[0]);
+#pragma GCC unroll 16
+    for (int c = 1; c < kStep; c++) most = _mm512_max_ps(most, _mm512_abs_ps(e[c]));
+    const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(127.0f), most);
+    _mm512_store_ps(out.scale(t) + i, _mm512_mul_ps(most, _mm512_set1_ps(1.0f / 127.0f)));
+    __m512i total = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int q = 0; q < kStep / 4; q++) {
+        __m512i code[4];
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) code[c] = _mm512_cvtps_epi32(_mm512_mul_ps(e[4 * q + c], inverse));
+        const __m512i even = _mm512_mask_blend_epi16(0xAAAAAAAA, code[0], _mm512_slli_epi32(code[2], 16));
+        const __m512i odd = _mm512_mask_blend_epi16(0xAAAAAAAA, code[1], _mm512_slli_epi32(code[3], 16));
+        const __m512i four = _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAAull, even, _mm512_slli_epi16(odd, 8));
+        _mm512_store_si512(out.quad(t, q) + i, four);
+        total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(8), four);  // 8 times the sum of the codes
+    }
+    const __m512i minus8 = _mm512_sub_epi32(_mm512_setzero_si512(), total);
+    _mm512_store_si512(out.minus8(t) + i, minus8);
+    _mm512_store_si512(out.minus136(t) + i, _mm512_add_epi32(minus8, _mm512_slli_epi32(minus8, 4)));
+}
+
+// Codes of x[c] * scale[c][g] in 8 bits, with one float a group; for 16 groups at a time. With many tokens a group's
+// scales are widened once for all.
 template <bool kAffine>
-inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start, int tokens,
+[[gnu::noinline]] void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start, int tokens,
                  Folded& out) {
     float room[kStep];
     for (int i = 0; i < slice.groups; i += 16) {
         const int g = slice.first_group + i, left = w.groups() - g;
         const __mmask16 inside = left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
-        __m512 scales[kStep];
-#pragma GCC unroll 16
-        for (int c = 0; c < kStep; c++)
-            scales[c] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(inside, step.chunk[c] + 2 * g));
+        const auto halves_of = [&](const std::uint8_t* at) {
+            return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(inside, at));
+        };
+        alignas(64) float scales[kStep][16];
+        if (tokens > 1)
+            for (int c = 0; c < kStep; c++) _mm512_store_ps(scales[c], halves_of(step.chunk[c] + 2 * g));
         for (int t = 0; t < tokens; t++) {
             const float* x = step.of(value[t] + start, room);
-            __m512 e[kStep], most = _mm512_setzero_ps();
+            __m512 e[kStep];
+            if (tokens > 1) {
 #pragma GCC unroll 16
-            for (int c = 0; c < kStep; c++) {
-                e[c] = _mm512_mul_ps(scales[c], _mm512_set1_ps(x[c]));
-                most = _mm512_max_ps(most, _mm512_abs_ps(e[c]));
+                for (int c = 0; c < kStep; c++) e[c] = _mm512_mul_ps(_mm512_load_ps(scales[c]), _mm512_set1_ps(x[c]));
+            } else {
+#pragma GCC unroll 16
+                for (int c = 0; c < kStep; c++)
+                    e[c] = _mm512_mul_ps(halves_of(step.chunk[c] + 2 * g), _mm512_set1_ps(x[c]));
             }
             if constexpr (kAffine) {
                 __m512 bias = _mm512_load_ps(out.bias(t) + i);
                 for (int c = 0; c < kStep; c++) {
-                    const __m256i raw = _mm256_maskz_loadu_epi16(inside, step.chunk[c] + 2 * (w.groups() + g));
-                    bias = _mm512_fmadd_ps(_mm512_set1_ps(x[c]), _mm512_cvtph_ps(raw), bias);
+                    const __m512 minimum = halves_of(step.chunk[c] + 2 * (w.groups() + g));
+                    bias = _mm512_fmadd_ps(_mm512_set1_ps(x[c]), minimum, bias);
                     bias = _mm512_fmadd_ps(_mm512_set1_ps(8.0f), e[c], bias);  // codes count from 8
                 }
                 _mm512_store_ps(out.bias(t) + i, bias);
             }
-            const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ);
-            const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(127.0f), most);
-            _mm512_store_ps(out.scale(t) + i, _mm512_mul_ps(most, _mm512_set1_ps(1.0f / 127.0f)));
-            __m512i total = _mm512_setzero_si512();
-#pragma GCC unroll 4
-            for (int q = 0; q < kStep / 4; q++) {
-                __m512i code[4];
-#pragma GCC unroll 4
-                for (int c = 0; c < 4; c++) {
-                    code[c] = _mm512_cvtps_epi32(_mm512_mul_ps(e[4 * q + c], inverse));
-                    total = _mm512_add_epi32(total, code[c]);
-                }
-                const __m512i even = _mm512_mask_blend_epi16(0xAAAAAAAA, code[0], _mm512_slli_epi32(code[2], 16));
-                const __m512i odd = _mm512_mask_blend_epi16(0xAAAAAAAA, code[1], _mm512_slli_epi32(code[3], 16));
-                const __m512i four = _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAAull, even, _mm512_slli_epi16(odd, 8));
-                _mm512_store_si512(out.quad(t, q) + i, four);
-            }
-            const __m512i minus8 = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(total, 3));
-            _mm512_store_si512(out.minus8(t) + i, minus8);
-            _mm512_store_si512(out.minus136(t) + i, _mm512_add_epi32(minus8, _mm512_slli_epi32(minus8, 4)));
+            fold_sixteen(e, out, t, i);
         }
     }
 }
 
-// One step's columns of a slice, for all tokens: four columns interleaved give dwords of one row, whose low nibbles and
-// whole bytes (low + 16 high) are summed; the difference is the high nibbles' sum.
-template <int kGroup, bool kOne>
-inline void slice_times(const Step& step, const Slice& slice, std::size_t scale_bytes, Folded& folded, int tokens,
-                        float* y, std::ptrdiff_t stride) {
+// Four columns of 128 rows, interleaved: dword i of rows[u] holds one row's bytes of all four.
+inline void interleave(const std::uint8_t* const* chunk, std::size_t at, __m512i (&rows)[4]) {
+    const __m512i first = _mm512_loadu_si512(chunk[0] + at), second = _mm512_loadu_si512(chunk[1] + at);
+    const __m512i third = _mm512_loadu_si512(chunk[2] + at), fourth = _mm512_loadu_si512(chunk[3] + at);
+    const __m512i a = _mm512_unpacklo_epi8(first, second), b = _mm512_unpackhi_epi8(first, second);
+    const __m512i c = _mm512_unpacklo_epi8(third, fourth), d = _mm512_unpackhi_epi8(third, fourth);
+    rows[0] = _mm512_unpacklo_epi16(a, c);
+    rows[1] = _mm512_unpackhi_epi16(a, c);
+    rows[2] = _mm512_unpacklo_epi16(b, d);
+    rows[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+// Add sums of low nibbles and of whole bytes (low + 16 high) to 32 rows.
+inline void add_sums(__m512i low, __m512i both, float scale, float* row) {
+    const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(both, low), 4);
+    const __m512 factor = _mm512_set1_ps(scale);
+    _mm512_storeu_ps(row, _mm512_fmadd_ps(_mm512_cvtepi32_ps(low), factor, _mm512_loadu_ps(row)));
+    _mm512_storeu_ps(row + 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), factor, _mm512_loadu_ps(row + 16)));
+}
+
+// One step's columns of a slice for one token: a quad's rows are used as soon as they are there. Not inlined: among the
+// loops around it the compiler runs out of registers, and spilled columns cost half the speed.
+template <int kGroup>
+[[gnu::noinline]] void slice_times_one(const Step& step, std::size_t at, int units, const std::int32_t* quad,
+                                       int groups, float* y) {
     const __m512i nibble = _mm512_set1_epi8(15);
-    for (int unit = slice.first; unit < slice.last; unit++) {
-        const std::size_t at = scale_bytes + 64 * unit;
-        __m512i rows[kStep / 4][4];
-#pragma GCC unroll 4
-        for (int q = 0; q < kStep / 4; q++) {
-            __m512i column[4];
-#pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) {
-                // No prefetcher follows columns that are picked; the list tells what comes. Into L2: L1 would overflow.
-                _mm_prefetch(reinterpret_cast<const char*>(step.next[4 * q + c] + at), _MM_HINT_T1);
-                column[c] = _mm512_loadu_si512(step.chunk[4 * q + c] + at);
-            }
-            const __m512i a = _mm512_unpacklo_epi8(column[0], column[1]);
-            const __m512i b = _mm512_unpackhi_epi8(column[0], column[1]);
-            const __m512i c = _mm512_unpacklo_epi8(column[2], column[3]);
-            const __m512i d = _mm512_unpackhi_epi8(column[2], column[3]);
-            rows[q][0] = _mm512_unpacklo_epi16(a, c);
-            rows[q][1] = _mm512_unpackhi_epi16(a, c);
-            rows[q][2] = _mm512_unpacklo_epi16(b, d);
-            rows[q][3] = _mm512_unpackhi_epi16(b, d);
-        }
+    const auto* scale = reinterpret_cast<const float*>(quad + 4 * groups);
+    const std::int32_t *minus8 = quad + 5 * groups, *minus136 = quad + 6 * groups;
+    for (int i = 0; i < units; i++, at += 64, y += Zigzag::kUnitRows) {
+        __m512i low[4], both[4];
 #pragma GCC unroll 4
         for (int u = 0; u < 4; u++) {
-            const int g = (128 * (unit - slice.first) + 32 * u) / kGroup;
+            low[u] = _mm512_set1_epi32(minus8[(128 * i + 32 * u) / kGroup]);
+            both[u] = _mm512_set1_epi32(minus136[(128 * i + 32 * u) / kGroup]);
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < kStep / 4; q++) {
+            // No prefetcher follows columns that are picked; the list tells what comes. Into L2: L1 would overflow.
+            for (int c = 4 * q; c < 4 * q + 4; c++)
+                _mm_prefetch(reinterpret_cast<const char*>(step.next[c] + at), _MM_HINT_T1);
+            __m512i rows[4];
+            interleave(step.chunk + 4 * q, at, rows);
+#pragma GCC unroll 4
+            for (int u = 0; u < 4; u++) {
+                const __m512i codes = _mm512_set1_epi32(quad[q * groups + (128 * i + 32 * u) / kGroup]);
+                both[u] = _mm512_dpbusd_epi32(both[u], rows[u], codes);
+                low[u] = _mm512_dpbusd_epi32(low[u], _mm512_and_si512(rows[u], nibble), codes);
+            }
+        }
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; u++) add_sums(low[u], both[u], scale[(128 * i + 32 * u) / kGroup], y + 32 * u);
+    }
+}
+
+// The same for many tokens, which all use a unit's rows before the next unit is looked at.
+template <int kGroup>
+[[gnu::noinline]] void slice_times(const std::uint8_t* const* chunk, Ahead ahead, std::size_t at, int units,
+                                   const std::int32_t* table, int groups, int tokens, float* y, std::ptrdiff_t stride) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    for (int i = 0; i < units; i++, at += 64, y += Zigzag::kUnitRows) {
+        ahead.fetch();
+        __m512i rows[kStep / 4][4];
+#pragma GCC unroll 4
+        for (int q = 0; q < kStep / 4; q++) interleave(chunk + 4 * q, at, rows[q]);
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; u++) {
             __m512i lower[kStep / 4];
 #pragma GCC unroll 4
             for (int q = 0; q < kStep / 4; q++) lower[q] = _mm512_and_si512(rows[q][u], nibble);
-            float* row = y + 128 * (unit - slice.first) + 32 * u;
-            for (int t = 0; t < (kOne ? 1 : tokens); t++, row += stride) {
-                __m512i low = _mm512_set1_epi32(folded.minus8(t)[g]), both = _mm512_set1_epi32(folded.minus136(t)[g]);
+            const std::int32_t* quad = table + (128 * i + 32 * u) / kGroup;
+            float* row = y + 32 * u;
+            for (int t = 0; t < tokens; t++, row += stride, quad += 8 * groups) {
+                __m512i low = _mm512_set1_epi32(quad[5 * groups]), both = _mm512_set1_epi32(quad[6 * groups]);
 #pragma GCC unroll 4
                 for (int q = 0; q < kStep / 4; q++) {
-                    const __m512i codes = _mm512_set1_epi32(folded.quad(t, q)[g]);
+                    const __m512i codes = _mm512_set1_epi32(quad[q * groups]);
                     both = _mm512_dpbusd_epi32(both, rows[q][u], codes);
                     low = _mm512_dpbusd_epi32(low, lower[q], codes);
                 }
-                const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(both, low), 4);
-                const __m512 scale = _mm512_set1_ps(folded.scale(t)[g]);
-                _mm512_storeu_ps(row, _mm512_fmadd_ps(_mm512_cvtepi32_ps(low), scale, _mm512_loadu_ps(row)));
-                _mm512_storeu_ps(row + 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), scale, _mm512_loadu_ps(row + 16)));
+                add_sums(low, both, reinterpret_cast<const float*>(quad)[4 * groups], row);
             }
         }
     }
@@ -285,8 +330,11 @@ void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::
             fold<kAffine>(w, step, slice, x, start, n, folded);
         },
         [&](const Step& step, const Slice& slice, Folded& folded, int n, float* out) {
-            auto* run = n == 1 ? slice_times<kGroup, true> : slice_times<kGroup, false>;
-            run(step, slice, w.scale_bytes(), folded, n, out, stride);
+            const std::size_t at = w.scale_bytes() + 64 * slice.first;
+            const int units = slice.last - slice.first;
+            const Ahead ahead(step, at, units);
+            if (n == 1) slice_times_one<kGroup>(step, at, units, folded.table, slice.groups, out);
+            else slice_times<kGroup>(step.chunk, ahead, at, units, folded.table, slice.groups, n, out, stride);
         });
 }
 

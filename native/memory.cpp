@@ -40,10 +40,11 @@ void Buffer::swap(Buffer& other) noexcept {
 }
 
 std::uint64_t read_sum(const std::uint8_t* at, std::size_t n) {
-    std::uint64_t sum[8] = {}, word[8];
-    for (std::size_t i = 0; i < n; i += sizeof word) {
-        std::memcpy(word, at + i, sizeof word);
-        for (int k = 0; k < 8; k++) sum[k] += word[k];
+    constexpr std::size_t kBlock = 256;
+    std::uint64_t sum[kBlock / 8] = {}, word[kBlock / 8];
+    for (std::size_t i = 0; i < n; i += kBlock) {
+        std::memcpy(word, at + i, kBlock);
+        for (std::size_t k = 0; k < kBlock / 8; k++) sum[k] += word[k];
     }
     std::uint64_t total = 0;
     for (std::uint64_t part : sum) total += part;

@@ -32,7 +32,7 @@ private:
     std::size_t size_ = 0;
 };
 
-// Sum of the 64-bit words of n bytes, a multiple of 64: memory is read and nothing else is worth mentioning.
+// Sum of the 64-bit words of n bytes, a multiple of 256: memory is read and nothing else is worth mentioning.
 std::uint64_t read_sum(const std::uint8_t* at, std::size_t n);
 
 }  // namespace pennyweight

@@ -19,6 +19,7 @@ from tests.test_heterogeneous import LAYOUT, build
 
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 from pennyweight.runtime.engine import Engine, Row  # noqa: E402  (needs the native module)
+from pennyweight.runtime.source import Folder  # noqa: E402
 
 IDS = [int(i) for i in torch.arange(70).mul(7919).remainder(300)]
 
@@ -199,13 +200,11 @@ def zigzag_model(pico, tmp_path_factory):
     save_file(tensors, folder / "model.safetensors")
 
     def engine(monkeypatch, threads, threshold=-1.0):
-        from pennyweight.runtime import lower
+        plain = Folder.matrix
 
-        plain = lower._matrix
-
-        def matrix(walk, name):
+        def matrix(source, name):
             if name not in packed:
-                return plain(walk, name)
+                return plain(source, name)
             parts, own = packed[name], zigzag.spec_of(packed[name])
             rows, columns = (int(n) for n in parts["weight_shape"])
             raw = parts["weight_zigzag"].numpy()
@@ -214,7 +213,8 @@ def zigzag_model(pico, tmp_path_factory):
             return made
 
         with monkeypatch.context() as patched:
-            patched.setattr(lower, "_matrix", matrix)
+            patched.setattr(Folder, "matrix", matrix)
+            patched.setattr(Folder, "matrices", lambda source, names: [matrix(source, name) for name in names])
             return Engine(folder, threads=threads, cache="float32")
 
     return folder, engine

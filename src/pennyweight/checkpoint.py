@@ -59,6 +59,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not a model: expected a folder with config.json and *.safetensors "
             "(download it first: penny never reaches for a network)"
         )
+    if path.suffix == ".gguf":
+        raise ValueError(
+            f"{path} is a GGUF file; penny run, bench and serve take those, everything else takes a folder"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as err:

@@ -7,6 +7,7 @@ what a layer computes is what the whole transformers model computes (tests hold 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -137,14 +138,21 @@ class Walk:
         return self._as_stored("lm_head.weight" if kind == "head" and not self.tied else "model.embed_tokens.weight")
 
     @cached_property
-    def _rotary(self) -> nn.Module:
-        return getattr(self._modeling, f"{self.family.PREFIX}RotaryEmbedding")(config=self.config)
+    def _rotary(self) -> Any:
+        return rotary_embedding(self.checkpoint.config)
 
     def positions(self, tokens: int) -> dict[str, Any]:
         """The position arguments every decoder layer takes, for rows that start at position 0."""
         ids = torch.arange(tokens).unsqueeze(0)
         probe = torch.zeros(1, dtype=torch.float32)
         return {"position_ids": ids, "position_embeddings": self._rotary(probe, ids)}
+
+
+def rotary_embedding(config: Mapping[str, Any]) -> Any:
+    """transformers' module that gives (cosines, sines) of positions, for a config.json of a supported family."""
+    family = kinds.family_of(config["model_type"])
+    modeling = importlib.import_module(family.MODULE)
+    return getattr(modeling, f"{family.PREFIX}RotaryEmbedding")(config=AutoConfig.for_model(**config))
 
 
 def float_logits(states: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

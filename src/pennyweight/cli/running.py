@@ -1,19 +1,25 @@
-"""penny run, penny serve, penny bench: a finished model at work in the native engine."""
+"""penny run, penny serve, penny bench: a model at work in the native engine."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pennyweight.cli._common import Json, Model, app, errors, quiet_libraries
+from pennyweight.cli._common import Json, app, errors, quiet_libraries, say
 
+Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder or a GGUF file.")]
 Threads = Annotated[int, typer.Option(help="Threads; 0: one per core.")]
 Cache = Annotated[str, typer.Option(help="How keys and values are kept: float16, fp8 or float32.")]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="Share of input channels left out, instead of what the model's blocks say; 0: none."),
+]
 Kernels = Annotated[str, typer.Option(help='An instruction set by name (avx512, avx2, neon, scalar), or "best".')]
 
 
@@ -38,6 +44,7 @@ def run(
     threads: Threads = 0,
     cache: Cache = "float16",
     kernels: Kernels = "best",
+    sparsity: Sparsity = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text, streaming."""
@@ -52,7 +59,8 @@ def run(
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         started = time.perf_counter()
-        opened = open_model(model, threads=threads or None, cache=cache, kernels=kernels)
+        opened = open_model(model, threads=threads or None, cache=cache, kernels=kernels, sparsity=sparsity)
+        _tell(opened.notes)
         loaded = time.perf_counter() - started
         text = sys.stdin.read() if prompt == "-" else prompt
         converses = chat if chat is not None else opened.converses
@@ -61,6 +69,7 @@ def run(
         guesser = None
         if draft is not None:
             smaller = Engine(draft, threads=threads or None, cache=cache, kernels=kernels)
+            _tell(smaller.notes)
             if smaller.vocab_size != opened.engine.vocab_size:
                 raise ValueError(
                     f"{draft} has {smaller.vocab_size} tokens, {model} {opened.engine.vocab_size}; a draft model needs "
@@ -97,6 +106,11 @@ def run(
             print("  ".join(f"{name} {value}" for name, value in figures.items()), file=sys.stderr)
 
 
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        say(note)
+
+
 def _stream(text: str, as_json: bool) -> None:
     if text and not as_json:
         print(text, end="", flush=True)
@@ -111,6 +125,7 @@ def bench(
     threads: Threads = 0,
     cache: Cache = "float16",
     kernels: Kernels = "best",
+    sparsity: Sparsity = None,
     as_json: Json = False,
 ) -> None:
     """Time to first token, time per token, and how much of this machine's memory bandwidth that is."""
@@ -121,7 +136,10 @@ def bench(
         from pennyweight.runtime.engine import Engine
         from pennyweight.units import show_bytes, show_seconds
 
-        engine = Engine(model, context=prompt + new, threads=threads or None, cache=cache, kernels=kernels)
+        engine = Engine(
+            model, context=prompt + new, threads=threads or None, cache=cache, kernels=kernels, sparsity=sparsity
+        )
+        _tell(engine.notes)
         found = run_bench(engine, prompt=prompt, new=new, repeats=repeats)
         bandwidth = measure.machine().bandwidth
         share = found.bytes_per_token / found.tpot_p05 / bandwidth
@@ -152,6 +170,7 @@ def serve(
     threads: Threads = 0,
     cache: Cache = "float16",
     kernels: Kernels = "best",
+    sparsity: Sparsity = None,
 ) -> None:
     """Serve a model as OpenAI's API does, with a chat page at /."""
     with errors():
@@ -165,7 +184,15 @@ def serve(
         from pennyweight.runtime.worker import Worker
         from pennyweight.units import parse_bytes
 
-        opened = open_model(model, context=context or None, threads=threads or None, cache=cache, kernels=kernels)
+        opened = open_model(
+            model,
+            context=context or None,
+            threads=threads or None,
+            cache=cache,
+            kernels=kernels,
+            sparsity=sparsity,
+        )
+        _tell(opened.notes)
         batch = Batch(opened.engine, places=places, guesser=PromptLookup if lookup else None)
         limits = Limits(key=key, body_bytes=parse_bytes(max_body))
         application = create_app(opened, Worker(batch, most_waiting=most_waiting), limits)

@@ -1,4 +1,4 @@
-"""A model folder, ready to run: the native engine behind a small face."""
+"""A model, ready to run: the native engine behind a small face."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pennyweight.runtime.lower import lower
+from pennyweight.runtime.source import Source, open_source
 
 
 def physical_cores() -> int:
@@ -39,16 +40,18 @@ class Engine:
 
     def __init__(
         self,
-        folder: Path,
+        model: Path | Source,
         *,
         context: int | None = None,
         threads: int | None = None,
         cache: str = "float16",
         kernels: str = "best",
+        sparsity: float | None = None,
     ) -> None:
-        """`context`: most tokens of a sequence; `cache`: float16, fp8 or float32 keys and values; `kernels`: an
-        instruction set of `_native.kernel_names()`. Raises ValueError for what the engine does not run and RuntimeError
-        where the native module was not built."""
+        """`model`: a Hugging Face folder or a GGUF file; `context`: most tokens of a sequence; `cache`: float16, fp8 or
+        float32 keys and values; `kernels`: an instruction set of `_native.kernel_names()`; `sparsity`: the share of
+        input channels that blocks leave out, instead of what the config says. Raises ValueError for what the engine
+        does not run and RuntimeError where the native module was not built."""
         try:
             from pennyweight import _native
         except ImportError as err:
@@ -56,7 +59,9 @@ class Engine:
                 "the native module is missing: pennyweight was installed without a C++ compiler. Install one (Debian: "
                 "apt install g++) and then pennyweight again"
             ) from err
-        self._model = lower(Path(folder), context=context, cache=cache)
+        source = open_source(Path(model)) if isinstance(model, str | Path) else model
+        self._model = lower(source, context=context, cache=cache, sparsity=sparsity)
+        self.notes = tuple(source.notes)  # what users should know about how the weights were read
         self._native = _native.Engine(self._model, threads or physical_cores(), kernels)
         self.vocab_size: int = self._model.vocab_size
         self.context: int = self._model.max_positions

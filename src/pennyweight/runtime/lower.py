@@ -1,133 +1,135 @@
-"""Lower a model folder to what the native engine runs: a flat list of layers, every matrix in the layout of its kernel.
+"""Lower a model to what the native engine runs: a flat list of layers, every matrix in the layout of its kernel.
 
-Nothing is rounded on the way. bfloat16 stays bfloat16; packed integers keep their codes and scales, only their order
-changes (native/matrices.h). The rotary tables are transformers' own, so every scaling of it (Llama 3, YaRN, linear) is
-the one the model was trained with.
+Matrices come from the source in the bytes they have (runtime/source.py, native/matrices.h). The rotary tables are
+transformers' own, so every scaling of it (Llama 3, YaRN, linear) is the one the model was trained with.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pennyweight.checkpoint import Checkpoint
+from pennyweight import blocks
 from pennyweight.families._decoder import tensor_names
-from pennyweight.formats import packed_int
+from pennyweight.runtime.source import Source
 from pennyweight.slots import Attention, GatedMLP, Linear, Noop, Slot
-from pennyweight.walk import Walk
+from pennyweight.walk import rotary_embedding
 
 CACHES = ("float16", "fp8", "float32")
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
 
 
-def lower(folder: Path, *, context: int | None = None, cache: str = "float16") -> Any:
-    """The native model of a folder, for sequences of up to `context` tokens (default: what the config allows), keys and
-    values kept in `cache`: float16, fp8 (E4M3) or float32.
+def lower(source: Source, *, context: int | None = None, cache: str = "float16", sparsity: float | None = None) -> Any:
+    """The native model of a source, for sequences of up to `context` tokens (default: what the config allows), keys and
+    values kept in `cache`: float16, fp8 (E4M3) or float32. `sparsity`: the share of their input channels that blocks
+    which can leave some out do leave out, instead of what the config says of each.
 
-    Raises ValueError for a family, a rotary scaling or a shape the engine does not run, and for damaged weights.
+    Raises ValueError for a rotary scaling or a shape the engine does not run, for damaged weights, and for a `sparsity`
+    that no block of the model can follow.
     """
     from pennyweight import _native
 
     if cache not in CACHES:
         raise ValueError(f"keys and values cannot be kept in {cache!r}; float16, fp8 or float32")
-    walk = Walk(Checkpoint(folder))
-    config = walk.checkpoint.config
+    config = source.config
     context = min(context or 2**62, config.get("max_position_embeddings", 2**62))
     model = _native.Model()
     model.hidden_size, model.vocab_size = config["hidden_size"], config["vocab_size"]
     model.epsilon, model.cache, model.attention_scale = config["rms_norm_eps"], _native.Cache[cache], 0.0
-    model.set_rotary(*_rotary(walk, context))
-    model.embedding = _matrix(walk, "model.embed_tokens.weight")
-    for index in range(walk.layers):
-        model.add_layer(_layer(walk, index))
-    model.set_final_norm(_vector(walk, "model.norm.weight"))
+    model.set_rotary(*_rotary(source, context))
+    model.embedding = source.matrix("model.embed_tokens.weight")
+    if sparsity is not None:
+        _check_sparsity(source, sparsity)
+    for index in range(config["num_hidden_layers"]):
+        model.add_layer(_layer(source, index, sparsity))
+    model.set_final_norm(source.vector("model.norm.weight"))
     head = _native.Linear()
-    head.add(model.embedding if walk.tied else _matrix(walk, "lm_head.weight"))
+    head.add(model.embedding if config.get("tie_word_embeddings") else source.matrix("lm_head.weight"))
     model.head = head
     return model
 
 
-def _layer(walk: Walk, index: int) -> Any:
+def _check_sparsity(source: Source, share: float) -> None:
+    if not 0 <= share < 1:
+        raise ValueError(f"a sparsity of {share}; it is the share left out, at least 0 and below 1")
+    if not any(getattr(shape, "sparsity", None) is not None for shape in source.shapes.values()):
+        raise ValueError(
+            f"no block of {source.name} can leave input channels out: that takes matrices stored column by column and "
+            "tables of their inputs' magnitudes. Make such a model with penny fit --axes sparsity"
+        )
+
+
+def _layer(source: Source, index: int, sparsity: float | None) -> Any:
     from pennyweight import _native
 
     layer = _native.Layer()
     for slot in (Slot("mixer", index), Slot("ffn", index)):
-        shape = walk.shapes[slot]
+        shape = source.shapes[slot]
         names = tensor_names(slot, shape)
         if isinstance(shape, Noop):
             continue
-        (layer.set_mixer_norm if slot.kind == "mixer" else layer.set_ffn_norm)(_vector(walk, names["norm"]))
+        (layer.set_mixer_norm if slot.kind == "mixer" else layer.set_ffn_norm)(source.vector(names["norm"]))
         if isinstance(shape, Linear):
-            setattr(layer, "o" if slot.kind == "mixer" else "down", _stack(walk, names, ("linear",)))
+            setattr(layer, "o" if slot.kind == "mixer" else "down", _stack(source, names, ("linear",)))
         elif isinstance(shape, Attention):
-            layer.qkv, layer.o = _stack(walk, names, _QKV), _stack(walk, names, ("o_proj",))
+            entering, inner = _shares(shape, sparsity)
+            layer.qkv = _stack(source, names, _QKV, share=entering)
+            layer.o = _stack(source, names, ("o_proj",), share=inner, which="inner_")
             layer.heads, layer.kv_heads, layer.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
             layer.window = shape.window or 0
             if shape.qk_norm:
-                layer.set_q_norm(_vector(walk, names["q_norm"]))
-                layer.set_k_norm(_vector(walk, names["k_norm"]))
+                layer.set_q_norm(source.vector(names["q_norm"]))
+                layer.set_k_norm(source.vector(names["k_norm"]))
             if shape.sinks:
-                layer.set_sinks(_vector(walk, names["sinks"]))
+                layer.set_sinks(source.vector(names["sinks"]))
         elif isinstance(shape, GatedMLP):
-            layer.gate_up, layer.down = _stack(walk, names, _GATE_UP), _stack(walk, names, ("down_proj",))
+            entering, inner = _shares(shape, sparsity)
+            layer.gate_up = _stack(source, names, _GATE_UP, share=entering)
+            layer.down = _stack(source, names, ("down_proj",), share=inner, which="inner_")
         else:
             raise ValueError(f"{slot}: the engine has no {type(shape).__name__} yet")
     return layer
 
 
-def _stack(walk: Walk, names: dict[str, str], parts: tuple[str, ...]) -> Any:
-    """Matrices that share an input, one under the other, with their biases."""
+def _stack(
+    source: Source, names: dict[str, str], parts: tuple[str, ...], *, share: float = 0.0, which: str = ""
+) -> Any:
+    """Matrices that share an input, one under the other, with their biases. They leave out a `share` of its channels,
+    by the tables of the block's input or, `which` being "inner_", of what the block has computed."""
     from pennyweight import _native
 
     made = _native.Linear()
-    for part in parts:
-        made.add(_matrix(walk, names[part]))
+    for matrix in source.matrices([names[part] for part in parts]):
+        if share:
+            magnitudes = torch.from_numpy(source.vector(names[f"{which}magnitudes"]))
+            matrix.threshold = float(blocks.threshold(magnitudes, share))
+            if f"{which}importance" in names:
+                matrix.set_importance(source.vector(names[f"{which}importance"]))
+        made.add(matrix)
     biases = [names.get(f"{part.removesuffix('_proj')}_bias") for part in parts]
     found = [bias for bias in biases if bias is not None]
     if found:
-        made.set_bias(np.concatenate([_vector(walk, bias) for bias in found]))
+        made.set_bias(np.concatenate([source.vector(bias) for bias in found]))
     return made
 
 
-def _vector(walk: Walk, name: str) -> np.ndarray:
-    tensor = walk.checkpoint.read(name).float()
-    _refuse_damage(name, tensor)
-    return tensor.numpy()
+def _shares(shape: Attention | GatedMLP, sparsity: float | None) -> tuple[float, float]:
+    if shape.sparsity is None:
+        return 0.0, 0.0
+    return (shape.sparsity.entering, shape.sparsity.inner) if sparsity is None else (sparsity, sparsity)
 
 
-def _matrix(walk: Walk, name: str) -> Any:
-    from pennyweight import _native
-
-    checkpoint = walk.checkpoint
-    if name in checkpoint.entries:
-        tensor = checkpoint.read(name)
-        _refuse_damage(name, tensor)
-        stored = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}.get(tensor.dtype)
-        if stored is None:
-            raise ValueError(f"{name} is stored as {tensor.dtype}; the engine reads float16, bfloat16 and float32")
-        return _native.Matrix.wide(tensor.view(torch.uint8).numpy(), _native.Float[stored])
-    parts = {f"weight_{part}": checkpoint.read(f"{name}_{part}") for part in ("packed", "scale", "shape")}
-    spec, columns = packed_int.spec_of(parts), int(parts["weight_shape"][1])
-    _refuse_damage(f"{name}_scale", parts["weight_scale"])
-    codes = parts["weight_packed"].numpy().view(np.uint8)
-    scales = parts["weight_scale"].bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16)
-    return _native.Matrix.rows(codes, scales, None, columns, spec.bits, spec.group, True)
-
-
-def _refuse_damage(name: str, tensor: torch.Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{name} holds NaN or infinite values; the checkpoint is damaged, fetch it again")
-
-
-def _rotary(walk: Walk, context: int) -> tuple[np.ndarray, np.ndarray]:
+def _rotary(source: Source, context: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines (context, head_dim / 2), scaled as attention wants them."""
-    kind = (walk.checkpoint.config.get("rope_parameters") or {}).get("rope_type", "default")
+    kind = (source.config.get("rope_parameters") or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise ValueError(f"rope_type {kind!r} changes with the length of the text; the engine does not run it")
-    cosine, sine = walk.positions(context)["position_embeddings"]
+    rotary = rotary_embedding(source.config)
+    if source.rotary_divisors is not None:
+        rotary.inv_freq = rotary.inv_freq / torch.from_numpy(source.rotary_divisors)
+    cosine, sine = rotary(torch.zeros(1), torch.arange(context).unsqueeze(0))
     half = cosine.shape[-1] // 2
     return tuple(np.ascontiguousarray(table[0, :, :half].float().numpy()) for table in (cosine, sine))  # type: ignore[return-value]

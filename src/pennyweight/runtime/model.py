@@ -1,27 +1,30 @@
-"""A folder opened for use: engine, tokenizer, and the tokens that end an answer."""
+"""A model opened for use: engine, tokenizer, and the tokens that begin a text and end an answer."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pennyweight.runtime.engine import Engine
+from pennyweight.runtime.source import open_source
 
 
 @dataclass(frozen=True)
 class Model:
+    """`begin`: the token plain text starts with, if any. `notes`: what users should know about how it was read."""
+
     name: str
     engine: Engine
     tokenizer: Any
+    begin: int | None
     stop: frozenset[int]
+    notes: tuple[str, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         """Plain text as the model saw it in training: after its BOS token, if it has one."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        start = self.tokenizer.bos_token_id
-        return ids if start is None or ids[:1] == [start] else [start, *ids]
+        return ids if self.begin is None or ids[:1] == [self.begin] else [self.begin, *ids]
 
     @property
     def converses(self) -> bool:
@@ -35,14 +38,11 @@ class Model:
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
-def open_model(folder: Path, **settings: Any) -> Model:
-    """`settings` are Engine's. Raises ValueError or FileNotFoundError for a folder that cannot be run."""
-    from pennyweight.job import load_tokenizer
-
-    tokenizer, engine = load_tokenizer(folder), Engine(folder, **settings)
-    stop = {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        stop |= set(ids) if isinstance(ids, list) else {ids}
-    return Model(folder.resolve().name, engine, tokenizer, frozenset(stop - {None}))
+def open_model(path: Path, **settings: Any) -> Model:
+    """A Hugging Face folder or a GGUF file; `settings` are Engine's. Raises ValueError or FileNotFoundError for what
+    cannot be run."""
+    source = open_source(path)
+    vocabulary, engine = source.vocabulary(), Engine(source, **settings)
+    return Model(
+        source.name, engine, vocabulary.tokenizer, vocabulary.begin, vocabulary.stop, notes=tuple(source.notes)
+    )
