@@ -112,13 +112,12 @@ def test_transformers_alone_refuses_zigzag(finished):
 
 
 def test_the_share_left_out_is_the_share_asked_for(finished, text):  # noqa: F811
-    """On other text than the tables come from. Random weights and a thousand tokens: what attention gives out changes
-    little from token to token, so these are few independent values, and 3 points are allowed. For the shipped model
-    benchmarks/sparsity_quality.py holds it to 2."""
+    """On the text the tables come from, with all other blocks thinned as well. On held-out text a thousand tokens of a
+    random model tell little; benchmarks/sparsity_quality.py holds the shipped model to 2 points there."""
     model, out, _ = finished
-    wanted = merged(config(text, budget={"weights": "100%"}), {"data": {"held_out_rows": 16}})
+    wanted = merged(config(text, budget={"weights": "100%"}), {"data": {"calibration_rows": 16, "held_out_rows": 16}})
     job = open_job(model, out.with_name("again"), wanted)
-    rows = torch.from_numpy(job.text.held_out.ids[:, :-1])
+    rows = torch.from_numpy(job.text.calibration.ids[:, :-1])
     walk = Walk(Checkpoint(out))
     whole = load_model(out, dtype=torch.float32)
     seen: dict[tuple[Slot, str], list[float]] = {}
@@ -147,7 +146,7 @@ def test_the_share_left_out_is_the_share_asked_for(finished, text):  # noqa: F81
     for (slot, which), shares in seen.items():
         asked = getattr(walk.shapes[slot].sparsity, which)
         if asked:
-            assert abs(sum(shares) / len(shares) - asked) < 0.03, (slot, which)
+            assert abs(sum(shares) / len(shares) - asked) < 0.01, (slot, which)
 
 
 def test_walked_and_whole_agree(finished):
