@@ -7,12 +7,16 @@ cores); scripts that compare with it skip with the command to do so where it is 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import _bench
 
 VERSION = "0.3.36"
 ENVIRONMENT = Path(os.environ.get("PENNY_LLAMA", Path.home() / ".cache" / "penny-envs" / "llama-cpp"))
@@ -168,3 +172,77 @@ def _huge_pages(base: int, size: int) -> None:
         return
     start = (base + 4095) & ~4095
     ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t((base + size - start) & ~4095), 14)
+
+
+class Worker:
+    """A model in llama.cpp, in a process of its own that waits between commands."""
+
+    def __init__(self, model: Path, *, context: int, threads: int) -> None:
+        script = Path(__file__).with_name("_llama_worker.py")
+        self._process = subprocess.Popen(
+            [str(python()), str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.vocabulary = self._ask({"load": str(model), "context": context, "threads": threads})["vocabulary"]
+
+    def prompt(self, tokens: list[int]) -> float:
+        """Seconds to read a prompt from an empty cache."""
+        return self._ask({"prompt": tokens})["seconds"][0]
+
+    def write(self, tokens: int) -> list[float]:
+        """Seconds of each of so many greedy tokens."""
+        return self._ask({"write": tokens})["seconds"]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, command: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"llama.cpp ended with {self._process.wait()} at {list(command)}")
+        return json.loads(line)
+
+
+def write_gguf(folder: Path, out: Path, kind: str, ggml: Ggml) -> Path:
+    """A model folder as a GGUF file, every matrix in one tensor type, quantised by ggml itself. Made once."""
+    if out.exists():
+        return out
+    import gguf
+
+    sys.path.insert(0, str(_bench.REPOSITORY))
+    from tests.gguf_files import describe, interleaved, short_name
+
+    from pennyweight.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.config
+    partial = out.with_suffix(".partial")
+    writer = gguf.GGUFWriter(partial, config["model_type"], use_temp_file=True)
+    describe(writer, folder, config)
+    for name in checkpoint.entries:
+        weights = checkpoint.read(name).float().numpy()
+        if weights.ndim == 1:
+            writer.add_tensor(short_name(name), weights)
+            continue
+        if config["model_type"] == "llama" and (".q_proj." in name or ".k_proj." in name):
+            key = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
+            weights = interleaved(weights, config[key])
+        rows, columns = weights.shape
+        weights = np.ascontiguousarray(weights)
+        codes = np.empty((rows, ggml.row_size(TYPES[kind], columns)), np.uint8)
+        ggml.quantize_chunk(TYPES[kind], weights.ctypes.data, codes.ctypes.data, 0, rows, columns, None)
+        writer.add_tensor(short_name(name), codes, raw_dtype=gguf.GGMLQuantizationType(TYPES[kind]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.rename(out)
+    return out

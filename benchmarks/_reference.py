@@ -50,6 +50,13 @@ def scored(model: Path, *, score_rows: int = 8) -> Job:
     return made
 
 
+def opened(model: Path) -> Job:
+    """A job on the model whose text is chosen and nothing is computed."""
+    config = merged(FitConfig(), {"budget": {"weights": "100%"}, "machine": "m2-max"})
+    folder = _bench.work_folder("opened")
+    return open_job(model, folder / "out", config, run=folder / _bench.package_hash()[:12], listen=Terminal())
+
+
 def held_out(job: Job, rows: int) -> texts.Rows:
     """Rows that neither training nor calibration saw: half code, half books where the data folder has them."""
     code = job_rows(job, list(texts.stdlib(held_out=True)))

@@ -299,6 +299,10 @@ NB_MODULE(_native, module) {
         .def_prop_ro("cache_bytes", &Engine::cache_bytes)
         .def("cache_bytes_of", &Engine::cache_bytes_of)
         .def_prop_ro("kept_share", &Engine::kept_share)
+        .def_prop_ro("spent",
+                     [](const Engine& e) {
+                         return std::make_tuple(e.spent().products, e.spent().attention, e.spent().all);
+                     })
         .def_ro_static("max_rows", &Engine::kMaxRows);
 
     nb::class_<Product>(module, "Product", "One linear with threads of its own, for benchmarks of single products.")

@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -9,6 +10,10 @@
 
 namespace pennyweight {
 namespace {
+
+double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 float* floats(const Buffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
 
@@ -148,7 +153,9 @@ void Engine::step(const std::vector<Row>& rows, float* logits) {
         sparse[r] = rows[r].sparse;
     }
     products_.begin(std::move(sparse));
+    const double started = now();
     pool_.run([this](int t) { run(t); });
+    spent_.all += now() - started;
     for (std::size_t i = 0; i < sequences_.size(); i++) sequences_[i].length = length[i];
 }
 
@@ -173,7 +180,14 @@ void Engine::run(int t) {
     const auto times = [&](const Linear& linear, const float* from, int width, const std::vector<float>* norm, float* to) {
         const Products::Input& input =
             products_.prepare(t, from, count_, width, stride_, norm, model_.epsilon, linear);
+        const double started = t ? 0 : now();
         products_.multiply(t, linear, input, count_, to, stride_);
+        if (t == 0) spent_.products += now() - started;
+    };
+    const auto meet = [&](double& category) {  // a barrier whose wait belongs to what was done before it
+        const double started = t ? 0 : now();
+        pool_.barrier();
+        if (t == 0) category += now() - started;
     };
     for (int index = 0; index < int(model_.layers.size()); index++) {
         const Layer& layer = model_.layers[index];
@@ -183,13 +197,15 @@ void Engine::run(int t) {
                 pool_.barrier();  // every thread has read x before any adds to it
             } else {
                 times(layer.qkv, x, hidden, &layer.mixer_norm, wide);
-                pool_.barrier();
+                meet(spent_.products);
+                const double started = t ? 0 : now();
                 attention(t, index);
                 pool_.barrier();
+                if (t == 0) spent_.attention += now() - started;
                 times(layer.o, mixed, layer.heads * layer.head_dim, nullptr, out);
             }
             add(layer.o);
-            pool_.barrier();
+            meet(spent_.products);
         }
         if (!layer.down.empty()) {
             if (layer.gate_up.empty()) {
@@ -197,7 +213,7 @@ void Engine::run(int t) {
                 pool_.barrier();
             } else {
                 times(layer.gate_up, x, hidden, &layer.ffn_norm, wide);
-                pool_.barrier();
+                meet(spent_.products);
                 const int width = layer.gate_up.out() / 2;
                 const auto [first, last] = share_of_rows(width, t, threads);
                 for (int r = 0; r < count_ && first < last; r++) {
@@ -209,15 +225,17 @@ void Engine::run(int t) {
                 times(layer.down, mixed, width, nullptr, out);
             }
             add(layer.down);
-            pool_.barrier();
+            meet(spent_.products);
         }
     }
     if (wanted_.empty()) return;
     const int wanted = int(wanted_.size());
-    products_.multiply(t, model_.head,
-                       products_.prepare(t, x, wanted, hidden, stride_, &model_.final_norm, model_.epsilon, model_.head,
-                                         &wanted_),
-                       wanted, logits_, model_.vocab_size, &wanted_);
+    const Products::Input& input =
+        products_.prepare(t, x, wanted, hidden, stride_, &model_.final_norm, model_.epsilon, model_.head, &wanted_);
+    const double started = t ? 0 : now();
+    products_.multiply(t, model_.head, input, wanted, logits_, model_.vocab_size, &wanted_);
+    pool_.barrier();
+    if (t == 0) spent_.products += now() - started;
 }
 
 void Engine::store(Kept& cache, const Layer& layer, int head, int position, const float* key, const float* value,

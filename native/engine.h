@@ -69,6 +69,12 @@ public:
     std::size_t bytes_read_per_token() const;  // of weights
     std::size_t cache_bytes() const;
     std::size_t cache_bytes_of(int tokens) const;  // that a token after so many looks at
+    // Seconds that steps have spent, since the engine was made, in products, in attention, and in all: by the first
+    // thread, waiting for the others included.
+    struct Spent {
+        double products = 0, attention = 0, all = 0;
+    };
+    const Spent& spent() const { return spent_; }
     double kept_share() const { return products_.kept_share(); }  // of columns, by the sparse rows of the last step
 
     static constexpr int kMaxRows = Products::kMaxRows;
@@ -104,6 +110,7 @@ private:
     float* logits_ = nullptr;
     std::vector<int> wanted_;
     int count_ = 0;
+    Spent spent_;
     Buffer hidden_, wide_, mixed_, out_;  // (kMaxRows, stride_) float32
 };
 

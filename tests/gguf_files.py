@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,27 +100,7 @@ def convert(
     config, arch = checkpoint.config, checkpoint.config["model_type"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer = gguf.GGUFWriter(out / "model.gguf", arch)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    if config.get("head_dim"):
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_add_bos_token(True)
+    describe(writer, folder, config)
     same: dict[str, torch.Tensor] = {}
     for name in checkpoint.entries:
         weights = checkpoint.read(name).float().numpy()
@@ -134,10 +114,7 @@ def convert(
         if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
             count = heads if ".q_proj." in name else kv_heads
             stored = interleaved(stored, count)
-        short = name
-        for long, other in _NAMES.items():
-            short = short.replace(long + ".", other + ".")
-        writer.add_tensor(short, np.ascontiguousarray(stored), raw_dtype=chosen)
+        writer.add_tensor(short_name(name), np.ascontiguousarray(stored), raw_dtype=chosen)
     more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -147,6 +124,43 @@ def convert(
     save_file(same, out / "same" / "model.safetensors")
     (out / "same" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     return out / "model.gguf", out / "same"
+
+
+def describe(writer: Any, folder: Path, config: Mapping[str, Any]) -> None:
+    """Everything but the tensors: sizes, and the tokenizer as one of bytes and merges."""
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if config.get("head_dim"):
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    merges = [" ".join(merge) for merge in tokenizer["model"]["merges"]]
+    if not merges and len(tokens) < config["vocab_size"]:  # llama.cpp refuses a file without any
+        merges.append(f"{tokens[1]} {tokens[2]}")
+        tokens.append(tokens[1] + tokens[2])
+    tokens += [f"<|unused {i}|>" for i in range(len(tokens), config["vocab_size"])]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_add_bos_token(True)
+
+
+def short_name(name: str) -> str:
+    """A tensor's name in GGUF files."""
+    for long, other in _NAMES.items():
+        name = name.replace(long + ".", other + ".")
+    return name
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -87,6 +87,12 @@ class Engine:
         return self._native.kept_share
 
     @property
+    def spent(self) -> tuple[float, float, float]:
+        """Seconds that steps have spent so far in products, in attention, and in all, waits for other threads
+        included. What is neither of the first two is norms, quantising of inputs, gates and the embedding."""
+        return self._native.spent
+
+    @property
     def bytes_read_per_token(self) -> int:
         """Bytes of the matrices one token has to go through: all but an embedding that is not the head as well."""
         return self._native.bytes_read_per_token

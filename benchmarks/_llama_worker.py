@@ -1,0 +1,64 @@
+"""llama.cpp's half of a comparison, in an interpreter of its own: reads commands as JSON lines, answers with seconds.
+
+Run by `_llama.Worker` with the interpreter that has llama-cpp-python. Tokens go straight to llama_decode, without what
+the Python package does around it, and the next token is the largest logit, as on our side.
+"""
+
+import ctypes
+import json
+import sys
+import time
+
+import llama_cpp  # pyright: ignore[reportMissingImports]
+
+
+def main() -> None:
+    context, vocabulary = None, 0
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "load" in asked:
+            llama_cpp.llama_backend_init()
+            settings = llama_cpp.llama_model_default_params()
+            model = llama_cpp.llama_model_load_from_file(asked["load"].encode(), settings)
+            if not model:
+                raise SystemExit(f"llama.cpp does not load {asked['load']}")
+            vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+            options = llama_cpp.llama_context_default_params()
+            options.n_ctx = asked["context"]
+            options.n_batch = options.n_ubatch = 512
+            options.n_threads = options.n_threads_batch = asked["threads"]
+            options.no_perf = True
+            context = llama_cpp.llama_init_from_model(model, options)
+            answer = {"vocabulary": vocabulary}
+        elif "prompt" in asked:
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+            answer = {"seconds": [_decode(context, asked["prompt"])]}
+        else:
+            seconds = []
+            for _ in range(asked["write"]):
+                logits = llama_cpp.llama_get_logits_ith(context, -1)
+                at = ctypes.addressof(logits.contents)
+                token = _largest((ctypes.c_float * vocabulary).from_address(at))
+                seconds.append(_decode(context, [token]))
+            answer = {"seconds": seconds}
+        print(json.dumps(answer), flush=True)
+
+
+def _decode(context, tokens: list) -> float:
+    array = (llama_cpp.llama_token * len(tokens))(*tokens)
+    batch = llama_cpp.llama_batch_get_one(array, len(tokens))
+    started = time.perf_counter()
+    if llama_cpp.llama_decode(context, batch):
+        raise SystemExit("llama_decode failed")
+    llama_cpp.llama_synchronize(context)
+    return time.perf_counter() - started
+
+
+def _largest(values) -> int:
+    import numpy as np
+
+    return int(np.frombuffer(values, np.float32).argmax())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""What leaving input channels out costs: bits per byte of the shipped model at equal bytes read per token.
+
+All children are zigzag of 4.25 bits made by the same packing as `penny fit` uses, and differ in which input leaves out
+which share of its channels; the mean over matrices, weighted by their bytes, is 25, 40 or 50 %:
+
+    uniform   the same share everywhere, channels compared by |x|
+    wina      the same share everywhere, compared by |x| times the norm of the column (arXiv:2505.19427)
+    greedy    per layer, shares raised in small steps where the layer's output changes least (TEAL, arXiv:2408.14690)
+    mip       each input's share from one exact search over the whole model, scores measured one input at a time
+
+Tables come from calibration text, judgement from text nothing else saw, half code, half books where the data folder
+has them. The first tokens of a row are whole, all others are thinned, as in writing token by token. A model of 6.5 M
+weights says whether our implementation does what it should; what larger models lose is another question.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+import _bench
+import _reference
+from pennyweight import blocks, score
+from pennyweight.checkpoint import Checkpoint
+from pennyweight.evals.loss import loss
+from pennyweight.events import Silent
+from pennyweight.families._decoder import BLOCK, INNER
+from pennyweight.heterogeneous import load_model
+from pennyweight.pack import pack
+from pennyweight.search import mip
+from pennyweight.search._problem import Problem
+from pennyweight.slots import Choice, Slot
+from pennyweight.store import Store
+from pennyweight.variants import sparsity
+from pennyweight.walk import Walk, run_layer
+
+TARGETS = (0.25, 0.40, 0.50)
+METHODS = ("uniform", "wina", "greedy", "mip")
+STEP = 0.05
+MOST = 0.9
+Shares = dict[tuple[Slot, str], float]
+
+
+def inputs(walk: Walk) -> dict[tuple[Slot, str], float]:
+    """Every input that may be thinned, and its share of all weights that read such inputs."""
+    sizes: dict[tuple[Slot, str], float] = {}
+    for slot, shape in walk.shapes.items():
+        if slot.kind in ("mixer", "ffn"):
+            for weight in shape.weights():
+                if len(weight.shape) == 2:
+                    which = "inner" if weight.name == INNER[slot.kind] else "entering"
+                    sizes[slot, which] = sizes.get((slot, which), 0) + weight.parameters
+    total = sum(sizes.values())
+    return {key: size / total for key, size in sizes.items()}
+
+
+def modules(layers: Any, walk: Walk, slots: Iterable[Slot]) -> Iterator[tuple[tuple[Slot, str], Any]]:
+    """The modules that thin, in the order in which they run; hooks attached, tables still empty."""
+    for slot in slots:
+        if slot.kind in ("mixer", "ffn"):
+            assert slot.layer is not None
+            parts = walk.parts(layers[slot.layer], slot)
+            block = getattr(layers[slot.layer], BLOCK[slot.kind])
+            for module, _ in sparsity.attach(parts, sparsity.Spec(0.0, 0.0).sparsity):
+                yield (slot, "entering" if module is block else "inner"), module
+
+
+def calibrated(layers: Any, walk: Walk, slots: Iterable[Slot], run: Any) -> dict[tuple[Slot, str], Any]:
+    """The thinning modules of these slots, their tables counted in one run of the dense layers."""
+    found = dict(modules(layers, walk, slots))
+    counted: dict[Any, list[torch.Tensor]] = {key: [] for key in found}
+    handles = [
+        module.register_forward_pre_hook(sparsity.counting(counted[key]), with_kwargs=True, prepend=True)
+        for key, module in found.items()
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    for key, module in found.items():
+        sparsity.fill(module, torch.stack(counted[key]).sum(dim=0))
+    return found
+
+
+@torch.no_grad()
+def greedy(walk: Walk, ids: torch.Tensor, target: float) -> Shares:
+    """TEAL's allocation: each layer on its own, on the dense model's inputs, all layers at the same target."""
+    positions, weight, chosen = walk.positions(ids.shape[1]), inputs(walk), {}
+    hidden = walk.embedding()(ids).float()
+    late = slice(3 * ids.shape[1] // 4, None)  # the error is judged where there is most context
+    for index in range(walk.layers):
+        layer = walk.layer(index)
+        own = {key: size for key, size in weight.items() if key[0].layer == index}
+        total = sum(own.values())
+        dense = run_layer(layer, hidden, positions)
+        slots = [Slot("mixer", index), Slot("ffn", index)]
+        run = functools.partial(run_layer, layer, hidden, positions)
+        found = calibrated({index: layer}, walk, slots, run)
+        share = dict.fromkeys(own, 0.0)
+        while sum(own[key] / total * share[key] for key in own) < target - 1e-9:
+            left = target - sum(own[key] / total * share[key] for key in own)
+            errors = {}
+            for key in own:
+                raised = min(share[key] + STEP * 0.25 * total / own[key], share[key] + left * total / own[key])
+                if raised <= MOST:
+                    found[key].left_out = raised
+                    errors[key] = (float((run_layer(layer, hidden, positions) - dense)[:, late].norm()), raised)
+                    found[key].left_out = share[key]
+            best = min(errors, key=lambda key: errors[key][0])
+            share[best] = found[best].left_out = errors[best][1]
+        chosen |= share
+        hidden = dense
+    return chosen
+
+
+@torch.no_grad()
+def scored(model: Any, walk: Walk, calibration: torch.Tensor, rows: torch.Tensor) -> dict[tuple[Slot, str], np.ndarray]:
+    """KL of the whole model against itself when one input alone leaves out 0, 5, 10 ... 90 %."""
+    found = calibrated(model.model.layers, walk, walk.shapes, lambda: model(calibration, use_cache=False))
+    dense = model(rows, use_cache=False).logits.float().flatten(0, 1)
+    p, nobody = dense.softmax(dim=-1), torch.zeros(len(dense), 1, dtype=torch.int64)
+    table = {}
+    for done, (key, module) in enumerate(found.items(), 1):
+        row = [0.0]
+        for step in range(1, round(MOST / STEP) + 1):
+            module.left_out = step * STEP
+            difference = model(rows, use_cache=False).logits.float().flatten(0, 1) - dense
+            row.append(float(score.divergence(p, difference, nobody)[0].mean()))
+        module.left_out = 0.0
+        table[key] = np.maximum.accumulate(row)  # less can never be worth more: what wiggles is noise of few tokens
+        print(f"  scored input {done} of {len(found)}", end="\r", flush=True)
+    return table
+
+
+def exact(table: dict[tuple[Slot, str], np.ndarray], weight: dict[tuple[Slot, str], float], target: float) -> Shares:
+    """The shares of least summed score whose weighted mean is at least the target."""
+    kept = [weight[key] * (1 - STEP * np.arange(len(row))) for key, row in table.items()]
+    problem = Problem(
+        scores=tuple(table.values()),
+        costs=tuple(values.reshape(-1, 1) for values in kept),
+        limits=np.array([1 - target]),
+        names=("bytes read",),
+    )
+    choice = mip.solve(problem).choice
+    return {key: STEP * v for key, v in zip(table, choice, strict=True)}
+
+
+def main() -> int:
+    options = _reference.parser(__doc__).parse_args()
+    quick = options.quick
+    job = _reference.opened(options.model)
+    calibration = torch.from_numpy(job.text.calibration.ids[: 4 if quick else 16, :-1])
+    rows = torch.from_numpy(job.text.score.ids[: 1 if quick else 6, :-1])
+    held_out = _reference.held_out(job, 4 if quick else 48)
+    same_kind = job.text.held_out  # of the kind the tables were counted on, which books are not
+    walk = Walk(Checkpoint(options.model))
+    weight = inputs(walk)
+    folder = _bench.work_folder("sparsity_quality")
+    keys: dict[str, Any] = {"parent": loss(load_model(options.model, dtype=torch.float32), held_out).bits_per_byte}
+    print(f"parent in bfloat16: {keys['parent']:.4f} bits per byte")
+    with torch.no_grad():
+        table = scored(load_model(options.model, dtype=torch.float32), walk, calibration, rows)
+    worst = 0.0
+    for target in (0.0, *(TARGETS[-1:] if quick else TARGETS)):
+        shares: dict[str, Shares] = {"uniform": dict.fromkeys(weight, target)}
+        if target:
+            shares |= {
+                "wina": shares["uniform"],
+                "greedy": greedy(walk, calibration[: 2 if quick else 4], target),
+                "mip": exact(table, weight, target),
+            }
+        for method, chosen in shares.items():
+            child = _child(job, walk, chosen, method == "wina", calibration, folder / f"{method}-{target}")
+            model = load_model(child, dtype=torch.float32)
+            seen = _left_out(model, walk, torch.from_numpy(held_out.ids[:, :-1]))
+            other = max((abs(seen[key] - chosen[key]) for key in chosen if chosen[key]), default=0.0)
+            alike = _left_out(model, walk, torch.from_numpy(same_kind.ids[:, :-1]))
+            far = max((abs(alike[key] - chosen[key]) for key in chosen if chosen[key]), default=0.0)
+            worst = max(worst, far)
+            found = {
+                "bits_per_byte": loss(model, held_out).bits_per_byte,
+                "left_out": sum(weight[key] * seen[key] for key in weight),
+                "tpot_seconds": _tpot(child, 3 if quick else 15),
+            }
+            keys[f"{method} {target:.0%}"] = found
+            print(
+                f"{target:4.0%} {method:8} {found['bits_per_byte']:.4f} bits per byte  left out "
+                f"{found['left_out']:.1%} (an input off by up to {other:.1%}, {far:.1%} on text like the tables')  "
+                f"{found['tpot_seconds'] * 1e6:.0f} us a token",
+                flush=True,
+            )
+    bars = [_bench.bar("share an input leaves out on held-out text, most off by", worst, "<=", 0.02)]
+    for target in TARGETS[-1:] if quick else TARGETS:
+        of = {method: keys[f"{method} {target:.0%}"]["bits_per_byte"] for method in METHODS}
+        bars.append(_bench.bar(f"{target:.0%}: greedy over uniform", of["greedy"] / of["uniform"], "<=", 1.0))
+        bars.append(_bench.bar(f"{target:.0%}: mip over greedy", of["mip"] / of["greedy"], "<=", 1.0))
+    return _bench.finish("sparsity_quality", quick, keys, bars)
+
+
+def _child(job: Any, walk: Walk, shares: Shares, weighted: bool, calibration: torch.Tensor, folder: Any) -> Any:
+    layout = {
+        slot: Choice((("sparsity", sparsity.Spec(shares[slot, "entering"], shares[slot, "inner"], weighted)),))
+        for slot in walk.shapes
+        if slot.kind in ("mixer", "ffn")
+    }
+    shutil.rmtree(folder, ignore_errors=True)
+    return pack(walk, layout, calibration, folder / "model", files={}, store=Store(folder / "run", {}), listen=Silent())
+
+
+@torch.no_grad()
+def _left_out(model: Any, walk: Walk, ids: torch.Tensor) -> Shares:
+    """The share of its channels that each input really leaves out on this text, first tokens aside."""
+    sums: dict[tuple[Slot, str], list[float]] = {}
+
+    def hook(key: tuple[Slot, str]) -> Any:
+        def watch(module: Any, args: Any, kwargs: Any) -> None:
+            x = (kwargs.get("hidden_states") if "hidden_states" in kwargs else args[0])[:, blocks.DENSE_TOKENS :]
+            size = x.abs().float() if module.importance is None else x.abs().float() * module.importance.float()
+            bound = blocks.threshold(module.magnitudes, module.left_out) if module.left_out else -math.inf
+            sums.setdefault(key, []).append(float((size <= bound).float().mean()))
+
+        return watch
+
+    handles = []
+    for slot in walk.shapes:
+        if slot.kind in ("mixer", "ffn"):
+            block = getattr(model.model.layers[slot.layer], BLOCK[slot.kind])
+            for which, module in (("entering", block), ("inner", getattr(block, INNER[slot.kind]))):
+                handles.append(module.register_forward_pre_hook(hook((slot, which)), with_kwargs=True, prepend=True))
+    for part in ids.split(8):
+        model(part, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {key: sum(values) / len(values) for key, values in sums.items()}
+
+
+def _tpot(folder: Any, repeats: int) -> float:
+    """Seconds a token in the native engine, p05."""
+    from pennyweight.runtime.bench import bench
+    from pennyweight.runtime.engine import Engine
+
+    engine = Engine(folder, context=256, threads=1)
+    return bench(engine, prompt=64, new=64, repeats=repeats).tpot_p05
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
