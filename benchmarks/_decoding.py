@@ -14,7 +14,7 @@ import _random_model
 from streaming import SHAPE
 
 SHIPPED = _bench.REPOSITORY / "src" / "pennyweight" / "data" / "reference-dense"
-CONTEXT = 1024
+CONTEXT = 1024  # or what the model takes, if that is less
 
 
 def folder(name: str) -> Path:
@@ -65,7 +65,7 @@ class Ours:
         from pennyweight.runtime.engine import Engine
 
         self.engine = Engine(model, context=CONTEXT, threads=threads, sparsity=sparsity)
-        self._sequence = self.engine.open(CONTEXT)
+        self._sequence = self.engine.open(self.engine.context)
         self._position, self._logits = 0, np.empty((0, 0), np.float32)
 
     def prompt(self, tokens: list[int]) -> float:

@@ -55,7 +55,7 @@ struct Kernels {
 
 const Kernels& kernels_scalar();
 const Kernels* kernels_avx2();    // null where this build or this processor has no such instructions
-const Kernels* kernels_avx512();  // needs BW, VL and VNNI
+const Kernels* kernels_avx512();  // needs BW, DQ, VL and VNNI
 const Kernels* kernels_neon();    // needs dotprod
 
 // The fastest this processor runs.

@@ -1,7 +1,7 @@
-// AVX-512 with BW, VL and VNNI. Compiled with those instructions; entered only on processors that have them.
+// AVX-512 with BW, DQ, VL and VNNI. Compiled with those instructions; entered only on processors that have them.
 #include "kernels.h"
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 
 #include <immintrin.h>
 
@@ -172,22 +172,24 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
 }
 
 // 16 groups of a step: what activations times scales `e` become, in the table of token t.
-inline void fold_sixteen(const __m512 (&e)[kStep], Folded& out, int t, int i) {
+inline void fold_sixteen(const __m512 (&e)[kStep], Folded& out, int t, int i, Ahead& ahead, int fetched) {
     __m512 most = _mm512_abs_ps(e[0]);
 #pragma GCC unroll 16
-    for (int c = 1; c < kStep; c++) most = _mm512_max_ps(most, _mm512_abs_ps(e[c]));
+    for (int c = 1; c < kStep; c++) most = _mm512_range_ps(most, e[c], 0b1011);  // the larger magnitude, positive
     const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ);
     const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(127.0f), most);
     _mm512_store_ps(out.scale(t) + i, _mm512_mul_ps(most, _mm512_set1_ps(1.0f / 127.0f)));
     __m512i total = _mm512_setzero_si512();
+    const __m512i transpose = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
 #pragma GCC unroll 4
     for (int q = 0; q < kStep / 4; q++) {
         __m512i code[4];
 #pragma GCC unroll 4
         for (int c = 0; c < 4; c++) code[c] = _mm512_cvtps_epi32(_mm512_mul_ps(e[4 * q + c], inverse));
-        const __m512i even = _mm512_mask_blend_epi16(0xAAAAAAAA, code[0], _mm512_slli_epi32(code[2], 16));
-        const __m512i odd = _mm512_mask_blend_epi16(0xAAAAAAAA, code[1], _mm512_slli_epi32(code[3], 16));
-        const __m512i four = _mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAAull, even, _mm512_slli_epi16(odd, 8));
+        const __m512i packed =
+            _mm512_packs_epi16(_mm512_packs_epi32(code[0], code[1]), _mm512_packs_epi32(code[2], code[3]));
+        const __m512i four = _mm512_shuffle_epi8(packed, transpose);
+        ahead.fetch(fetched);
         _mm512_store_si512(out.quad(t, q) + i, four);
         total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(8), four);  // 8 times the sum of the codes
     }
@@ -200,8 +202,9 @@ inline void fold_sixteen(const __m512 (&e)[kStep], Folded& out, int t, int i) {
 // scales are widened once for all.
 template <bool kAffine>
 [[gnu::noinline]] void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start, int tokens,
-                 Folded& out) {
+                 Folded& out, Ahead& pass) {
     float room[kStep];
+    Ahead ahead = pass;
     for (int i = 0; i < slice.groups; i += 16) {
         const int g = slice.first_group + i, left = w.groups() - g;
         const __mmask16 inside = left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
@@ -231,9 +234,11 @@ template <bool kAffine>
                 }
                 _mm512_store_ps(out.bias(t) + i, bias);
             }
-            fold_sixteen(e, out, t, i);
+            // A quarter of a step's lines: what the tables take of its time.
+            fold_sixteen(e, out, t, i, ahead, t == 0 ? w.group / 32 : 0);
         }
     }
+    pass = ahead;
 }
 
 // Four columns of 128 rows, interleaved: dword i of rows[u] holds one row's bytes of all four.
@@ -259,8 +264,8 @@ inline void add_sums(__m512i low, __m512i both, float scale, float* row) {
 // One step's columns of a slice for one token: a quad's rows are used as soon as they are there. Not inlined: among the
 // loops around it the compiler runs out of registers, and spilled columns cost half the speed.
 template <int kGroup>
-[[gnu::noinline]] void slice_times_one(const Step& step, std::size_t at, int units, const std::int32_t* quad,
-                                       int groups, float* y) {
+[[gnu::noinline]] void slice_times_one(const std::uint8_t* const* chunk, Ahead ahead, std::size_t at, int units,
+                                       const std::int32_t* quad, int groups, float* y) {
     const __m512i nibble = _mm512_set1_epi8(15);
     const auto* scale = reinterpret_cast<const float*>(quad + 4 * groups);
     const std::int32_t *minus8 = quad + 5 * groups, *minus136 = quad + 6 * groups;
@@ -273,11 +278,9 @@ template <int kGroup>
         }
 #pragma GCC unroll 4
         for (int q = 0; q < kStep / 4; q++) {
-            // No prefetcher follows columns that are picked; the list tells what comes. Into L2: L1 would overflow.
-            for (int c = 4 * q; c < 4 * q + 4; c++)
-                _mm_prefetch(reinterpret_cast<const char*>(step.next[c] + at), _MM_HINT_T1);
+            if (q < 3) ahead.fetch(1);
             __m512i rows[4];
-            interleave(step.chunk + 4 * q, at, rows);
+            interleave(chunk + 4 * q, at, rows);
 #pragma GCC unroll 4
             for (int u = 0; u < 4; u++) {
                 const __m512i codes = _mm512_set1_epi32(quad[q * groups + (128 * i + 32 * u) / kGroup]);
@@ -296,7 +299,7 @@ template <int kGroup>
                                    const std::int32_t* table, int groups, int tokens, float* y, std::ptrdiff_t stride) {
     const __m512i nibble = _mm512_set1_epi8(15);
     for (int i = 0; i < units; i++, at += 64, y += Zigzag::kUnitRows) {
-        ahead.fetch();
+        ahead.fetch(3);
         __m512i rows[kStep / 4][4];
 #pragma GCC unroll 4
         for (int q = 0; q < kStep / 4; q++) interleave(chunk + 4 * q, at, rows[q]);
@@ -326,14 +329,13 @@ void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::
                      const float* const* value, int tokens, int count, float* y, std::ptrdiff_t stride) {
     each_step<kAffine>(
         w, tile, first, last, index, value, tokens, count, y, stride,
-        [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Folded& folded) {
-            fold<kAffine>(w, step, slice, x, start, n, folded);
+        [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Folded& folded, Ahead& ahead) {
+            fold<kAffine>(w, step, slice, x, start, n, folded, ahead);
         },
-        [&](const Step& step, const Slice& slice, Folded& folded, int n, float* out) {
+        [&](const Step& step, const Slice& slice, Folded& folded, int n, float* out, const Ahead& ahead) {
             const std::size_t at = w.scale_bytes() + 64 * slice.first;
             const int units = slice.last - slice.first;
-            const Ahead ahead(step, at, units);
-            if (n == 1) slice_times_one<kGroup>(step, at, units, folded.table, slice.groups, out);
+            if (n == 1) slice_times_one<kGroup>(step.chunk, ahead, at, units, folded.table, slice.groups, out);
             else slice_times<kGroup>(step.chunk, ahead, at, units, folded.table, slice.groups, n, out, stride);
         });
 }
@@ -349,7 +351,8 @@ void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int
 }  // namespace
 
 const Kernels* kernels_avx512() {
-    static const bool have = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+    static const bool have = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512vl") &&
                              __builtin_cpu_supports("avx512vnni");
     static const Kernels table = [] {
         Kernels made{.name = "avx512", .quantise = quantise, .rows_times = rows_times, .collect = collect,

@@ -274,10 +274,10 @@ void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::
                      const float* const* value, int tokens, int count, float* y, std::ptrdiff_t stride) {
     each_step<kAffine>(
         w, tile, first, last, index, value, tokens, count, y, stride,
-        [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Folded& folded) {
+        [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Folded& folded, Ahead&) {
             fold<kAffine>(w, step, slice, x, start, n, folded);
         },
-        [&](const Step& step, const Slice& slice, Folded& folded, int n, float* out) {
+        [&](const Step& step, const Slice& slice, Folded& folded, int n, float* out, const Ahead&) {
             slice_times(step, slice, w.group, w.scale_bytes(), folded, n, out, stride);
         });
 }
