@@ -157,6 +157,12 @@ def test_a_negative_threshold_keeps_zeros(make):
     assert kept(matrix)[0].tolist() == list(range(9))
 
 
+def test_a_scale_per_row_counts(make):
+    parts = random_parts(200, 17, Spec(group=32)) | {"weight_row_scale": torch.linspace(0.5, 2, 200)}
+    x = activations(17)
+    torch.testing.assert_close(times(make(parts), x, 0.5), reference.times(parts, x, 0.5), rtol=1e-4, atol=1e-5)
+
+
 def test_the_same_bits_every_time(make):
     parts, x = random_parts(700, 300, Spec(64, True, 256)), activations(300)
     matrix = make(parts)

@@ -58,6 +58,8 @@ class Matrix:
         self._packed = parts["weight_zigzag"].to(self.device, copy=True)
         words = self.spec.tile_rows // 8
         self._words = min(_WORDS, 1 << (words - 1).bit_length())
+        row_scale = parts.get("weight_row_scale")
+        self._row_scale = None if row_scale is None else row_scale.to(self.device)
         self._tiles, self._bands = -(-self.rows // self.spec.tile_rows), -(-words // self._words)
         cores = torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 1
         programs = -(-_PROGRAMS_PER_CORE * cores // (self._tiles * self._bands))
@@ -104,7 +106,7 @@ class Matrix:
         )
         reduced = (self._partial, out, self.rows, padded_rows, self._slices)
         kernels.reduce[(-(-self.rows // _ROWS),)](*reduced, ROWS=_ROWS, SLICES=_SLICES, **fused)
-        return out
+        return out if self._row_scale is None else out.mul_(self._row_scale)
 
     def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What the last product kept, as reference.collect gives it; waits for the device."""

@@ -104,6 +104,7 @@ class Matrix:
             numbers = (self.rows, self.columns, spec.tile_rows, spec.group, spec.affine, spec.chunk_bytes // 4)
             return self._buffer(struct.pack("9I", *numbers, padded_rows, slices, first_tile), uniform=True)
 
+        self._row_scale = parts.get("weight_row_scale")
         self._kernels = kernels
         self._passes: list[tuple[Any, Any, tuple[int, int]]] = []
         self._threshold = self._buffer(4, uniform=True)
@@ -147,7 +148,8 @@ class Matrix:
         """
         self.load(x, threshold)
         self.run()
-        return torch.frombuffer(self._kernels.device.queue.read_buffer(self._y), dtype=torch.float32)
+        y = torch.frombuffer(self._kernels.device.queue.read_buffer(self._y), dtype=torch.float32)
+        return y if self._row_scale is None else y * self._row_scale
 
     def load(self, x: torch.Tensor, threshold: float) -> None:
         """Send what the next products multiply by."""
