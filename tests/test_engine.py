@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +60,27 @@ def test_layers_of_all_kinds_equal_pytorch(child):
 def test_smaller_caches_stay_near(folder, cache, allowed):
     error = relative(Engine(folder, threads=1, cache=cache).logits(IDS), wanted(folder))
     assert 0 < error < allowed
+
+
+def test_greedy_tokens_of_the_shipped_model_are_those_of_transformers():
+    """20 prompts, 64 tokens each. Prompts are stretches of this file."""
+    import pennyweight
+    from pennyweight.runtime.generate import Batch, Request
+    from pennyweight.runtime.model import open_model
+
+    reference = Path(pennyweight.__file__).parent / "data" / "reference-dense"
+    opened = open_model(reference, threads=1, cache="float32")
+    text = Path(__file__).read_text()
+    prompts = [opened.tokenizer.encode(text[400 * i : 400 * i + 120])[:24] for i in range(20)]
+    batch = Batch(opened.engine, places=8, capacity=100)
+    requests = [batch.submit(Request(ids, 64)) for ids in prompts]
+    while batch.busy:
+        batch.step()
+    model = load_model(reference, dtype=torch.float32)
+    expected = model.generate(
+        torch.tensor(prompts), max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0
+    )
+    assert [request.answer for request in requests] == expected[:, 24:].tolist()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -63,18 +63,42 @@ def pick(logits: np.ndarray, sampling: Sampling, seen: Collection[int], rng: np.
 
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens that may be drawn, most likely first, and their probabilities (float64, sum 1). temperature above 0."""
-    floor = logits.max() - _NEGLIGIBLE * sampling.temperature
-    tokens = np.flatnonzero(logits >= floor)
+    """Tokens that may be drawn and their probabilities (float64, sum 1). temperature above 0.
+
+    Sorting a vocabulary of 128,000 takes longer than some models take for a token, so it is only done where top_p asks
+    for an order, and then of the likeliest few thousand as long as these hold enough.
+    """
+    tokens = np.flatnonzero(logits >= logits.max() - _NEGLIGIBLE * sampling.temperature)
+    if sampling.top_k and len(tokens) > sampling.top_k:
+        tokens = _largest(tokens, logits, sampling.top_k)
     scaled = logits[tokens].astype(np.float64) / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    tokens, scaled = tokens[order], scaled[order]
-    probabilities = np.exp(scaled - scaled[0])
-    probabilities /= probabilities.sum()
-    # The token that carries the sum over top_p still belongs; the first always does.
-    keep = probabilities.cumsum() - probabilities < sampling.top_p
-    keep &= probabilities >= sampling.min_p * probabilities[0]
-    keep[0] = True
-    return tokens[keep], probabilities[keep] / probabilities[keep].sum()
+    weights = np.exp(scaled - scaled.max())
+    total = weights.sum()
+    keep = weights >= sampling.min_p  # the likeliest token's weight is 1
+    tokens, weights = tokens[keep], weights[keep]
+    if sampling.top_p < 1:
+        few = np.arange(len(tokens))
+        if len(tokens) > _FEW:
+            few = _largest(few, weights, _FEW)
+            if weights[few].sum() < sampling.top_p * total:
+                few = np.arange(len(tokens))
+        order = few[np.argsort(-weights[few], kind="stable")]
+        # The token that carries the sum over top_p still belongs; the first always does.
+        keep = weights[order].cumsum() - weights[order] < sampling.top_p * total
+        keep[0] = True
+        order = order[keep]
+        tokens, weights = tokens[order], weights[order]
+    return tokens, weights / weights.sum()
+
+
+_FEW = 4096
+
+
+def _largest(items: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """The `count` items of largest values[item]; of equal ones those that come first."""
+    own = values[items]
+    bound = np.partition(own, len(own) - count)[len(own) - count]
+    above = own > bound
+    equal = np.flatnonzero(own == bound)[: count - int(above.sum())]
+    above[equal] = True
+    return items[above]
