@@ -50,8 +50,14 @@ class Spec:
 
 
 def options(shape: Shape) -> list[Spec]:
-    """Every pair of shares, for blocks whose matrices are not stored in fewer bits already."""
+    """Every pair of shares, for blocks whose matrices are not stored in fewer bits already, and are not so small that
+    whole units of 128 rows take more bytes than they save."""
     if not isinstance(shape, Attention | GatedMLP) or shape.stored != BFLOAT16 or shape.sparsity is not None:
+        return []
+    before, after = (
+        sum(weight.nbytes for weight in each.weights()) for each in (shape, reshape(shape, Spec(0.0, 0.0)))
+    )
+    if after > before:
         return []
     return [Spec(entering, inner) for entering, inner in product(SHARES, SHARES)]
 
