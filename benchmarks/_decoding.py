@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,6 @@ class Ours:
         self._position, self._logits = 0, np.empty((0, 0), np.float32)
 
     def prompt(self, tokens: list[int]) -> float:
-        import time
-
         from pennyweight.runtime.engine import Row
 
         started = time.perf_counter()
@@ -83,8 +82,6 @@ class Ours:
         return time.perf_counter() - started
 
     def write(self, tokens: int) -> list[float]:
-        import time
-
         from pennyweight.runtime.engine import Row
 
         seconds = []

@@ -124,17 +124,17 @@ class Ggml:
 
 
 class GgmlProduct:
-    """y = W x with W (rows, columns) of a ggml type, for any number of tokens; made anew for each token count."""
+    """y = W x for one token, W (rows, columns) of a ggml type."""
 
-    def __init__(self, ggml: Ggml, kind: str, weight: np.ndarray, tokens: int = 1) -> None:
-        """weight (rows, columns) float32, rows repeated as often as the caller likes."""
+    def __init__(self, ggml: Ggml, kind: str, weight: np.ndarray) -> None:
+        """weight (rows, columns) float32."""
         self._ggml = ggml
         rows, columns = weight.shape
-        self.tokens, self.rows, self.columns = tokens, rows, columns
+        self.rows, self.columns = rows, columns
         params = _InitParams(ggml.tensor_overhead() * 64 + ggml.graph_overhead() * 4, None, True)
         weights, rest = ggml.init(params), ggml.init(params)
         w = ggml.new_tensor_2d(weights, TYPES[kind], columns, rows)
-        self._x = ggml.new_tensor_2d(rest, 0, columns, tokens)
+        self._x = ggml.new_tensor_2d(rest, 0, columns, 1)
         buffer = ggml.backend_alloc_ctx_tensors_from_buft(weights, ggml.repack)
         if not buffer:
             raise MemoryError(f"no room for {rows} x {columns} in {kind}")
@@ -151,17 +151,17 @@ class GgmlProduct:
         ggml.build_forward_expand(self._graph, self._y)
 
     def set(self, x: np.ndarray) -> None:
-        """x (tokens, columns) float32."""
+        """x (columns,) float32."""
         x = np.ascontiguousarray(x, np.float32)
-        assert x.shape == (self.tokens, self.columns)
+        assert x.shape == (self.columns,)
         self._ggml.backend_tensor_set(self._x, x.ctypes.data, 0, x.nbytes)
 
     def run(self) -> None:
         self._ggml.backend_graph_compute(self._ggml.backend, self._graph)
 
     def get(self) -> np.ndarray:
-        """y (tokens, rows) float32."""
-        y = np.empty((self.tokens, self.rows), np.float32)
+        """y (rows,) float32."""
+        y = np.empty(self.rows, np.float32)
         self._ggml.backend_tensor_get(self._y, y.ctypes.data, 0, y.nbytes)
         return y
 

@@ -37,7 +37,6 @@ def measure(name: str, threads: int, ggml: _llama.Ggml, rounds: int) -> dict[str
         p05, p50 = (float(np.quantile(seconds, q)) for q in (0.05, 0.5))
         found[variant] = {"p05": p05, "p50": p50}
         print(f"  {variant:16} {1 / p50:8.1f} tok/s  p50 {p50 * 1e3:8.3f} ms  p05 {p05 * 1e3:8.3f} ms", flush=True)
-    products, attention, everything = variants["dense"].engine.spent
     dense = variants["dense"].engine
     before = dense.spent
     variants["dense"].write(16)

@@ -77,9 +77,9 @@ def own(name: str, bits: float, made: _native.Linear, x: np.ndarray, rows: int, 
 def theirs(ggml: _llama.Ggml, kind: str, rows: int, columns: int, x: np.ndarray, threads: int) -> Variant:
     few = np.random.default_rng(3).normal(0, 0.02, (64, columns)).astype(np.float32)
     product = _llama.GgmlProduct(ggml, kind, np.tile(few, (rows // 64, 1)))
-    product.set(x[None])
+    product.set(x)
     product.run()
-    error = np.linalg.norm(product.get()[0, :64] - few @ x) / np.linalg.norm(few @ x)
+    error = np.linalg.norm(product.get()[:64] - few @ x) / np.linalg.norm(few @ x)
     if not error < 0.2:
         raise RuntimeError(f"llama.cpp's {kind} product is off by {error:.2f}: it was not set up as it should be")
 

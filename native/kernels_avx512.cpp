@@ -204,7 +204,7 @@ template <bool kAffine>
 [[gnu::noinline]] void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start, int tokens,
                  Folded& out, Ahead& pass) {
     float room[kStep];
-    Ahead ahead = pass;
+    Ahead ahead = pass;  // a copy of its own stays in registers: stores into the tables might change the caller's
     for (int i = 0; i < slice.groups; i += 16) {
         const int g = slice.first_group + i, left = w.groups() - g;
         const __mmask16 inside = left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1);

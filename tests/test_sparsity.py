@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -190,3 +191,18 @@ def test_sparsity_of_a_model_without_tables_is_refused(pico):
 
     with pytest.raises(ValueError, match="penny fit --axes sparsity"):
         Engine(pico("llama"), threads=1, sparsity=0.4)
+
+
+def test_a_folder_that_lacks_a_tensor_or_has_one_too_many_is_refused(finished, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for change, said in (
+        (lambda t: t.pop("model.norm.weight"), "is missing"),
+        (lambda t: t.update(x=t["model.norm.weight"].clone()), "no place for"),
+    ):
+        folder = shutil.copytree(finished[1], tmp_path / said.split()[0])
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=said):
+            load_model(folder, dtype=torch.float32)

@@ -186,12 +186,17 @@ def _load_own(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     with installed():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     checkpoint, tied = Checkpoint(folder), bool(getattr(config, "tie_word_embeddings", False))
-    state = {}
+    state, left = {}, set(checkpoint.entries)
     for name in model.state_dict():
         if tied and name == "lm_head.weight":
             continue
         packed = _matrix.parts(name, checkpoint.entries, checkpoint.read)
+        if not packed and name not in left:
+            raise ValueError(f"{folder} does not fit the model its config describes: {name} is missing")
         state[name] = (_matrix.unpack(packed) if packed else checkpoint.read(name)).to(dtype)
+        left -= {name.removesuffix("weight") + suffix for suffix in packed} | {name}
+    if left:
+        raise ValueError(f"{folder} does not fit the model its config describes: no place for {sorted(left)[:3]}")
     model.load_state_dict(state, strict=not tied)
     return model.eval()
 

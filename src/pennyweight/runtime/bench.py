@@ -41,11 +41,8 @@ class Speed:
         return asdict(self)
 
 
-def bench(
-    engine: Engine, *, prompt: int = 256, new: int = 128, repeats: int = 3, seed: int = 0, sparse: bool = True
-) -> Speed:
-    """Read a random prompt and write `new` tokens, `repeats` times; `sparse` as in engine.Row, for the new tokens.
-    Raises ValueError if that exceeds the context."""
+def bench(engine: Engine, *, prompt: int = 256, new: int = 128, repeats: int = 3, seed: int = 0) -> Speed:
+    """Read a random prompt and write `new` tokens, `repeats` times. Raises ValueError if that exceeds the context."""
     if prompt < 1 or new < 1 or prompt + new > engine.context:
         raise ValueError(f"a prompt of {prompt} and {new} new tokens; the model takes up to {engine.context} in all")
     rng = np.random.default_rng(seed)
@@ -65,7 +62,7 @@ def bench(
         before = joules() if joules else 0.0
         for i in range(new):
             started = time.perf_counter()
-            logits = engine.step([Row(sequence, prompt + i, int(logits[-1].argmax()), True, sparse)])
+            logits = engine.step([Row(sequence, prompt + i, int(logits[-1].argmax()), sparse=True)])
             each.append(time.perf_counter() - started)
         spent += joules() - before if joules else 0.0
         engine.close(sequence)
