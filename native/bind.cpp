@@ -275,6 +275,7 @@ NB_MODULE(_native, module) {
         .def("open", &Engine::open, "capacity"_a)
         .def("close", &Engine::close)
         .def("copy", &Engine::copy, "source"_a, "target"_a, "tokens"_a)
+        .def("fill", &Engine::fill, "sequence"_a, "tokens"_a)
         .def(
             "step",
             [](Engine& e, In<std::int32_t, 2> rows, Out<float, 2> logits) {

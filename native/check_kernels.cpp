@@ -294,7 +294,7 @@ void check_attend(const Kernels& k, std::mt19937& random) {
                                 value[p][d] = kept(v);
                             }
                         }
-                        std::vector<float> scratch(4 * (last - first + 32), kNaN);
+                        std::vector<float> scratch(Attention::kScratch, kNaN);
                         const void* all[] = {keys.data(), keys8.data(), keys32.data()};
                         const void* all_values[] = {values.data(), values8.data(), values32.data()};
                         Attention a{all[int(cache)], all_values[int(cache)], cache, head_dim, blocks, first, last, 0.05f,
@@ -318,7 +318,25 @@ void check_attend(const Kernels& k, std::mt19937& random) {
                             }
                             for (int d = 0; d < head_dim; d++) wanted[m * head_dim + d] = float(mixed[d] / total);
                         }
-                        k.attend(a, query.data(), count, sinks ? sink.data() : nullptr, out.data());
+                        // In one piece, and as two segments that are merged.
+                        const int cut = last - first > 20 ? first + 20 : last;
+                        std::vector<Share> share(2 * count);
+                        std::vector<float> rest(count * head_dim, kNaN);
+                        std::vector<float*> out_rest;
+                        for (int m = 0; m < count; m++) out_rest.push_back(rest.data() + m * head_dim);
+                        a.last = cut;
+                        k.attend(a, query.data(), count, share.data(), out.data());
+                        if (cut < last) {
+                            a.first = cut;
+                            a.last = last;
+                            k.attend(a, query.data(), count, share.data() + count, out_rest.data());
+                        }
+                        for (int m = 0; m < count; m++) {
+                            std::vector<float> both(found.begin() + m * head_dim, found.begin() + (m + 1) * head_dim);
+                            both.insert(both.end(), rest.begin() + m * head_dim, rest.begin() + (m + 1) * head_dim);
+                            merge(share.data() + m, count, both.data(), head_dim, cut < last ? 2 : 1,
+                                  sinks ? sink.data() + m : nullptr, head_dim, out[m]);
+                        }
                         expect_near(std::string(k.name) + " attend, head_dim " + std::to_string(head_dim) + ", positions " +
                                         std::to_string(first) + " to " + std::to_string(last) + ", cache " + std::to_string(int(cache)),
                                     found, wanted, 2e-6);

@@ -21,8 +21,13 @@ float* floats(const Buffer& buffer) { return reinterpret_cast<float*>(buffer.dat
 
 Engine::Engine(Model model, int threads, const Kernels& kernels)
     : model_(std::move(model)), kernels_(kernels), pool_(threads), products_(pool_, kernels), own_(pool_.threads()) {
-    for (const Layer& layer : model_.layers)
+    for (const Layer& layer : model_.layers) {
+        if (!layer.qkv.empty() && (layer.kv_heads < 1 || layer.heads % layer.kv_heads || layer.heads / layer.kv_heads > kMaxQueries))
+            throw std::invalid_argument(std::to_string(layer.heads) + " heads on " + std::to_string(layer.kv_heads) +
+                                        " key-value heads; a whole number of them, up to " + std::to_string(kMaxQueries) +
+                                        ", share one");
         for (const Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) products_.expect(*linear);
+    }
     products_.expect(model_.head, false);  // logits go to the caller's memory
     products_.reserve();
     stride_ = std::max(products_.stride(), round_up(model_.hidden_size, 16));
@@ -121,6 +126,19 @@ void Engine::copy(int from, int to, int tokens) {
     target.length = tokens;
 }
 
+void Engine::fill(int number, int tokens) {
+    Sequence& sequence = sequences_.at(number);
+    if (!sequence.used || tokens < 0 || tokens > sequence.capacity)
+        throw std::invalid_argument("sequence " + std::to_string(number) + " has no room for " + std::to_string(tokens) +
+                                    " tokens");
+    constexpr int kSmall = 0x2c;  // a small positive number as float16, E4M3 and float32 alike, whatever byte it starts at
+    for (const Kept& cache : sequence.layers) {
+        std::memset(cache.keys.data(), kSmall, cache.keys.size());
+        std::memset(cache.values.data(), kSmall, cache.values.size());
+    }
+    sequence.length = tokens;
+}
+
 void Engine::step(const std::vector<Row>& rows, float* logits) {
     if (rows.empty() || rows.size() > kMaxRows)
         throw std::invalid_argument(std::to_string(rows.size()) + " rows; a step takes 1 to " + std::to_string(kMaxRows));
@@ -153,6 +171,13 @@ void Engine::step(const std::vector<Row>& rows, float* logits) {
         sparse[r] = rows[r].sparse;
     }
     products_.begin(std::move(sparse));
+    segments_ = 1;
+    for (const Row& row : rows) segments_ = std::max(segments_, row.position / Attention::kSegment + 1);
+    std::size_t parts = 0;
+    for (const Layer& layer : model_.layers)
+        if (!layer.qkv.empty() && segments_ > 1 && count_ * layer.kv_heads < 4 * threads())
+            parts = std::max(parts, std::size_t(count_) * segments_ * layer.heads * (layer.head_dim + 2));
+    if (parts_.size() < sizeof(float) * parts) parts_ = Buffer(sizeof(float) * parts, false);
     const double started = now();
     pool_.run([this](int t) { run(t); });
     spent_.all += now() - started;
@@ -287,9 +312,12 @@ void Engine::attention(int t, int index) {
             rotate(key, layer.k_norm, row.position);
             store(cache, layer, head, row.position, key, value, own);
         });
-    if (count_ > 1) pool_.barrier();  // a row sees keys of earlier rows; one row alone sees its own thread's
-    for (int task = t; task < tasks; task += threads)
-        of(task, [&](int r, int head, const Row& row, float* query, float*, float*, Kept& cache) {
+    // Few heads and a long text: several threads share a head's segments. Otherwise a thread does all of a head's.
+    const bool shared = segments_ > 1 && tasks < 4 * threads && threads > 1;
+    if (count_ > 1 || shared) pool_.barrier();  // a row alone, not shared, sees keys of its own thread only
+    const auto first_of = [&](const Row& row) { return layer.window ? std::max(0, row.position + 1 - layer.window) : 0; };
+    const auto attend = [&](int task, int first, int last, Share* share, float* out) {
+        of(task, [&](int, int head, const Row&, float* query, float*, float*, Kept& cache) {
             Attention a;
             const std::size_t each = bytes_of(model_.cache);
             const std::size_t blocks = std::size_t(head) * cache.blocks;
@@ -298,21 +326,57 @@ void Engine::attention(int t, int index) {
             a.cache = model_.cache;
             a.head_dim = dim;
             a.blocks = cache.blocks;
-            a.first = layer.window ? std::max(0, row.position + 1 - layer.window) : 0;
-            a.last = row.position + 1;
+            a.first = first;
+            a.last = last;
             a.scale = attention_scale;
-            own.scores.resize(4 * std::size_t(a.last - a.first + 2 * Attention::kBlock));
             a.scratch = own.scores.data();
-            float* out = floats(mixed_) + std::size_t(r) * stride_ + head * per_group * dim;
-            const float* queries[64];
-            float* outs[64];
+            const float* queries[kMaxQueries];
+            float* outs[kMaxQueries];
             for (int m = 0; m < per_group; m++) {
                 queries[m] = query + m * dim;
                 outs[m] = out + m * dim;
             }
-            kernels_.attend(a, queries, per_group, layer.sinks.empty() ? nullptr : layer.sinks.data() + head * per_group,
-                            outs);
+            kernels_.attend(a, queries, per_group, share, outs);
         });
+    };
+    // Segment s of a task, counted from the first it sees: its shares (per_group) and what it adds (per_group, dim).
+    const std::size_t part = std::size_t(per_group) * (dim + 2);
+    const auto part_of = [&](float* parts, int s) { return parts + s * part + 2 * per_group; };
+    const auto share_of = [&](float* parts, int s) { return reinterpret_cast<Share*>(parts + s * part); };
+    const auto each_segment = [&](int task, auto&& body) {  // body(s, first, last)
+        const Row& row = (*rows_)[task / layer.kv_heads];
+        int s = 0;
+        for (int first = first_of(row); first <= row.position; s++) {
+            const int last = std::min(row.position + 1, (first / Attention::kSegment + 1) * Attention::kSegment);
+            body(s, first, last);
+            first = last;
+        }
+        return s;
+    };
+    const auto finish = [&](int task, float* parts, int count) {
+        const int head = task % layer.kv_heads;
+        float* out = floats(mixed_) + std::size_t(task / layer.kv_heads) * stride_ + head * per_group * dim;
+        for (int m = 0; m < per_group; m++)
+            merge(share_of(parts, 0) + m, part / 2, part_of(parts, 0) + m * dim, part, count,
+                  layer.sinks.empty() ? nullptr : &layer.sinks[head * per_group + m], dim, out + m * dim);
+    };
+    if (!shared) {
+        own.parts.resize(part * segments_);
+        for (int task = t; task < tasks; task += threads)
+            finish(task, own.parts.data(), each_segment(task, [&](int s, int first, int last) {
+                       attend(task, first, last, share_of(own.parts.data(), s), part_of(own.parts.data(), s));
+                   }));
+        return;
+    }
+    int number = 0;
+    for (int task = 0; task < tasks; task++)
+        each_segment(task, [&](int s, int first, int last) {
+            float* parts = floats(parts_) + task * segments_ * part;
+            if (number++ % threads == t) attend(task, first, last, share_of(parts, s), part_of(parts, s));
+        });
+    pool_.barrier();
+    for (int task = t; task < tasks; task += threads)
+        finish(task, floats(parts_) + task * segments_ * part, each_segment(task, [](int, int, int) {}));
 }
 
 }  // namespace pennyweight

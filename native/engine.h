@@ -57,6 +57,8 @@ public:
     void close(int sequence);
     // Make the first `tokens` positions of `to` those of `from`.
     void copy(int from, int to, int tokens);
+    // As if so many tokens had been run, with the same key and value everywhere: to time what comes after a long text.
+    void fill(int sequence, int tokens);
 
     // Run rows; writes logits (vocab_size) of those that want them, in order. Positions of a sequence must come in
     // order, without gaps. Throws std::invalid_argument.
@@ -78,6 +80,7 @@ public:
     double kept_share() const { return products_.kept_share(); }  // of columns, by the sparse rows of the last step
 
     static constexpr int kMaxRows = Products::kMaxRows;
+    static constexpr int kMaxQueries = 128;  // that share a key-value head
 
 private:
     struct Kept {  // keys and values of one layer and sequence
@@ -90,7 +93,7 @@ private:
         std::vector<Kept> layers;
     };
     struct Thread {  // scratch that no other thread touches
-        std::vector<float> scores, head;
+        std::vector<float> scores = std::vector<float>(Attention::kScratch), head, parts;
     };
 
     void run(int t);
@@ -112,6 +115,8 @@ private:
     int count_ = 0;
     Spent spent_;
     Buffer hidden_, wide_, mixed_, out_;  // (kMaxRows, stride_) float32
+    int segments_ = 1;  // of the longest text, for attention
+    Buffer parts_;      // what threads that share a head found in its segments
 };
 
 }  // namespace pennyweight

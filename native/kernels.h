@@ -5,6 +5,7 @@
 // multiply-adds. Sums across lanes (norms, dot products of attention) agree within 1e-6 relative.
 #pragma once
 
+#include "attention.h"
 #include "matrices.h"
 
 namespace pennyweight {
@@ -48,9 +49,9 @@ struct Kernels {
     // x as float16, nearest even.
     void (*to_half)(const float* x, int n, std::uint16_t* out) = nullptr;
 
-    // out[m] (head_dim) = softmax over positions of (query[m] . key * scale) times values, for `count` queries; `sink`,
-    // if any, holds a logit per query that takes part in the softmax and has no value.
-    void (*attend)(const Attention& a, const float* const* query, int count, const float* sink, float* const* out) = nullptr;
+    // out[m] (head_dim) = softmax over positions of (query[m] . key * scale) times values, for `count` queries, and what
+    // it takes to merge it with others.
+    void (*attend)(const Attention& a, const float* const* query, int count, Share* share, float* const* out) = nullptr;
 };
 
 const Kernels& kernels_scalar();

@@ -80,28 +80,4 @@ struct Activations {
     const float* sum = nullptr;            // scale[b] times the sum of the block's codes, for minima
 };
 
-// How keys and values are kept. FP8 is E4M3.
-enum class Cache : int { float16 = 0, fp8 = 1, float32 = 2 };
-
-constexpr std::size_t bytes_of(Cache cache) { return cache == Cache::fp8 ? 1 : cache == Cache::float16 ? 2 : 4; }
-
-// What the queries of one key-value head look at: positions [first, last) of a cache of `blocks` blocks of 16 positions,
-// used as a ring. Keys lie block by block transposed (head_dim, 16), so that 16 dot products need no sums across lanes;
-// values lie position by position (16, padded_dim).
-struct Attention {
-    static constexpr int kBlock = 16;
-
-    const void* keys = nullptr;
-    const void* values = nullptr;
-    Cache cache = Cache::float16;
-    int head_dim = 0;
-    int blocks = 0;
-    int first = 0, last = 0;
-    float scale = 1;
-    float* scratch = nullptr;  // 4 * (last - first + 32) floats
-
-    static int padded(int head_dim) { return round_up(head_dim, kBlock); }
-    int padded_dim() const { return padded(head_dim); }
-};
-
 }  // namespace pennyweight

@@ -146,12 +146,12 @@ inline V load_cached(const void* at, std::size_t index) {
 
 // softmax(q K^T scale) V for up to four queries that share keys and values.
 template <class V, Cache kCache, int kQueries>
-inline void attend_block(const Attention& a, const float* const* query, const float* sink, float* const* out) {
+inline void attend_block(const Attention& a, const float* const* query, Share* share, float* const* out) {
     constexpr int kLanes = Attention::kBlock / V::kWidth;  // vectors of a block of positions
     const int first = a.first / Attention::kBlock, last = (a.last + Attention::kBlock - 1) / Attention::kBlock;
     const int stride = (last - first) * Attention::kBlock;
     float most[kQueries];
-    for (int m = 0; m < kQueries; m++) most[m] = sink ? sink[m] : -INFINITY;
+    for (int m = 0; m < kQueries; m++) most[m] = -INFINITY;
     for (int b = first; b < last; b++) {
         const std::size_t at = std::size_t(b % a.blocks) * a.head_dim * Attention::kBlock;
         V dot[kQueries][kLanes];
@@ -187,7 +187,8 @@ inline void attend_block(const Attention& a, const float* const* query, const fl
             if (position < a.first || position >= a.last) a.scratch[m * stride + i] = 0;
         }
         for (int i = 0; i < stride; i += V::kWidth) sum = V::add(sum, V::load(a.scratch + m * stride + i));
-        total[m] = sum.sum() + (sink ? std::exp(sink[m] - most[m]) : 0.0f);
+        total[m] = sum.sum();
+        share[m] = {most[m], total[m]};
     }
     constexpr int kSpan = 4;  // vectors of head_dim held at once
     for (int d = 0; d < a.head_dim; d += kSpan * V::kWidth) {
@@ -212,19 +213,19 @@ inline void attend_block(const Attention& a, const float* const* query, const fl
 }
 
 template <class V, Cache kCache>
-void attend_in(const Attention& a, const float* const* query, int count, const float* sink, float* const* out) {
+void attend_in(const Attention& a, const float* const* query, int count, Share* share, float* const* out) {
     int m = 0;
-    for (; m + 4 <= count; m += 4) attend_block<V, kCache, 4>(a, query + m, sink ? sink + m : nullptr, out + m);
-    for (; m + 2 <= count; m += 2) attend_block<V, kCache, 2>(a, query + m, sink ? sink + m : nullptr, out + m);
-    for (; m < count; m++) attend_block<V, kCache, 1>(a, query + m, sink ? sink + m : nullptr, out + m);
+    for (; m + 4 <= count; m += 4) attend_block<V, kCache, 4>(a, query + m, share + m, out + m);
+    for (; m + 2 <= count; m += 2) attend_block<V, kCache, 2>(a, query + m, share + m, out + m);
+    for (; m < count; m++) attend_block<V, kCache, 1>(a, query + m, share + m, out + m);
 }
 
 template <class V>
-void attend(const Attention& a, const float* const* query, int count, const float* sink, float* const* out) {
+void attend(const Attention& a, const float* const* query, int count, Share* share, float* const* out) {
     auto* run = a.cache == Cache::float16 ? attend_in<V, Cache::float16>
                 : a.cache == Cache::fp8   ? attend_in<V, Cache::fp8>
                                           : attend_in<V, Cache::float32>;
-    run(a, query, count, sink, out);
+    run(a, query, count, share, out);
 }
 
 template <class V>

@@ -160,6 +160,31 @@ def test_a_window_longer_text_runs_in_a_ring(pico, tmp_path):
     assert relative(Engine(folder, threads=1, cache="float32").logits(ids), wanted(folder, ids)) < 1e-4
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_threads_that_share_a_head_change_no_bit(pico, tmp_path, kv_heads):
+    """A text of three segments: alone a row's heads are shared between threads, in a long prompt they are not."""
+    folder = pico("llama", max_position_embeddings=2048, num_key_value_heads=kv_heads)
+    ids = [int(i) for i in torch.arange(1300).mul(7919).remainder(300)]
+    one, three = (Engine(folder, threads=threads, cache="float32") for threads in (1, 3))
+    expected = one.logits(ids)
+    assert relative(expected, wanted(folder, ids)) < 1e-4
+    np.testing.assert_array_equal(three.logits(ids), expected)
+    for engine in (one, three):
+        sequence = engine.open(1300)
+        for start in range(0, 1299, 433):
+            engine.step([Row(sequence, start + i, token, False) for i, token in enumerate(ids[start : start + 433])])
+        np.testing.assert_array_equal(engine.step([Row(sequence, 1299, ids[1299])])[0], expected[1299])
+
+
+def test_a_filled_sequence_stands_for_a_long_text(folder):
+    engine = Engine(folder, threads=1)
+    sequence = engine.open(200)
+    engine.fill(sequence, 150)
+    assert np.isfinite(engine.step([Row(sequence, 150, 1)])).all()
+    with pytest.raises(ValueError, match="no room for 201 tokens"):
+        engine.fill(sequence, 201)
+
+
 TRAINED_TO = {"original_max_position_embeddings": 64}
 
 
@@ -190,6 +215,12 @@ def test_bad_rows_are_refused(folder):
             engine.step(rows)
     with pytest.raises(ValueError, match="1 to 256"):
         engine.open(300)
+
+
+def test_too_many_heads_on_one_are_refused(pico):
+    folder = pico("qwen3", num_attention_heads=129, num_key_value_heads=1, head_dim=2)
+    with pytest.raises(ValueError, match="129 heads on 1 key-value heads"):
+        Engine(folder, threads=1)
 
 
 def test_memory_of_a_closed_sequence_is_given_back(folder):
