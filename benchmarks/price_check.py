@@ -1,37 +1,37 @@
 """Are measured prices right? Predicted against measured time per output token, on models built for the purpose.
 
 Block times come from the slope method (measure.py); a model's TPOT is predicted as their sum plus the rest. Then whole
-heterogeneous children of the reference model's shapes, random layouts, are built and timed in the same runtime:
-transformers on this CPU in bfloat16. Weights are random: time does not depend on them.
+heterogeneous children, random layouts over all axes (widths, heads, windows, blocks taken out, 4 and 8 bits, sparsity),
+are run in the same native engine. Weights are random: time does not depend on them.
 
-Twice: at the reference model's shapes, where a token's time is mostly the cost of calling small operations, and at
-those of a model of 0.2 B, where it is mostly reading weights. `without_prices` is the error of whoever says the middle
-of all measured times for every model: prices are worth what they are better than that.
+Twice: at the reference model's shapes, which caches hold, and at those of a model of 0.2 B, where a token's time is
+reading weights. `without_prices` is the error of whoever says the middle of all measured times for every model: prices
+are worth what they are better than that.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import _bench
 import _reference
-from pennyweight import heterogeneous, kinds, measure
+from pennyweight import kinds, measure
 from pennyweight.checkpoint import read_config
 from pennyweight.cost import Workload, total
-from pennyweight.evals.speed import Stepper
-from pennyweight.families._decoder import with_shapes
-from pennyweight.offers import combinations, single_choices
+from pennyweight.offers import ORDER, combinations, single_choices
+from pennyweight.progress import Terminal
+from pennyweight.runtime.bench import Stepper
+from pennyweight.runtime.engine import Engine
+from pennyweight.runtime.random_weights import RandomWeights
 from pennyweight.slots import Shape, Slot
 
 WORKLOAD = Workload(prompt=192, new=128)
 MODELS = {"quick": 7, "full": 14}  # at each set of shapes
+POOL = {"quick": 4, "full": 24}  # shapes drawn for each kind of slot: each takes seconds to be measured
 STEPS = 60
 LARGER = {
     "model_type": "llama",
@@ -74,24 +74,28 @@ def main() -> int:
 def check(name: str, config: dict[str, Any], *, quick: bool) -> dict[str, Any]:
     """Predicted and measured milliseconds per token of random children of these shapes, and how far they are apart."""
     shapes = kinds.family_of(config["model_type"]).slots(config)
-    choices = {slot: _structural(shape) for slot, shape in shapes.items()}
-    wanted = {shape for row in choices.values() for shape in row}
-    cache = _bench.work_folder("price_check") / f"{name.replace(' ', '-')}.json"
-    if not quick:
-        cache.unlink(missing_ok=True)
-    seconds = measure.latencies(config, shapes, wanted, WORKLOAD, cache=cache).seconds()
-    rng = np.random.default_rng(0)
-    pairs = []
-    models = MODELS["quick" if quick else "full"]
+    rng, size = np.random.default_rng(0), "quick" if quick else "full"
+    pools = {shape: _drawn(shape, rng, POOL[size]) for shape in dict.fromkeys(shapes.values())}
+    choices, models = {slot: pools[shape] for slot, shape in shapes.items()}, MODELS[size]
+    children = []
     for number in range(models):
         # From nearly the parent to nearly nothing: each model changes a share of its slots.
         share = (number + 1) / models
-        picked = {s: row[rng.integers(len(row))] if rng.random() < share else shapes[s] for s, row in choices.items()}
-        pairs.append((1e3 * total(picked, WORKLOAD, seconds).decode_seconds, 1e3 * _tpot(config, picked)))
+        children.append(
+            {s: row[rng.integers(len(row))] if rng.random() < share else shapes[s] for s, row in choices.items()}
+        )
+    cache = _bench.work_folder("price_check") / f"{name.replace(' ', '-')}.json"
+    if not quick:
+        cache.unlink(missing_ok=True)
+    wanted = {shape for child in children for shape in child.values()}
+    seconds = measure.latencies(config, shapes, wanted, WORKLOAD, cache=cache, listen=Terminal()).seconds()
+    pairs = []
+    for number, child in enumerate(children):
+        pairs.append((1e3 * total(child, WORKLOAD, seconds).decode_seconds, 1e3 * _tpot(config, child)))
         predicted, measured = pairs[-1]
         error = abs(predicted - measured) / measured
         print(
-            f"{name} {number:>2}: predicted {predicted:6.2f} ms, measured {measured:6.2f} ms, {error:.1%}", flush=True
+            f"{name} {number:>2}: predicted {predicted:7.3f} ms, measured {measured:7.3f} ms, {error:.1%}", flush=True
         )
     measured = [m for _, m in pairs]
     middle = statistics.median(measured)
@@ -102,19 +106,16 @@ def check(name: str, config: dict[str, Any], *, quick: bool) -> dict[str, Any]:
     }
 
 
-def _structural(shape: Shape) -> list[Shape]:
-    """Distinct shapes a slot can take by the structural axes, the parent's first."""
-    free = {c.key(): 0.0 for c in single_choices(shape, _reference.STRUCTURAL, scored_tokens=512)}
-    found = [resulting for _, resulting, _ in combinations(shape, free)]
-    return list(dict.fromkeys(found))
+def _drawn(shape: Shape, rng: np.random.Generator, count: int) -> list[Shape]:
+    """The parent's shape and some of those a slot can take."""
+    free = {c.key(): 0.0 for c in single_choices(shape, ORDER, scored_tokens=512)}
+    found = list(dict.fromkeys(resulting for _, resulting, _ in combinations(shape, free)))
+    return [shape, *(found[i] for i in rng.permutation(len(found))[:count])]
 
 
 def _tpot(config: dict[str, Any], shapes: dict[Slot, Shape]) -> float:
     """Median seconds of one decode step of a model with these shapes."""
-    with heterogeneous.installed():
-        built = AutoConfig.for_model(**json.loads(json.dumps(with_shapes(config, shapes))))
-        model = AutoModelForCausalLM.from_config(built, dtype=torch.bfloat16).eval().requires_grad_(False)
-    stepper = Stepper(model, WORKLOAD)
+    stepper = Stepper(Engine(RandomWeights(config, shapes), context=WORKLOAD.context), WORKLOAD)
     for _ in range(5):
         stepper.step()
     return statistics.median(stepper.step() for _ in range(STEPS))

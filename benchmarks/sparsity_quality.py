@@ -241,11 +241,12 @@ def _left_out(model: Any, walk: Walk, ids: torch.Tensor) -> Shares:
 
 def _tpot(folder: Any, repeats: int) -> float:
     """Seconds a token in the native engine, p05."""
+    from pennyweight.cost import Workload
     from pennyweight.runtime.bench import bench
     from pennyweight.runtime.engine import Engine
 
     engine = Engine(folder, context=256, threads=1)
-    return bench(engine, prompt=64, new=64, repeats=repeats).tpot_p05
+    return bench(engine, Workload(prompt=64, new=64), repeats=repeats).tpot_p05
 
 
 if __name__ == "__main__":

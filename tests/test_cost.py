@@ -245,12 +245,15 @@ def test_a_block_takes_as_long_as_the_slower_of_reading_and_computing():
     assert computed(both)(ATTENTION, workload) == pytest.approx(expected)
 
 
-def test_a_tied_head_reads_the_embedding_and_embedding_and_norm_are_free():
-    tied, untied = (Head(vocab_size=257, hidden_size=63, tied=tied) for tied in (True, False))
-    assert weight_bytes(tied) == 0
-    assert computed(READER)(tied, Workload()) == computed(READER)(untied, Workload())
-    assert computed(READER)(untied, Workload()) == (257 * 63 * 2, 257 * 63 * 2)
-    for free in (Embedding(vocab_size=257, hidden_size=63), Norm(hidden_size=63), Noop(hidden_size=63)):
+def test_the_logits_are_charged_to_the_slot_that_holds_their_matrix():
+    matrix = (257 * 63 * 2, 257 * 63 * 2)
+    tied = (Embedding(vocab_size=257, hidden_size=63, tied=True), Head(vocab_size=257, hidden_size=63, tied=True))
+    apart = (Embedding(vocab_size=257, hidden_size=63), Head(vocab_size=257, hidden_size=63))
+    assert [computed(READER)(shape, Workload()) for shape in tied] == [matrix, (0, 0)]
+    assert [computed(READER)(shape, Workload()) for shape in apart] == [(0, 0), matrix]
+    packed = dataclasses.replace(tied[0], stored=Stored(bits=8, group=21))
+    assert computed(READER)(packed, Workload())[1] < 0.6 * matrix[1]
+    for free in (Norm(hidden_size=63), Noop(hidden_size=63)):
         assert computed(READER)(free, Workload()) == (0.0, 0.0)
 
 

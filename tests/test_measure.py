@@ -11,24 +11,40 @@ import pytest
 
 from pennyweight import measure, planning
 from pennyweight.cost import Machine, Workload
-from pennyweight.slots import BFLOAT16, Attention, GatedMLP, Noop, Stored
+from pennyweight.runtime.bench import Stepper, bench, prefill_seconds
+from pennyweight.slots import BFLOAT16, Attention, GatedMLP, Noop, Slot, Sparsity, Stored
 
 ATTENTION = Attention(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
 FFN = GatedMLP(hidden_size=64, intermediate_size=128)
 LOAD = Workload(prompt=32, new=16, concurrency=1, context=64)
-CONFIG = {"model_type": "llama", "hidden_size": 64, "vocab_size": 300}
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "vocab_size": 300,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+SHAPES = planning.slots(CONFIG)
+HEAD = SHAPES[Slot("head")]
+MODELS = measure._Models(CONFIG, SHAPES, LOAD)
 
 
 class Clock:
-    """Stands in for timed models: a stack of n blocks takes 7 + 3 n to prefill and 0.5 + 0.25 n to decode."""
+    """Stands in for timed engines: a stack of n blocks takes 7 + 3 n to prefill and 0.5 + 0.25 n to decode."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, rising: bool = True) -> None:
-        self.stacks: list[Any] = []
+        self.engines: list[Any] = []
         sign = 1 if rising else -1
 
-        def stack(_config: Any, _shapes: Any, shape: Any, copies: int) -> int:
-            self.stacks.append(shape)
-            return copies
+        def engine(_self: Any, _config: Any, shapes: Any) -> int:
+            blocks = [shape for slot, shape in shapes.items() if slot.layer is not None and not isinstance(shape, Noop)]
+            self.engines.append(blocks[0] if blocks else shapes[Slot("head")])
+            return len(blocks)
 
         class Stepper:
             def __init__(self, copies: int, _workload: Workload) -> None:
@@ -37,54 +53,63 @@ class Clock:
             def step(self) -> float:
                 return 0.5 + sign * 0.25 * self.copies
 
-        monkeypatch.setattr(measure, "_stack", stack)
+            def close(self) -> None:
+                pass
+
+        monkeypatch.setattr(measure._Models, "engine", engine)
         monkeypatch.setattr(measure, "prefill_seconds", lambda copies, _workload: 7 + sign * 3 * copies)
         monkeypatch.setattr(measure, "Stepper", Stepper)
 
 
-def test_the_slope_is_one_block_and_the_rest_what_no_block_takes(monkeypatch):
+def test_a_block_is_the_slope_and_the_rest_what_a_model_without_blocks_takes(monkeypatch):
     Clock(monkeypatch)
-    found = measure.latencies(CONFIG, {}, [FFN], LOAD)
+    found = measure.latencies(CONFIG, SHAPES, [FFN, HEAD], LOAD)
     assert found.blocks == {FFN: (pytest.approx(3), pytest.approx(0.25))}
-    assert found.rest == (pytest.approx(7), pytest.approx(0.5))
+    assert found.rest == {BFLOAT16: (pytest.approx(7), pytest.approx(0.5))}
 
 
-def test_prices_look_shapes_up_and_charge_the_rest_to_the_head(monkeypatch):
+@pytest.mark.parametrize("tied", [False, True])
+def test_prices_look_shapes_up_and_charge_the_rest_to_the_matrix_of_the_logits(monkeypatch, tied):
     Clock(monkeypatch)
-    seconds = measure.latencies(CONFIG, {}, [FFN, ATTENTION], LOAD).seconds()
-    head = planning.slots({**CONFIG, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128})
-    shapes = {type(shape).__name__: shape for shape in head.values()}
+    shapes = planning.slots({**CONFIG, "tie_word_embeddings": tied})
+    packed = dataclasses.replace(shapes[Slot("embed" if tied else "head")], stored=Stored(8, 64))
+    seconds = measure.latencies(CONFIG, shapes, [FFN, ATTENTION, packed, *shapes.values()], LOAD).seconds()
     assert seconds(FFN, LOAD) == (pytest.approx(3), pytest.approx(0.25))
     assert seconds(Noop(hidden_size=64), LOAD) == (0, 0)
-    assert seconds(shapes["Head"], LOAD) == (pytest.approx(7), pytest.approx(0.5))
-    assert seconds(shapes["Embedding"], LOAD) == (0, 0)
+    charged = seconds(shapes[Slot("embed")], LOAD), seconds(shapes[Slot("head")], LOAD)
+    assert charged == (((7, 0.5), (0, 0)) if tied else ((0, 0), (7, 0.5)))
+    assert seconds(packed, LOAD) == (7, 0.5)
 
 
 def test_shapes_that_run_the_same_code_are_measured_once(monkeypatch):
     clock = Clock(monkeypatch)
     narrow, wide = (dataclasses.replace(ATTENTION, window=window) for window in (16, 64))
-    packed = dataclasses.replace(FFN, stored=Stored(bits=4, group=64))
-    assert packed.stored != BFLOAT16
-    seconds = measure.latencies(CONFIG, {}, [ATTENTION, narrow, wide, FFN, packed], LOAD).seconds()
-    assert set(clock.stacks) == {ATTENTION, narrow, FFN}  # a window of the whole context is none
-    assert seconds(packed, LOAD) == seconds(FFN, LOAD)
+    sparse, weighted = (
+        dataclasses.replace(FFN, stored=Stored(4, 64, down=True), sparsity=Sparsity(0.5, 0.25, weighted=weighted))
+        for weighted in (False, True)
+    )
+    packed = dataclasses.replace(FFN, stored=Stored(4, 64))
+    wanted = [ATTENTION, narrow, wide, FFN, packed, sparse, weighted]
+    seconds = measure.latencies(CONFIG, SHAPES, wanted, LOAD).seconds()
+    assert set(clock.engines) == {ATTENTION, narrow, FFN, packed, sparse}  # a window of the whole context is none
     assert seconds(wide, LOAD) == seconds(ATTENTION, LOAD)
+    assert seconds(weighted, LOAD) == seconds(sparse, LOAD)
 
 
 def test_what_is_in_the_cache_is_not_measured_again(monkeypatch, tmp_path: Path):
     clock, cache = Clock(monkeypatch), tmp_path / "deep" / "latencies.json"
-    first = measure.latencies(CONFIG, {}, [FFN], LOAD, cache=cache)
-    measured = len(clock.stacks)
-    assert measure.latencies(CONFIG, {}, [FFN], LOAD, cache=cache) == first
-    assert len(clock.stacks) == measured
-    measure.latencies(CONFIG, {}, [FFN], dataclasses.replace(LOAD, prompt=33), cache=cache)
-    assert len(clock.stacks) > measured
+    first = measure.latencies(CONFIG, SHAPES, [FFN], LOAD, cache=cache)
+    measured = len(clock.engines)
+    assert measure.latencies(CONFIG, SHAPES, [FFN], LOAD, cache=cache) == first
+    assert len(clock.engines) == measured
+    measure.latencies(CONFIG, SHAPES, [FFN], dataclasses.replace(LOAD, prompt=33), cache=cache)
+    assert len(clock.engines) > measured
 
 
 def test_a_machine_too_busy_to_measure_is_refused(monkeypatch):
     Clock(monkeypatch, rising=False)
     with pytest.raises(RuntimeError, match="other work is running"):
-        measure.latencies(CONFIG, {}, [FFN], LOAD)
+        measure.latencies(CONFIG, SHAPES, [FFN], LOAD)
 
 
 def test_this_machine_is_measured_once(monkeypatch, tmp_path: Path):
@@ -107,11 +132,47 @@ def test_measured_peaks_are_those_of_a_computer():
 
 
 @pytest.mark.parametrize("shape", [ATTENTION, FFN])
-def test_stacks_hold_copies_of_one_block_alone(pico, shape):
-    config = json.loads((pico("llama") / "config.json").read_text())
-    shapes = planning.slots(config)
-    stack = measure._stack(config, shapes, shape, 3)
-    kind = "mlp" if shape is FFN else "self_attn"
-    named = [name for name, _ in stack.named_parameters() if ".layers." in name and "layernorm" not in name]
-    assert {name.split(".")[3] for name in named} == {kind}
-    assert {name.split(".")[2] for name in named} == {"0", "1", "2"}
+def test_stacks_hold_copies_of_one_block_alone(shape):
+    config, row = MODELS.stack(shape, 5)
+    assert config["num_hidden_layers"] == 5
+    assert [slot.layer for slot, own in row.items() if own == shape] == [0, 1, 2, 3, 4]
+    assert sum(isinstance(own, Noop) for own in row.values()) == 5
+    assert {str(slot) for slot in row if slot.layer is None} == {"embed", "norm", "head"}
+
+
+SPARSE = Sparsity(0.5, 0.25)
+
+
+@pytest.mark.parametrize("stored", [BFLOAT16, Stored(8, 64), Stored(4, 32), Stored(4, 64, down=True)], ids=str)
+def test_random_models_of_any_shape_run_in_the_engine(stored):
+    sparsity = SPARSE if stored.down else None
+    for shape in (ATTENTION, FFN):
+        shape = dataclasses.replace(shape, stored=stored, sparsity=sparsity)
+        engine = MODELS.engine(*MODELS.stack(shape, 2))
+        assert prefill_seconds(engine, LOAD) > 0
+        assert Stepper(engine, LOAD).step() > 0
+        matrices = sum(weight.nbytes for weight in shape.weights() if len(weight.shape) > 1)
+        others = 2 * 2 * 300 * 64  # embedding and head
+        assert engine.weight_bytes == pytest.approx(2 * matrices + others, rel=0.1)
+
+
+def test_the_rest_is_measured_for_every_way_to_store_the_logits():
+    packed = dataclasses.replace(HEAD, stored=Stored(8, 64))
+    found = measure.latencies(CONFIG, SHAPES, [HEAD, packed], LOAD)
+    assert set(found.rest) == {BFLOAT16, Stored(8, 64)}
+    assert min(min(times) for times in found.rest.values()) > 0
+
+
+def test_random_models_leave_out_exactly_the_share_of_their_shape():
+    shape = dataclasses.replace(FFN, intermediate_size=256, stored=Stored(4, 64, down=True), sparsity=SPARSE)
+    engine = MODELS.engine(*MODELS.stack(shape, 2))
+    Stepper(engine, LOAD).step()
+    assert engine.kept_share == pytest.approx((0.5 * 64 + 0.75 * 256) / (64 + 256))  # one list for gate and up
+
+
+def test_several_sequences_are_stepped_together():
+    engine = MODELS.engine(CONFIG, SHAPES)
+    found = bench(engine, Workload(prompt=6, new=3, concurrency=4, context=64), repeats=1)
+    assert found.bytes_per_step > engine.bytes_read_per_token
+    assert found.tokens_per_second == pytest.approx(4 / found.tpot)
+    assert prefill_seconds(engine, LOAD) > 0

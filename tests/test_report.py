@@ -149,9 +149,10 @@ def report() -> dict[str, Any]:
                 "child": ["hello & goodbye"],
             },
             "speed": {
-                "parent": {"ttft": 0.039, "tpot": 0.0118, "tpot_p05": 0.008, "steps": 20},
-                "child": {"ttft": 0.037, "tpot": 0.0131, "tpot_p05": 0.009, "steps": 20},
+                "parent": {"ttft": 0.039, "tpot": 0.0118, "tpot_p05": 0.008},
+                "child": {"ttft": 0.037, "tpot": 0.0131, "tpot_p05": 0.009},
             },
+            "speed_how": "measured in the native engine, avx512 kernels on 2 threads",
         },
         "local_heal": {"0.ffn": [0.02, 0.01]},
         "whole_heal": [0.05, 0.2, 0.04],
@@ -176,7 +177,12 @@ def bare(report: dict[str, Any]) -> dict[str, Any]:
     """The least a run can leave: one budget, nothing healed, a parent too large to be loaded whole."""
     bare = copy.deepcopy(report)
     bare["chosen"] = {"solutions": bare["chosen"]["solutions"][:1], "sweep": []}
-    bare["verified"] |= {"samples": {}, "speed": None, "whole": False}
+    bare["verified"] |= {
+        "samples": {},
+        "speed": None,
+        "speed_how": "not measured: the prices are another machine's",
+        "whole": False,
+    }
     bare |= {"local_heal": {}, "whole_heal": []}
     bare["parent"]["bytes"] = 15_000_000_000
     return bare
@@ -257,10 +263,15 @@ def test_runners_up_name_the_slots_that_differ(report):
     assert re.search(r"\+0\.0003 .* 1 1\.ffn int4 g64", Page(html.render(report)).text)
 
 
-def test_computed_times_are_called_not_comparable(report):
-    assert "not comparable" in Page(html.render(report)).text
+def test_computed_times_are_called_a_roofline(report):
+    assert "a roofline" in Page(html.render(report)).text
     report["config"]["prices"] = "measured"
-    assert "not comparable" not in Page(html.render(report)).text
+    assert "a roofline" not in Page(html.render(report)).text
+
+
+def test_it_is_said_how_times_were_measured_or_why_not(report, bare):
+    assert "Times were measured in the native engine, avx512" in Page(html.render(report)).text
+    assert "Times were not measured: the prices are another machine's" in Page(html.render(bare)).text
 
 
 def test_healing_that_did_not_help_is_called_so(report):
@@ -274,7 +285,7 @@ def test_a_bare_report_says_what_is_missing(bare):
     assert "No other budget was solved" in text
     assert "Nothing was healed" in text
     assert "No samples" in text
-    assert "Speed was not measured" in text
+    assert "Times were not measured" in text
     assert "Runners-up" not in text
 
 

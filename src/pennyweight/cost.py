@@ -156,7 +156,7 @@ def computed(machine: Machine) -> Seconds:
     bandwidth, flops = machine.bandwidth * machine.bandwidth_share, machine.flops * machine.flops_share
 
     def seconds(shape: Shape, workload: Workload) -> tuple[float, float]:
-        if isinstance(shape, Embedding | Norm) or not list(_read_weights(shape)):
+        if isinstance(shape, Norm) or not list(_read_weights(shape)):
             return 0.0, 0.0
         batch = workload.concurrency
         prefill_tokens = batch * workload.prompt
@@ -164,7 +164,7 @@ def computed(machine: Machine) -> Seconds:
         decode_bytes = sum(w.nbytes * (1 - (1 - w.active * w.kept) ** batch) for w in _read_weights(shape))
         decode_bytes += batch * kv_bytes(shape, workload.mean_length)
         prefill_bytes = sum(w.nbytes * (1 - (1 - w.active) ** prefill_tokens) for w in _read_weights(shape))
-        if isinstance(shape, Head):  # only the last position of a prompt needs logits
+        if isinstance(shape, Embedding | Head):  # only the last position of a prompt needs logits
             prefill_tokens = batch
         prefill_flops = prefill_tokens * per_token + batch * _attention_flops(shape, workload.prompt)
         decode_flops = batch * (per_token + _attention_flops_per_token(shape, workload.mean_length))
@@ -176,10 +176,16 @@ def computed(machine: Machine) -> Seconds:
     return seconds
 
 
+def makes_logits(shape: Embedding | Head) -> bool:
+    """Whether the slot holds the matrix of the logits: the embedding if it is tied, else the head. It is what their
+    time is charged to, since how it is stored is chosen there."""
+    return shape.tied == isinstance(shape, Embedding)
+
+
 def _read_weights(shape: Shape) -> Iterable[Weight]:
-    """Weights that a token's computation reads; a tied head reads the embedding's matrix."""
-    if isinstance(shape, Head) and shape.tied:
-        return (Weight("head", (shape.vocab_size, shape.hidden_size), shape.stored),)
+    """Weights that a token's computation reads whole: of an embedding that is not the head as well it is one row."""
+    if isinstance(shape, Embedding | Head) and not makes_logits(shape):
+        return ()
     return tuple(shape.weights())
 
 

@@ -1,35 +1,37 @@
 """Measure this computer: memory bandwidth, matrix arithmetic, and what single blocks really cost.
 
-Block times come from the slope method: a model of N copies of a block and one of 2N, steps interleaved; the
-difference of their medians over N is one copy, and what is left of the first is the cost of everything that is not a
-block. Measuring a block on its own would miss what a running model does to caches, and include the clock's overhead.
+Block times come from the slope method: a model of N copies of a block and one of 2N in the native engine, steps
+interleaved; the difference of their medians over N is one copy. Measuring a block on its own would miss what a running
+model does to caches, and include the clock's overhead. A model without blocks tells the cost of the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from pennyweight import heterogeneous, kinds
 from pennyweight.checkpoint import write_atomic
-from pennyweight.cost import Machine, Seconds, Workload
-from pennyweight.evals.speed import Stepper, prefill_seconds
+from pennyweight.cost import Machine, Seconds, Workload, makes_logits
 from pennyweight.events import Listener, Silent
-from pennyweight.families._decoder import with_shapes
-from pennyweight.slots import BFLOAT16, Attention, GatedMLP, Linear, Noop, Shape, Shapes, Slot
+from pennyweight.runtime.bench import Stepper, prefill_seconds
+from pennyweight.runtime.engine import Engine, native_module, physical_cores
+from pennyweight.runtime.random_weights import RandomWeights, tensors
+from pennyweight.slots import Attention, Embedding, GatedMLP, Head, Linear, Noop, Shape, Shapes, Slot, Stored
 
-COPIES = 4
+_STACK_BYTES = 2**26  # a stack need not be larger to be read from memory; a smaller one has as many blocks as the model
 _STEPS = 40
 _PREFILLS = 5
 
@@ -88,31 +90,32 @@ def _best(call: Any, seconds: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Latencies:
-    """Measured seconds (prefill, decode) of blocks by shape, and of everything that is no block, for one workload.
-
-    The runtime measured is transformers on this machine in bfloat16: storing a matrix in fewer bits does not change
-    its time there, so shapes are looked up as if stored in 16 bits.
-    """
+    """Measured seconds (prefill, decode) for one workload in the native engine on this machine: of blocks by shape, and
+    of everything that is no block by how the matrix of the logits is stored."""
 
     blocks: Mapping[Shape, tuple[float, float]]
-    rest: tuple[float, float]
+    rest: Mapping[Stored, tuple[float, float]]
 
     def seconds(self) -> Seconds:
-        """As prices. The rest is charged to the head's slot."""
+        """As prices. The rest is charged to the slot that holds the matrix of the logits."""
 
         def look_up(shape: Shape, workload: Workload) -> tuple[float, float]:
             if isinstance(shape, Attention | GatedMLP | Linear):
                 return self.blocks[_timed_as(shape, workload)]
-            return self.rest if type(shape).__name__ == "Head" else (0.0, 0.0)
+            return (
+                self.rest[shape.stored] if isinstance(shape, Embedding | Head) and makes_logits(shape) else (0.0, 0.0)
+            )
 
         return look_up
 
 
 def _timed_as(shape: Shape, workload: Workload) -> Shape:
-    """Shapes that run the same code are measured once."""
-    shape = dataclasses.replace(shape, stored=BFLOAT16) if not isinstance(shape, Noop) else shape
+    """Shapes that run the same code are measured once: a window of the whole context is none, and comparing channels by
+    importance or not takes the same time."""
     if isinstance(shape, Attention) and shape.window is not None and shape.window >= workload.context:
         shape = dataclasses.replace(shape, window=None)
+    if isinstance(shape, Attention | GatedMLP) and shape.sparsity is not None:
+        shape = dataclasses.replace(shape, sparsity=dataclasses.replace(shape.sparsity, weighted=False))
     return shape
 
 
@@ -125,74 +128,108 @@ def latencies(
     cache: Path | None = None,
     listen: Listener | None = None,
 ) -> Latencies:
-    """Measure every distinct block shape of `wanted` inside models of the config's family.
+    """Measure every distinct shape of `wanted` inside models of the config's family.
 
     `cache`: a JSON file of earlier measurements on this machine, extended with what is new. Raises RuntimeError if a
-    slope stays negative after three tries (the machine is too busy to measure).
+    slope stays negative after three tries (the machine is too busy to measure), or without the native module.
     """
-    listen = listen or Silent()
+    listen, wanted = listen or Silent(), list(wanted)
     blocks = sorted({_timed_as(s, workload) for s in wanted if isinstance(s, Attention | GatedMLP | Linear)}, key=repr)
+    heads = sorted({s.stored for s in wanted if isinstance(s, Embedding | Head) and makes_logits(s)}, key=repr)
     known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
-    where = f"{platform.node()}|{torch.get_num_threads()}|{torch.__version__}|{config['model_type']}|{workload}"
-    times: dict[Shape, tuple[float, float]] = {}
-    rests: list[tuple[float, float]] = []
-    listen.begin("measure", total=len(blocks), unit="shapes")
-    for done, shape in enumerate(blocks, 1):
-        key = f"{where}|{config['hidden_size']}|{config['vocab_size']}|{shape}"
+    model = [config[key] for key in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")]
+    where = f"{platform.node()}|{physical_cores()}|{_native_digest()}|{model}|{workload}"
+    models = _Models(config, shapes, workload)
+    listen.begin("measure", total=len(blocks) + len(heads), unit="shapes")
+
+    def once(done: int, what: Any, measured: Callable[[Any], tuple[float, float]]) -> tuple[float, float]:
+        key = f"{where}|{what}"
         if key not in known:
-            known[key] = _slope(config, shapes, shape, workload)
+            known[key] = measured(what)
             if cache is not None:
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(cache, json.dumps(known, indent=1).encode())
-        prefill, decode, rest_prefill, rest_decode = known[key]
-        times[shape] = (prefill, decode)
-        rests.append((rest_prefill, rest_decode))
         listen.advance(done)
+        prefill, decode = known[key]
+        return prefill, decode
+
+    times = {shape: once(done, shape, models.slope) for done, shape in enumerate(blocks, 1)}
+    rest = {stored: once(done, stored, models.rest) for done, stored in enumerate(heads, len(blocks) + 1)}
     listen.end()
-    rest = (statistics.median(r[0] for r in rests), statistics.median(r[1] for r in rests))
     return Latencies(times, rest)
 
 
-def _slope(config: Mapping[str, Any], shapes: Shapes, shape: Shape, workload: Workload) -> list[float]:
-    few, many = (_stack(config, shapes, shape, copies) for copies in (COPIES, 2 * COPIES))
-    for _ in range(3):
-        prefill = _interleaved(
-            lambda: prefill_seconds(few, workload), lambda: prefill_seconds(many, workload), _PREFILLS, best=True
+def _native_digest() -> str:
+    """Of the engine's machine code: another build has other times."""
+    return hashlib.blake2b(Path(native_module().__file__).read_bytes(), digest_size=8).hexdigest()
+
+
+class _Models:
+    """Models with random weights to be timed: stacks of one block, and none at all."""
+
+    def __init__(self, config: Mapping[str, Any], shapes: Shapes, workload: Workload) -> None:
+        self._config, self._shapes, self._workload = config, shapes, workload
+        self._make = lru_cache(maxsize=8)(tensors)
+
+    def slope(self, shape: Shape) -> tuple[float, float]:
+        """Prefill and decode seconds of one block."""
+        nbytes = sum(weight.nbytes for weight in shape.weights())
+        copies = max(2, min(self._config["num_hidden_layers"], _STACK_BYTES // nbytes))
+        few, many = (self.engine(*self.stack(shape, count)) for count in (copies, 2 * copies))
+        for more in (1, 4, 16):  # a slope that noise has made negative is measured again, longer
+            prefills = [partial(prefill_seconds, engine, self._workload) for engine in (few, many)]
+            prefill = _interleaved(*prefills, repeats=_PREFILLS * more, seconds=more, pick=min)
+            steppers = [Stepper(engine, self._workload) for engine in (few, many)]
+            steps = [stepper.step for stepper in steppers]
+            decode = _interleaved(*steps, repeats=_STEPS * more, seconds=more, pick=statistics.median)
+            for stepper in steppers:
+                stepper.close()
+            if prefill[1] > prefill[0] and decode[1] > decode[0]:
+                return (prefill[1] - prefill[0]) / copies, (decode[1] - decode[0]) / copies
+        raise RuntimeError(
+            f"measuring {shape} gave a negative time three times: other work is running. "
+            "Measure when the machine is idle, or plan with --machine and computed prices"
         )
-        steppers = Stepper(few, workload), Stepper(many, workload)
-        decode = _interleaved(steppers[0].step, steppers[1].step, _STEPS)
-        if prefill[1] > prefill[0] and decode[1] > decode[0]:
-            slopes = [(pair[1] - pair[0]) / COPIES for pair in (prefill, decode)]
-            return [*slopes, max(0.0, prefill[0] - COPIES * slopes[0]), max(0.0, decode[0] - COPIES * slopes[1])]
-    raise RuntimeError(
-        f"measuring {shape} gave a negative time three times: other work is running. "
-        "Measure when the machine is idle, or plan with --machine and computed prices"
-    )
+
+    def rest(self, stored: Stored) -> tuple[float, float]:
+        """Prefill and decode seconds of a model without blocks whose logits come from a matrix stored this way."""
+        config, row = self.stack(None, 1)
+        for slot, shape in row.items():
+            if isinstance(shape, Embedding | Head) and makes_logits(shape):
+                row[slot] = dataclasses.replace(shape, stored=stored)
+        engine = self.engine(config, row)
+        prefill = min(prefill_seconds(engine, self._workload) for _ in range(_PREFILLS))
+        stepper = Stepper(engine, self._workload)
+        return prefill, statistics.median(stepper.step() for _ in range(_STEPS))
+
+    def stack(self, shape: Shape | None, copies: int) -> tuple[dict[str, Any], dict[Slot, Shape]]:
+        """Config and shapes of a model of `copies` layers whose only blocks are of this shape."""
+        kind = "ffn" if isinstance(shape, GatedMLP) else "mixer"
+        row: dict[Slot, Shape] = {slot: own for slot, own in self._shapes.items() if slot.layer is None}
+        for slot in (Slot(each, layer) for layer in range(copies) for each in ("mixer", "ffn")):
+            row[slot] = Noop(hidden_size=self._config["hidden_size"]) if shape is None or slot.kind != kind else shape
+        return {**self._config, "num_hidden_layers": copies}, row
+
+    def engine(self, config: Mapping[str, Any], shapes: Shapes) -> Engine:
+        longest = max(self._workload.context, self._workload.mean_length + 1)
+        return Engine(RandomWeights({**config, "max_position_embeddings": longest}, shapes, self._make))
 
 
-def _interleaved(first: Any, second: Any, repeats: int, *, best: bool = False) -> tuple[float, float]:
-    """Typical times of two calls made in turn, so that a drifting machine drifts for both."""
+def _interleaved(
+    first: Callable[[], float],
+    second: Callable[[], float],
+    *,
+    repeats: int,
+    seconds: float,
+    pick: Callable[[Iterable[float]], float],
+) -> tuple[float, float]:
+    """Typical times of two calls made in turn, so that a drifting machine drifts for both; fewer than `repeats` times
+    if that takes more than so many seconds, but three times at least."""
     first()
     second()
     gc.collect()
-    pairs = [(first(), second()) for _ in range(repeats)]
-    pick = min if best else statistics.median
+    pairs: list[tuple[float, float]] = []
+    started = time.perf_counter()
+    while len(pairs) < repeats and (len(pairs) < 3 or time.perf_counter() - started < seconds):
+        pairs.append((first(), second()))
     return pick(p[0] for p in pairs), pick(p[1] for p in pairs)
-
-
-def _stack(config: Mapping[str, Any], shapes: Shapes, shape: Shape, copies: int) -> Any:
-    """A model of `copies` layers whose only blocks are of this shape, random weights, bfloat16."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    hidden = config["hidden_size"]
-    kind = "ffn" if isinstance(shape, GatedMLP) else "mixer"
-    small = {**config, "num_hidden_layers": copies}
-    small.pop("per_layer_config", None)
-    if "layer_types" in small:
-        small["layer_types"] = ["full_attention"] * copies
-    row: dict[Slot, Shape] = {}
-    for slot, parent in kinds.family_of(config["model_type"]).slots(small).items():
-        row[slot] = shape if slot.kind == kind else Noop(hidden_size=hidden) if slot.layer is not None else parent
-    with heterogeneous.installed():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**with_shapes(small, row)), dtype=torch.bfloat16)
-    return model.eval().requires_grad_(False)

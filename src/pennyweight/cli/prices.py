@@ -134,7 +134,10 @@ def machine(
                 {"shape": str(shape), "prefill_seconds": prefill, "decode_seconds": decode}
                 for shape, (prefill, decode) in times.blocks.items()
             ]
-            result["rest"] = {"prefill_seconds": times.rest[0], "decode_seconds": times.rest[1]}
+            result["rest"] = [
+                {"logits": str(stored), "prefill_seconds": prefill, "decode_seconds": decode}
+                for stored, (prefill, decode) in times.rest.items()
+            ]
         if as_json:
             print(json.dumps(result))
             return

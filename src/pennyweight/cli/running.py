@@ -121,6 +121,7 @@ def bench(
     model: Model,
     prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 256,
     new: Annotated[int, typer.Option(help="Tokens to write.")] = 128,
+    concurrency: Annotated[int, typer.Option(help="Texts written at once.")] = 1,
     repeats: int = 3,
     threads: Threads = 0,
     cache: Cache = "float16",
@@ -132,6 +133,7 @@ def bench(
     with errors():
         quiet_libraries()
         from pennyweight import measure
+        from pennyweight.cost import Workload
         from pennyweight.runtime.bench import bench as run_bench
         from pennyweight.runtime.engine import Engine
         from pennyweight.units import show_bytes, show_seconds
@@ -140,18 +142,18 @@ def bench(
             model, context=prompt + new, threads=threads or None, cache=cache, kernels=kernels, sparsity=sparsity
         )
         _tell(engine.notes)
-        found = run_bench(engine, prompt=prompt, new=new, repeats=repeats)
+        found = run_bench(engine, Workload(prompt=prompt, new=new, concurrency=concurrency), repeats=repeats)
         bandwidth = measure.machine().bandwidth
-        share = found.bytes_per_token / found.tpot_p05 / bandwidth
+        share = found.bytes_per_step / found.tpot_p05 / bandwidth
         if as_json:
             print(json.dumps({**found.to_json(), "bandwidth": bandwidth, "bandwidth_share": share}))
             return
         print(f"engine      {found.kernels}, {found.threads} threads, {cache} keys and values")
-        first, each, best = (show_seconds(s) for s in (found.ttft_p50, found.tpot_p50, found.tpot_p05))
-        peak, read = show_bytes(found.peak_rss_bytes), show_bytes(found.bytes_per_token)
+        first, each, best = (show_seconds(s) for s in (found.ttft, found.tpot, found.tpot_p05))
+        peak, read = show_bytes(found.peak_rss_bytes), show_bytes(found.bytes_per_step)
         print(f"prompt      {found.prefill_tokens_per_second:.0f} tokens/s, first token of {prompt} after {first}")
         print(f"writing     {found.tokens_per_second:.1f} tokens/s; a token takes {each} (p05 {best})")
-        print(f"memory      {peak} at most; {read} read per token, {share:.0%} of {bandwidth / 1e9:.0f} GB/s")
+        print(f"memory      {peak} at most; {read} read per step, {share:.0%} of {bandwidth / 1e9:.0f} GB/s")
         joules = found.joules_per_token
         print(f"energy      {f'{joules:.3g} J per token ({found.energy})' if joules is not None else found.energy}")
 

@@ -76,7 +76,7 @@ def prices(job: Job) -> tuple[Seconds, str]:
     machine = Machine(**known)
     if config.prices == "computed":
         return computed(machine), f"computed from this machine's bandwidth and arithmetic ({machine.name})"
-    return measured_prices(job), f"measured on this machine ({machine.name}) in transformers, block by block"
+    return measured_prices(job), f"measured on this machine ({machine.name}) in the native engine, block by block"
 
 
 def measured_prices(job: Job) -> Seconds:

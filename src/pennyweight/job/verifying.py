@@ -13,7 +13,6 @@ from pennyweight import verify
 from pennyweight.checkpoint import Checkpoint
 from pennyweight.evals.agree import agree
 from pennyweight.evals.loss import loss
-from pennyweight.evals.speed import speed as measure_speed
 from pennyweight.heterogeneous import load_model
 from pennyweight.job import Job
 from pennyweight.pack import dequantised
@@ -64,7 +63,7 @@ def verify_child(
         "agreement": asdict(agree(parent, child, rows, batch_size=batch)),
     }
     job.listen.advance(3)
-    samples, speed = {}, None
+    samples = {}
     if whole:
         texts_of = lambda m: [job.tokenizer.decode(row) for row in verify.generate(m, prompts[:, :24], 48)]  # noqa: E731
         samples = {
@@ -72,11 +71,7 @@ def verify_child(
             "parent": texts_of(parent),
             "child": texts_of(child),
         }
-        if job.config.machine == "this":
-            speed = {
-                name: asdict(measure_speed(load_model(folder), job.workload, steps=20))
-                for name, folder in (("parent", job.model), ("child", candidate))
-            }
+    speed, how = _speed(job, candidate)
     job.listen.advance(4)
     job.listen.end()
     return {
@@ -85,4 +80,29 @@ def verify_child(
         "quality": quality,
         "samples": samples,
         "speed": speed,
+        "speed_how": how,
     }
+
+
+def _speed(job: Job, candidate: Path) -> tuple[dict[str, Any] | None, str]:
+    """Parent and child in the native engine, as `penny run` would run them, and in words how that was measured or why
+    it was not."""
+    from pennyweight.runtime.bench import bench
+    from pennyweight.runtime.engine import Engine
+
+    if job.config.machine != "this":
+        return None, "not measured: the prices are another machine's"
+    if not job.fits_whole:
+        return None, "not measured: the models are too large to be loaded whole here"
+    found = {}
+    try:
+        for name, folder in (("parent", job.model), ("child", candidate)):
+            engine = Engine(folder, context=job.workload.context)
+            found[name] = bench(engine, job.workload).to_json()
+    except (
+        RuntimeError,
+        ValueError,
+    ) as err:  # no native module, or a rotary scaling or context the engine does not run
+        return None, f"not measured: {err}"
+    speed = found["child"]
+    return found, f"measured in the native engine, {speed['kernels']} kernels on {speed['threads']} threads"

@@ -105,8 +105,7 @@ def times_note(report: Mapping[str, Any]) -> str:
     note = f"Predicted times are {report['plan']['prices']}."
     if report["config"]["prices"] == "computed":
         note += (
-            " They are a roofline: weights and cache over bandwidth, or arithmetic over peak, whichever takes longer;"
-            " the eager mode of transformers adds Python and one dispatch per operation, so times measured there"
-            " are not comparable."
+            " They are a roofline: weights and cache over bandwidth, or arithmetic over peak, whichever takes longer."
+            " What lies between the matrices, and caches that hold a small model whole, are left out."
         )
     return note

@@ -16,23 +16,27 @@ from typing import Any
 
 import numpy as np
 
+from pennyweight.cost import Workload
 from pennyweight.runtime.engine import Engine, Row
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds; p05 is what the machine can do, p50 what it did. joules_per_token is None where it is not told."""
+    """Seconds: `ttft` from the prompts of all sequences to the first token of each, `tpot` for one token of every
+    sequence; medians, and the 5th percentile, which is what the machine can do. `bytes_per_step`: of weights, keys and
+    values, read for one token of every sequence. joules_per_token is None where it is not told."""
 
     prompt: int
     new: int
+    concurrency: int
     threads: int
     kernels: str
-    ttft_p50: float
+    ttft: float
+    tpot: float
     tpot_p05: float
-    tpot_p50: float
     prefill_tokens_per_second: float
     tokens_per_second: float
-    bytes_per_token: int
+    bytes_per_step: int
     peak_rss_bytes: int
     joules_per_token: float | None
     energy: str
@@ -41,47 +45,89 @@ class Speed:
         return asdict(self)
 
 
-def bench(engine: Engine, *, prompt: int = 256, new: int = 128, repeats: int = 3, seed: int = 0) -> Speed:
-    """Read a random prompt and write `new` tokens, `repeats` times. Raises ValueError if that exceeds the context."""
-    if prompt < 1 or new < 1 or prompt + new > engine.context:
+class Stepper:
+    """An engine in the middle of a workload's answers, from which single decode steps can be timed."""
+
+    def __init__(self, engine: Engine, workload: Workload) -> None:
+        self._engine, length = engine, workload.mean_length
+        self._sequences = [engine.open(length + 1) for _ in range(workload.concurrency)]
+        for sequence in self._sequences:
+            engine.fill(sequence, length)
+        self._rows = [Row(sequence, length, 1, sparse=True) for sequence in self._sequences]
+
+    def step(self) -> float:
+        """Seconds of one token for every sequence. Each step writes over the last, so that all see the same length."""
+        started = time.perf_counter()
+        self._engine.step(self._rows).argmax(axis=-1)
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        for sequence in self._sequences:
+            self._engine.close(sequence)
+
+
+def prefill_seconds(engine: Engine, workload: Workload, *, seed: int = 0) -> float:
+    """Seconds from random prompts of all sequences to the first token of each."""
+    sequences, _, seconds = _read_prompts(engine, workload, np.random.default_rng(seed))
+    for sequence in sequences:
+        engine.close(sequence)
+    return seconds
+
+
+def bench(engine: Engine, workload: Workload, *, repeats: int = 3, seed: int = 0) -> Speed:
+    """Read random prompts and write `workload.new` tokens to each, `repeats` times. Raises ValueError if that exceeds
+    the context."""
+    prompt, new, together = workload.prompt, workload.new, workload.concurrency
+    if prompt + new > engine.context:
         raise ValueError(f"a prompt of {prompt} and {new} new tokens; the model takes up to {engine.context} in all")
     rng = np.random.default_rng(seed)
     first, each = [], []
-    logits = np.empty((0, 0), np.float32)
     joules, energy = energy_meter()
     spent = 0.0
     for _ in range(repeats):
-        ids = [int(i) for i in rng.integers(0, engine.vocab_size, prompt)]
-        sequence = engine.open(prompt + new)
-        started = time.perf_counter()
-        for start in range(0, prompt, engine.max_rows):
-            chunk = ids[start : start + engine.max_rows]
-            rows = [Row(sequence, start + i, token, start + i == prompt - 1) for i, token in enumerate(chunk)]
-            logits = engine.step(rows)
-        first.append(time.perf_counter() - started)
+        sequences, tokens, seconds = _read_prompts(engine, workload, rng)
+        first.append(seconds)
         before = joules() if joules else 0.0
         for i in range(new):
+            rows = [Row(s, prompt + i, int(token), sparse=True) for s, token in zip(sequences, tokens, strict=True)]
             started = time.perf_counter()
-            logits = engine.step([Row(sequence, prompt + i, int(logits[-1].argmax()), sparse=True)])
+            tokens = engine.step(rows).argmax(axis=-1)
             each.append(time.perf_counter() - started)
         spent += joules() - before if joules else 0.0
-        engine.close(sequence)
-    tpot = float(np.median(each))
+        for sequence in sequences:
+            engine.close(sequence)
+    ttft, tpot = float(np.median(first)), float(np.median(each))
     return Speed(
         prompt=prompt,
         new=new,
+        concurrency=together,
         threads=engine.threads,
         kernels=engine.kernels,
-        ttft_p50=float(np.median(first)),
+        ttft=ttft,
+        tpot=tpot,
         tpot_p05=float(np.quantile(each, 0.05)),
-        tpot_p50=tpot,
-        prefill_tokens_per_second=prompt / float(np.median(first)),
-        tokens_per_second=1 / tpot,
-        bytes_per_token=engine.bytes_read_per_token + engine.cache_bytes_of(prompt + new // 2),
+        prefill_tokens_per_second=together * prompt / ttft,
+        tokens_per_second=together / tpot,
+        bytes_per_step=engine.bytes_read_per_token + together * engine.cache_bytes_of(workload.mean_length),
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        joules_per_token=spent / (repeats * new) if joules else None,
+        joules_per_token=spent / (repeats * new * together) if joules else None,
         energy=energy,
     )
+
+
+def _read_prompts(engine: Engine, workload: Workload, rng: np.random.Generator) -> tuple[list[int], np.ndarray, float]:
+    """Open sequences that hold random prompts, with room for the answers; the first token of each; seconds it took."""
+    sequences = [engine.open(workload.prompt + workload.new) for _ in range(workload.concurrency)]
+    prompts = rng.integers(0, engine.vocab_size, (workload.concurrency, workload.prompt)).tolist()
+    rows = [
+        Row(sequence, i, token, i == workload.prompt - 1)
+        for sequence, prompt in zip(sequences, prompts, strict=True)
+        for i, token in enumerate(prompt)
+    ]
+    started = time.perf_counter()
+    logits = [engine.step(rows[start : start + engine.max_rows]) for start in range(0, len(rows), engine.max_rows)]
+    seconds = time.perf_counter() - started
+    return sequences, np.concatenate(logits).argmax(axis=-1), seconds
 
 
 def energy_meter(root: Path = Path("/sys/class/powercap")) -> tuple[Callable[[], float] | None, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,18 @@ def physical_cores() -> int:
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def native_module() -> Any:
+    """Raises RuntimeError where pennyweight was installed without its native half."""
+    try:
+        from pennyweight import _native
+    except ImportError as err:
+        raise RuntimeError(
+            "the native module is missing: pennyweight was installed without a C++ compiler. Install one (Debian: "
+            "apt install g++) and then pennyweight again"
+        ) from err
+    return _native
 
 
 class Row(NamedTuple):
@@ -52,17 +64,11 @@ class Engine:
         float32 keys and values; `kernels`: an instruction set of `_native.kernel_names()`; `sparsity`: the share of
         input channels that blocks leave out, instead of what the config says. Raises ValueError for what the engine
         does not run and RuntimeError where the native module was not built."""
-        try:
-            from pennyweight import _native
-        except ImportError as err:
-            raise RuntimeError(
-                "the native module is missing: pennyweight was installed without a C++ compiler. Install one (Debian: "
-                "apt install g++) and then pennyweight again"
-            ) from err
+        engine = native_module().Engine
         source = open_source(Path(model)) if isinstance(model, str | Path) else model
         self._model = lower(source, context=context, cache=cache, sparsity=sparsity)
         self.notes = tuple(source.notes)  # what users should know about how the weights were read
-        self._native = _native.Engine(self._model, threads or physical_cores(), kernels)
+        self._native = engine(self._model, threads or physical_cores(), kernels)
         self.vocab_size: int = self._model.vocab_size
         self.context: int = self._model.max_positions
         self.max_rows: int = self._native.max_rows
@@ -117,6 +123,10 @@ class Engine:
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Make the first `tokens` tokens of `target` those of `source`, without running them."""
         self._native.copy(source, target, tokens)
+
+    def fill(self, sequence: int, tokens: int) -> None:
+        """As if `tokens` tokens had been run, keys and values alike for all: to time what comes after a long text."""
+        self._native.fill(sequence, tokens)
 
     def can_go_back(self, length: int, to: int) -> bool:
         """Whether a sequence of `length` tokens may go on after its first `to`: layers with a window forget."""

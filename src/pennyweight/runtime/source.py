@@ -102,29 +102,14 @@ class Folder:
         return tensor.numpy()
 
     def matrix(self, name: str) -> Any:
-        from pennyweight import _native
-
-        if name in self._checkpoint.entries:
-            tensor = self._checkpoint.read(name)
-            _refuse_damage(name, tensor)
-            stored = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}.get(tensor.dtype)
-            if stored is None:
-                raise ValueError(f"{name} is stored as {tensor.dtype}; the engine reads float16, bfloat16 and float32")
-            return _native.Matrix.wide(tensor.view(torch.uint8).numpy(), _native.Float[stored])
-        parts = self._parts(name)
-        if "weight_zigzag" in parts:
-            return _zigzag(name, parts)
-        spec, columns = packed_int.spec_of(parts), int(parts["weight_shape"][1])
-        _refuse_damage(f"{name}_scale", parts["weight_scale"])
-        codes = parts["weight_packed"].numpy().view(np.uint8)
-        scales = parts["weight_scale"].bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16)
-        return _native.Matrix.rows(codes, scales, None, columns, spec.bits, spec.group, True)
+        whole = name in self._checkpoint.entries
+        return native(name, {"weight": self._checkpoint.read(name)} if whole else self._parts(name))
 
     def matrices(self, names: Sequence[str]) -> list[Any]:
         if len(names) > 1 and all(f"{name}_zigzag" in self._checkpoint.entries for name in names):
             parts = [self._parts(name) for name in names]
             if zigzag.can_stack(parts):
-                return [_zigzag(", ".join(names), zigzag.stack(parts))]
+                return [native(", ".join(names), zigzag.stack(parts))]
         return [self.matrix(name) for name in names]
 
     def _parts(self, name: str) -> dict[str, torch.Tensor]:
@@ -142,9 +127,25 @@ class Folder:
         return Vocabulary(tokenizer, tokenizer.bos_token_id, frozenset(stop - {None}))
 
 
-def _zigzag(name: str, parts: Mapping[str, torch.Tensor]) -> Any:
+def native(name: str, parts: Mapping[str, torch.Tensor]) -> Any:
+    """A native matrix of its tensors by suffix, as they are on disk: `weight` alone, or the parts of our formats.
+    Raises ValueError for values that are not finite, and for a type the engine does not read."""
     from pennyweight import _native
 
+    if "weight" in parts:
+        tensor = parts["weight"]
+        _refuse_damage(name, tensor)
+        stored = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}.get(tensor.dtype)
+        if stored is None:
+            raise ValueError(f"{name} is stored as {tensor.dtype}; the engine reads float16, bfloat16 and float32")
+        return _native.Matrix.wide(tensor.view(torch.uint8).numpy(), _native.Float[stored])
+    rows, columns = _matrix.shape_of(parts)
+    if "weight_zigzag" not in parts:
+        spec = packed_int.spec_of(parts)
+        _refuse_damage(f"{name}_scale", parts["weight_scale"])
+        codes = parts["weight_packed"].numpy().view(np.uint8)
+        scales = parts["weight_scale"].bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16)
+        return _native.Matrix.rows(codes, scales, None, columns, spec.bits, spec.group, True)
     spec = zigzag.spec_of(parts)
     for half in zigzag.codes_of(parts)[1:]:
         if half is not None:
@@ -154,7 +155,8 @@ def _zigzag(name: str, parts: Mapping[str, torch.Tensor]) -> Any:
         _refuse_damage(f"{name}_row_scale", row_scale)
     return _native.Matrix.zigzag(
         parts["weight_zigzag"].numpy(),
-        *_matrix.shape_of(parts),
+        rows,
+        columns,
         spec.tile_rows,
         spec.group,
         spec.affine,
@@ -163,5 +165,6 @@ def _zigzag(name: str, parts: Mapping[str, torch.Tensor]) -> Any:
 
 
 def _refuse_damage(name: str, tensor: torch.Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    extremes = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor  # NaN is carried through
+    if not bool(torch.isfinite(extremes).all()):
         raise ValueError(f"{name} holds NaN or infinite values; the checkpoint is damaged, fetch it again")
