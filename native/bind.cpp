@@ -41,6 +41,15 @@ void expect(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
 }
 
+// Keeps an array alive for as long as a matrix uses its bytes.
+template <class Array>
+std::shared_ptr<void> lender(const Array& array) {
+    return std::shared_ptr<void>(new Array(array), [](void* kept) {
+        nb::gil_scoped_acquire gil;
+        delete static_cast<Array*>(kept);
+    });
+}
+
 std::vector<float> floats(const In<float, 1>& array) { return {array.data(), array.data() + array.size()}; }
 
 // y = matrix x for every row of x, by one thread: for tests and benchmarks of single products.
@@ -170,12 +179,13 @@ NB_MODULE(_native, module) {
     nb::class_<Matrix>(module, "Matrix", "A weight matrix in one of the layouts of docs/formats.md.")
         .def_static(
             "wide",
-            [](In<std::uint8_t, 2> weights, Wide::Type type) {
+            [](In<std::uint8_t, 2> weights, Wide::Type type, bool in_place) {
                 const int bytes = type == Wide::Type::float32 ? 4 : 2;
                 expect(weights.shape(1) % bytes == 0, "weights is the bytes of (rows, columns) floats");
-                return make_wide(weights.data(), int(weights.shape(0)), int(weights.shape(1)) / bytes, type);
+                return make_wide(weights.data(), int(weights.shape(0)), int(weights.shape(1)) / bytes, type,
+                                 in_place ? lender(weights) : nullptr);
             },
-            "weights"_a.noconvert(), "type"_a)
+            "weights"_a.noconvert(), "type"_a, "in_place"_a = false)
         .def_static(
             "rows",
             [](In<std::uint8_t, 2> codes, In<std::uint16_t, 2> scales, std::optional<In<std::uint16_t, 2>> minima, int cols,
@@ -193,13 +203,15 @@ NB_MODULE(_native, module) {
         .def_static(
             "zigzag",
             [](In<std::uint8_t, 1> chunks, int rows, int cols, int tile_rows, int group, bool affine,
-               std::optional<In<float, 1>> row_scale) {
+               std::optional<In<float, 1>> row_scale, bool in_place) {
                 expect(!row_scale || int(row_scale->size()) == rows, "one row_scale per row");
-                auto made = make_zigzag(chunks.data(), chunks.size(), rows, cols, tile_rows, group, affine);
+                auto made = make_zigzag(chunks.data(), chunks.size(), rows, cols, tile_rows, group, affine,
+                                        in_place ? lender(chunks) : nullptr);
                 if (row_scale) made->row_scale = floats(*row_scale);
                 return made;
             },
-            "chunks"_a.noconvert(), "rows"_a, "cols"_a, "tile_rows"_a, "group"_a, "affine"_a, "row_scale"_a = nb::none())
+            "chunks"_a.noconvert(), "rows"_a, "cols"_a, "tile_rows"_a, "group"_a, "affine"_a, "row_scale"_a = nb::none(),
+            "in_place"_a = false)
         .def_prop_ro("shape", [](const Matrix& m) { return std::make_tuple(m.out(), m.in()); })
         .def_prop_ro("nbytes", &Matrix::nbytes)
         .def_rw("threshold", &Matrix::threshold)

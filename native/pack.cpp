@@ -7,14 +7,27 @@
 
 namespace pennyweight {
 
-std::shared_ptr<Matrix> make_wide(const std::uint8_t* weights, int rows, int cols, Wide::Type type) {
+namespace {
+
+// Where a matrix finds `count` bytes from now on: in memory of its own, or where they are if somebody keeps them there.
+const std::uint8_t* keep(Matrix& matrix, const std::uint8_t* from, std::size_t count, std::shared_ptr<void> lender) {
+    if (lender) {
+        matrix.lender = std::move(lender);
+        return from;
+    }
+    matrix.bytes = Buffer(count);
+    if (count) std::memcpy(matrix.bytes.data(), from, count);
+    return matrix.bytes.data();
+}
+
+}  // namespace
+
+std::shared_ptr<Matrix> make_wide(const std::uint8_t* weights, int rows, int cols, Wide::Type type,
+                                  std::shared_ptr<void> lender) {
     auto made = std::make_shared<Matrix>();
     made->layout = Matrix::Layout::wide;
     made->wide = {rows, cols, type, nullptr};
-    const std::size_t bytes = rows * made->wide.row_bytes();
-    made->bytes = Buffer(bytes);
-    std::memcpy(made->bytes.data(), weights, bytes);
-    made->wide.data = made->bytes.data();
+    made->wide.data = keep(*made, weights, rows * made->wide.row_bytes(), std::move(lender));
     return made;
 }
 
@@ -65,7 +78,7 @@ std::shared_ptr<Matrix> make_rows(const std::uint8_t* codes, std::size_t row_byt
 }
 
 std::shared_ptr<Matrix> make_zigzag(const std::uint8_t* chunks, std::size_t bytes, int rows, int cols, int tile_rows,
-                                    int group, bool affine) {
+                                    int group, bool affine, std::shared_ptr<void> lender) {
     auto made = std::make_shared<Matrix>();
     made->layout = Matrix::Layout::zigzag;
     Zigzag& w = made->zigzag;
@@ -75,9 +88,7 @@ std::shared_ptr<Matrix> make_zigzag(const std::uint8_t* chunks, std::size_t byte
         throw std::invalid_argument("a zigzag matrix of " + std::to_string(rows) + " x " + std::to_string(cols) +
                                     " in tiles of " + std::to_string(tile_rows) + " rows, groups of " +
                                     std::to_string(group) + ", does not have " + std::to_string(bytes) + " bytes");
-    made->bytes = Buffer(bytes);
-    std::memcpy(made->bytes.data(), chunks, bytes);
-    w.data = made->bytes.data();
+    w.data = keep(*made, chunks, bytes, std::move(lender));
     return made;
 }
 

@@ -9,8 +9,9 @@
 
 namespace pennyweight {
 
-// Floats as they are, row by row.
-std::shared_ptr<Matrix> make_wide(const std::uint8_t* weights, int rows, int cols, Wide::Type type);
+// Floats as they are, row by row. With a lender they stay where they lie, else they are copied.
+std::shared_ptr<Matrix> make_wide(const std::uint8_t* weights, int rows, int cols, Wide::Type type,
+                                  std::shared_ptr<void> lender = nullptr);
 
 // Codes packed row by row, `row_bytes` bytes each: two to a byte, the even column low (4 bits), or one (8 bits);
 // unsigned, offset 8 or 128. One 16-bit scale (and minimum, unless null) per row and group of columns.
@@ -18,8 +19,8 @@ std::shared_ptr<Matrix> make_wide(const std::uint8_t* weights, int rows, int col
 std::shared_ptr<Matrix> make_rows(const std::uint8_t* codes, std::size_t row_bytes, const std::uint16_t* scales,
                                   const std::uint16_t* minima, int rows, int cols, int bits, int group, Half half);
 
-// Chunks as matrices.h tells, already in order.
+// Chunks as matrices.h tells, already in order. With a lender they stay where they lie, else they are copied.
 std::shared_ptr<Matrix> make_zigzag(const std::uint8_t* chunks, std::size_t bytes, int rows, int cols, int tile_rows,
-                                    int group, bool affine);
+                                    int group, bool affine, std::shared_ptr<void> lender = nullptr);
 
 }  // namespace pennyweight

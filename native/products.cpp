@@ -21,6 +21,13 @@ float* floats(const Buffer& buffer) { return reinterpret_cast<float*>(buffer.dat
 int Matrix::out() const { return layout == Layout::wide ? wide.rows : layout == Layout::rows ? rows.rows : zigzag.rows; }
 int Matrix::in() const { return layout == Layout::wide ? wide.cols : layout == Layout::rows ? rows.cols : zigzag.cols; }
 
+std::size_t Matrix::nbytes() const {
+    const std::size_t weights = layout == Layout::wide   ? wide.rows * wide.row_bytes()
+                                : layout == Layout::rows ? rows.bytes()
+                                                         : zigzag.bytes();
+    return weights + sizeof(float) * row_scale.size();
+}
+
 int Linear::out() const {
     int total = 0;
     for (const auto& part : parts) total += part->out();

@@ -23,10 +23,11 @@ struct Matrix {
     float threshold = -1;           // zigzag: columns with |x| at most this are left out; below 0 keeps all
     std::vector<float> importance;  // zigzag: multiplies |x| before it is compared; empty: 1
     Buffer bytes;
+    std::shared_ptr<void> lender;  // who keeps the bytes, if they are somebody else's
 
     int out() const;
     int in() const;
-    std::size_t nbytes() const { return bytes.size() + sizeof(float) * row_scale.size(); }
+    std::size_t nbytes() const;
 };
 
 // One row of a matrix in float32. Throws std::logic_error for zigzag, which has no rows to read.

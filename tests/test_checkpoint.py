@@ -72,7 +72,7 @@ def test_what_is_written_reads_back(model):
     assert_holds(model, some_tensors())
     assert Checkpoint(model).config == CONFIG
     assert Checkpoint(model).weight_bytes == 7 * 5 * 63 * 2
-    assert sorted(path.name for path in model.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in model.iterdir()) == ["checksums.json", "config.json", "model.safetensors"]
 
 
 def test_a_model_larger_than_a_shard_is_cut_and_indexed(sharded):
@@ -142,6 +142,7 @@ def test_tokenizer_files_and_extra_json_come_along(tmp_path, model):
     writer.add("weight", torch.zeros(1))
     child = writer.finish(CONFIG, like=model, files={"penny.json": {"score": 0.5}})
     assert sorted(path.name for path in child.iterdir()) == [
+        "checksums.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -350,6 +351,55 @@ def test_a_bit_flipped_in_the_header_never_crashes_and_never_reads_past_the_end(
         for name, entry in entries.items():
             assert 8 <= entry.start <= entry.end <= len(sound)
             assert read_entry(name, entry).numel() * read_entry(name, entry).element_size() == entry.nbytes
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_bit_flipped_in_the_weights_is_refused_with_its_place(packed_folder, data):
+    folder, raw, entries = packed_folder
+    name = data.draw(st.sampled_from(sorted(entries)))
+    entry = entries[name]
+    at, bit = data.draw(st.integers(entry.start, entry.end - 1)), data.draw(st.integers(0, 7))
+    entry.file.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
+    damaged = Checkpoint(folder)
+    for read in (damaged.read, damaged.map):
+        with pytest.raises(
+            ValueError, match=f"{re.escape(str(entry.file))}: {name}, bytes {entry.start} to {entry.end}"
+        ):
+            read(name)
+    for other in set(entries) - {name}:
+        damaged.read(other)
+
+
+@pytest.fixture(scope="module")
+def packed_folder(tmp_path_factory):
+    """A folder with tensors of several types, its weight file's bytes, and where they lie."""
+    tensors = {f"of {dtype}": random_tensor(dtype, 7, 5) for dtype in DTYPES}
+    folder = write(tmp_path_factory.mktemp("packed") / "model", tensors)
+    return folder, (folder / "model.safetensors").read_bytes(), Checkpoint(folder).entries
+
+
+def test_checksums_are_optional_and_may_not_be_damaged(model):
+    names = list(Checkpoint(model).entries)
+    (model / "checksums.json").write_text(json.dumps({names[0]: "00000000"}))
+    with pytest.raises(ValueError, match=r"remove checksums\.json"):
+        Checkpoint(model).read(names[0])
+    Checkpoint(model).read(names[1])
+    for content in ("{", "[]", '{"a": 1}'):
+        (model / "checksums.json").write_text(content)
+        with pytest.raises(ValueError, match=r"checksums\.json is no"):
+            Checkpoint(model)
+    (model / "checksums.json").unlink()
+    Checkpoint(model).read(names[0])
+
+
+def test_a_mapped_tensor_is_the_tensor_and_the_file_is_not_written_to(model):
+    opened, before = Checkpoint(model), (model / "model.safetensors").read_bytes()
+    for name in opened.entries:
+        mapped = opened.map(name)
+        assert torch.equal(mapped, opened.read(name))
+        mapped.zero_()
+    assert (model / "model.safetensors").read_bytes() == before
 
 
 def test_a_file_cut_after_it_was_opened(model):

@@ -120,6 +120,21 @@ def quantised(folder, out, stored):
     return out
 
 
+def test_weights_left_in_their_file_compute_the_same(folder, child):
+    for each in (folder, child):
+        found = Engine(each, threads=1, mapped=True)
+        assert not found.notes
+        np.testing.assert_array_equal(found.logits(IDS), Engine(each, threads=1).logits(IDS))
+
+
+def test_packed_weights_cannot_stay_in_their_file_and_that_is_said(pico, tmp_path):
+    folder = quantised(pico("llama"), tmp_path / "child", Stored(4, 32))
+    mapped, copied = Engine(folder, threads=1, mapped=True), Engine(folder, threads=1)
+    assert "matrices were rearranged" in mapped.notes[0]
+    assert not copied.notes
+    np.testing.assert_array_equal(mapped.logits(IDS), copied.logits(IDS))
+
+
 def test_sharing_a_step_changes_no_bit(child):
     """One by one, in chunks, and beside another sequence: the same floats."""
     engine = Engine(child, threads=2)

@@ -25,7 +25,7 @@ from tests.gguf_files import convert, interleaved, quantise
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 from pennyweight.runtime.engine import Engine  # noqa: E402  (needs the native module)
 from pennyweight.runtime.model import open_model  # noqa: E402
-from pennyweight.runtime.source import open_source  # noqa: E402
+from pennyweight.runtime.source import open_source, rearranged  # noqa: E402
 from tests.test_engine import IDS, TRAINED_TO, relative, wanted  # noqa: E402
 
 KINDS = {kind.name: kind for kind in ggml.KINDS.values()}
@@ -143,6 +143,21 @@ def test_bfloat16_files_are_their_folders_to_the_bit(family, brain, pico):
     found = Engine(brain, threads=1)
     np.testing.assert_array_equal(found.logits(IDS), Engine(pico(family), threads=1).logits(IDS))
     assert found.notes == () and found.weight_bytes == Engine(pico(family), threads=1).weight_bytes
+
+
+def test_a_mapped_file_computes_the_same(brain, family, pico, tmp_path):
+    mapped = Engine(brain, threads=1, mapped=True)
+    np.testing.assert_array_equal(mapped.logits(IDS), Engine(brain, threads=1).logits(IDS))
+    reordered = 2 * pico_layers(pico(family)) if family == "llama" else 0  # q_proj and k_proj
+    assert mapped.notes == rearranged(reordered)
+    packed = convert(pico(family), tmp_path, "Q4_0")[0]
+    mapped = Engine(packed, threads=1, mapped=True)
+    np.testing.assert_array_equal(mapped.logits(IDS), Engine(packed, threads=1).logits(IDS))
+    assert "matrices were rearranged" in mapped.notes[-1]
+
+
+def pico_layers(folder):
+    return json.loads((folder / "config.json").read_text())["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16"])

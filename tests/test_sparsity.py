@@ -156,6 +156,17 @@ def test_walked_and_whole_agree(finished):
     assert torch.allclose(Streamed(Walk(Checkpoint(finished[1])))(ids).logits, whole, atol=1e-4)
 
 
+def test_zigzag_left_in_its_file_computes_the_same(finished):
+    from pennyweight.runtime.engine import Engine
+
+    pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
+    ids = [int(i) for i in torch.arange(40).mul(7919).remainder(300)]
+    mapped, copied = (Engine(finished[1], threads=1, mapped=mapped) for mapped in (True, False))
+    assert not mapped.notes
+    for sparse in (False, True):
+        assert (mapped.logits(ids, sparse=sparse) == copied.logits(ids, sparse=sparse)).all()
+
+
 def test_the_engine_runs_what_transformers_runs(finished):
     """Nearly: a channel next to its threshold goes the other way when rounding moves it, and with 64 channels each
     counts. So it is what leaving out changes that must point the same way, and the first tokens must be whole."""

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,10 @@ def read_entry(name: str, entry: Entry) -> torch.Tensor:
     return out
 
 
+CHECKSUMS = "checksums.json"
+"""Of folders that pennyweight wrote: the CRC-32 of every tensor's bytes, as eight hexadecimal digits by name."""
+
+
 class Checkpoint:
     """A model folder, opened but not loaded: config and the place of every tensor."""
 
@@ -153,12 +158,40 @@ class Checkpoint:
         self.entries: dict[str, Entry] = {}
         for file in files:
             self.entries |= read_header(file)
+        self._checksums = _read_checksums(folder / CHECKSUMS)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, as stored. Raises ValueError if the model has no such tensor or its file ends too early."""
+        """One tensor, as stored. Raises ValueError if the model has no such tensor, its file ends too early, or its
+        bytes are not those that were written."""
+        tensor = read_entry(name, self._entry(name))
+        self._hold_against_checksum(name, tensor)
+        return tensor
+
+    def map(self, name: str) -> torch.Tensor:
+        """The same from a private map of the file: bytes stay on disk until they are looked at, and processes that map
+        one file share its memory. Writing to the tensor does not change the file."""
+        import numpy as np
+        import torch
+
+        entry = self._entry(name)
+        raw = np.memmap(entry.file, np.uint8, "c", entry.start, (entry.nbytes,))
+        tensor = torch.from_numpy(raw).view(getattr(torch, _TORCH[entry.dtype])).view(entry.shape)
+        self._hold_against_checksum(name, tensor)
+        return tensor
+
+    def _entry(self, name: str) -> Entry:
         if name not in self.entries:
             raise ValueError(f"{self.folder} has no tensor {name}; its config.json promises one")
-        return read_entry(name, self.entries[name])
+        return self.entries[name]
+
+    def _hold_against_checksum(self, name: str, tensor: torch.Tensor) -> None:
+        expected, entry = self._checksums.get(name), self.entries[name]
+        if expected is not None and checksum(tensor) != expected:
+            raise ValueError(
+                f"{entry.file}: {name}, bytes {entry.start} to {entry.end}, is not what was written: its checksum is "
+                f"{checksum(tensor)}, {CHECKSUMS} says {expected}. The file is damaged; if you changed it on purpose, "
+                f"remove {CHECKSUMS}"
+            )
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and every byte of every weight file, file by file."""
@@ -172,6 +205,27 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """CRC-32 of a tensor's bytes. Several gigabytes a second, and any flipped bit changes it."""
+    import torch
+
+    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return f"{zlib.crc32(memoryview(raw)):08x}"  # pyright: ignore[reportArgumentType]
+
+
+def _read_checksums(path: Path) -> dict[str, str]:
+    """Empty for folders of other makers. Raises ValueError if the file is there and damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        raise ValueError(f"{path} is no JSON: {err}; it is damaged") from err
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"{path} is no list of checksums by tensor; it is damaged")
+    return found
 
 
 _COPIED = (
@@ -196,6 +250,7 @@ class Writer:
         self.shard_bytes = shard_bytes
         self.pending: dict[str, torch.Tensor] = {}
         self.shards: list[list[str]] = []
+        self.checksums: dict[str, str] = {}
         self.total = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -206,6 +261,7 @@ class Writer:
         ):
             self._flush()
         self.pending[name] = tensor.detach().contiguous()
+        self.checksums[name] = checksum(self.pending[name])
         self.total += nbytes
 
     def _flush(self) -> None:
@@ -238,6 +294,7 @@ class Writer:
                     shutil.copyfile(source, self.partial / source.name)
         for name, content in (files or {}).items():
             _write_json(self.partial / name, content)
+        _write_json(self.partial / CHECKSUMS, self.checksums)
         _write_json(self.partial / "config.json", config)
         for path in self.partial.iterdir():
             path.chmod(0o644)  # safetensors writes files that only their owner can read

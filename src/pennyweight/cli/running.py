@@ -22,6 +22,14 @@ Sparsity = Annotated[
 ]
 Kernels = Annotated[str, typer.Option(help='An instruction set by name (avx512, avx2, neon, scalar), or "best".')]
 
+Mapped = Annotated[
+    bool,
+    typer.Option(
+        "--mmap",
+        help="Leave weights in their file where that lies in the order of the kernels: starts at once, is slower.",
+    ),
+]
+
 
 @app.command()
 def run(
@@ -45,6 +53,7 @@ def run(
     cache: Cache = "float16",
     kernels: Kernels = "best",
     sparsity: Sparsity = None,
+    mapped: Mapped = False,
     as_json: Json = False,
 ) -> None:
     """Continue a text, streaming."""
@@ -59,7 +68,9 @@ def run(
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         started = time.perf_counter()
-        opened = open_model(model, threads=threads or None, cache=cache, kernels=kernels, sparsity=sparsity)
+        opened = open_model(
+            model, mapped=mapped, threads=threads or None, cache=cache, kernels=kernels, sparsity=sparsity
+        )
         _tell(opened.notes)
         loaded = time.perf_counter() - started
         text = sys.stdin.read() if prompt == "-" else prompt
@@ -127,6 +138,7 @@ def bench(
     cache: Cache = "float16",
     kernels: Kernels = "best",
     sparsity: Sparsity = None,
+    mapped: Mapped = False,
     as_json: Json = False,
 ) -> None:
     """Time to first token, time per token, and how much of this machine's memory bandwidth that is."""
@@ -139,7 +151,13 @@ def bench(
         from pennyweight.units import show_bytes, show_seconds
 
         engine = Engine(
-            model, context=prompt + new, threads=threads or None, cache=cache, kernels=kernels, sparsity=sparsity
+            model,
+            context=prompt + new,
+            threads=threads or None,
+            cache=cache,
+            kernels=kernels,
+            sparsity=sparsity,
+            mapped=mapped,
         )
         _tell(engine.notes)
         found = run_bench(engine, Workload(prompt=prompt, new=new, concurrency=concurrency), repeats=repeats)
@@ -173,6 +191,7 @@ def serve(
     cache: Cache = "float16",
     kernels: Kernels = "best",
     sparsity: Sparsity = None,
+    mapped: Mapped = False,
 ) -> None:
     """Serve a model as OpenAI's API does, with a chat page at /."""
     with errors():
@@ -188,6 +207,7 @@ def serve(
 
         opened = open_model(
             model,
+            mapped=mapped,
             context=context or None,
             threads=threads or None,
             cache=cache,

@@ -176,16 +176,28 @@ def codes_of(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
     (rows, columns), spec = shape_of(parts), spec_of(parts)
     tiles = -(-rows // spec.tile_rows)
     chunks = parts["weight_zigzag"].view(tiles, columns, spec.chunk_bytes)
-    size, groups = 2 * spec.tile_rows // spec.group, -(-rows // spec.group)
-    raw = [chunks[:, :, i * size : (i + 1) * size].clone() for i in range(2 if spec.affine else 1)]
-    halves = [
-        part.view(-1).view(torch.float16).view(tiles, columns, -1).transpose(1, 2).reshape(-1, columns)[:groups]
-        for part in raw
-    ]
     nibbles = chunks[:, :, spec._half_bytes : spec._half_bytes + spec.tile_rows // 2]
     nibbles = nibbles.reshape(tiles, columns, -1, 4, 4, 4).permute(0, 2, 4, 3, 5, 1)  # (tile, unit, u, L, e, column)
     codes = torch.stack([nibbles & 15, nibbles >> 4], dim=3).reshape(-1, columns)[:rows]
-    return codes, halves[0], halves[1] if spec.affine else None
+    return codes, *scales_of(parts)
+
+
+def scales_of(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and minimum as `pack` was given them."""
+    (rows, columns), spec = shape_of(parts), spec_of(parts)
+    tiles, size, groups = -(-rows // spec.tile_rows), 2 * spec.tile_rows // spec.group, -(-rows // spec.group)
+    chunks = parts["weight_zigzag"].view(tiles, columns, spec.chunk_bytes)
+    halves = [
+        chunks[:, :, i * size : (i + 1) * size]
+        .clone()
+        .view(-1)
+        .view(torch.float16)
+        .view(tiles, columns, -1)
+        .transpose(1, 2)
+        .reshape(-1, columns)[:groups]
+        for i in range(2 if spec.affine else 1)
+    ]
+    return halves[0], halves[1] if spec.affine else None
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, spec: Spec) -> torch.Tensor:

@@ -73,6 +73,10 @@ class File:
             raise ValueError(f"{self.path}: ended at byte {start + len(raw)}, inside {tensor.name}")
         return raw.reshape(count, tensor.row_bytes)
 
+    def map(self, tensor: Tensor) -> np.ndarray:
+        """A matrix (rows, row_bytes) uint8 where it lies in the file; writing to it does not change the file."""
+        return np.memmap(self.path, np.uint8, "c", tensor.start, (tensor.shape[0], tensor.row_bytes))
+
 
 def is_gguf(path: Path) -> bool:
     """Whether a file calls itself one, by name or by its first bytes."""

@@ -18,7 +18,7 @@ from pennyweight import kinds
 from pennyweight.families._decoder import tensor_names
 from pennyweight.gguf import ggml
 from pennyweight.gguf.file import File, Tensor, read
-from pennyweight.runtime.source import Vocabulary
+from pennyweight.runtime.source import Vocabulary, rearranged
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _INTERLEAVED = ("llama",)  # architectures whose q_proj and k_proj have rotary pairs as neighbours
@@ -49,8 +49,8 @@ class GgufSource:
     """Raises ValueError on opening for a damaged file, an architecture or a setting that is not run, and tensors that
     are missing, of another shape, or that the model has no place for."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = read(path)
+    def __init__(self, path: Path, *, mapped: bool = False) -> None:
+        self._file, self._mapped, self._rearranged = read(path), mapped, 0
         self.name = path.stem
         self.config = config_of(self._file)
         self.shapes = kinds.family_of(self.config["model_type"]).slots(self.config)
@@ -87,7 +87,7 @@ class GgufSource:
             for kind, count in self._converted.items()
             if kind.loss
         ]
-        return self._said + converted
+        return [*self._said, *converted, *(rearranged(self._rearranged) if self._mapped else ())]
 
     def vector(self, name: str) -> np.ndarray:
         tensor, order = self._tensors[name], self._order(name)
@@ -102,13 +102,16 @@ class GgufSource:
 
         tensor, order = self._tensors[name], self._order(name)
         kind, (count, columns) = tensor.kind, tensor.shape
+        in_place = self._mapped and kind.split is None and order is None
+        self._rearranged += not in_place
         if kind.split is None:
-            raw = np.empty((count, tensor.row_bytes), np.uint8)
+            raw = self._file.map(tensor) if in_place else np.empty((count, tensor.row_bytes), np.uint8)
             for first, part in self._chunks(tensor):
                 self._floats(tensor, first, part)
-                raw[first : first + len(part)] = part
+                if not in_place:
+                    raw[first : first + len(part)] = part
             stored = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[kind.name]
-            return _native.Matrix.wide(raw if order is None else raw[order], _native.Float[stored])
+            return _native.Matrix.wide(raw if order is None else raw[order], _native.Float[stored], in_place)
         self._converted[kind] += 1
         rows = self._quantised(tensor)
         arrays = [

@@ -59,13 +59,15 @@ class Engine:
         cache: str = "float16",
         kernels: str = "best",
         sparsity: float | None = None,
+        mapped: bool = False,
     ) -> None:
         """`model`: a Hugging Face folder or a GGUF file; `context`: most tokens of a sequence; `cache`: float16, fp8 or
         float32 keys and values; `kernels`: an instruction set of `_native.kernel_names()`; `sparsity`: the share of
-        input channels that blocks leave out, instead of what the config says. Raises ValueError for what the engine
+        input channels that blocks leave out, instead of what the config says; `mapped`: matrices of a path that lie
+        on disk as the engine reads them stay there. Raises ValueError for what the engine
         does not run and RuntimeError where the native module was not built."""
         engine = native_module().Engine
-        source = open_source(Path(model)) if isinstance(model, str | Path) else model
+        source = open_source(Path(model), mapped=mapped) if isinstance(model, str | Path) else model
         self._model = lower(source, context=context, cache=cache, sparsity=sparsity)
         self.notes = tuple(source.notes)  # what users should know about how the weights were read
         self._native = engine(self._model, threads or physical_cores(), kernels)

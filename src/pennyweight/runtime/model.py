@@ -38,10 +38,10 @@ class Model:
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
-def open_model(path: Path, **settings: Any) -> Model:
-    """A Hugging Face folder or a GGUF file; `settings` are Engine's. Raises ValueError or FileNotFoundError for what
-    cannot be run."""
-    source = open_source(path)
+def open_model(path: Path, *, mapped: bool = False, **settings: Any) -> Model:
+    """A Hugging Face folder or a GGUF file; `mapped` and `settings` are Engine's. Raises ValueError or
+    FileNotFoundError for what cannot be run."""
+    source = open_source(path, mapped=mapped)
     vocabulary, engine = source.vocabulary(), Engine(source, **settings)
     return Model(
         source.name, engine, vocabulary.tokenizer, vocabulary.begin, vocabulary.stop, notes=tuple(source.notes)

@@ -72,29 +72,34 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: Path) -> Source:
-    """A Hugging Face folder or a GGUF file. Raises FileNotFoundError or ValueError for what is neither, or damaged."""
+def open_source(path: Path, *, mapped: bool = False) -> Source:
+    """A Hugging Face folder or a GGUF file. `mapped`: matrices that lie on disk as the engine reads them stay there.
+    Raises FileNotFoundError or ValueError for what is neither, or damaged."""
     if is_gguf(path):
         from pennyweight.gguf.source import GgufSource
 
-        return GgufSource(path)
+        return GgufSource(path, mapped=mapped)
     if path.suffix == ".gguf":
         raise FileNotFoundError(f"{path} does not exist")
-    return Folder(path)
+    return Folder(path, mapped=mapped)
 
 
 class Folder:
     """A Hugging Face folder. Nothing is rounded: 16-bit and float32 weights stay as they are, packed integers and
-    zigzag keep codes and scales."""
+    zigzag keep codes and scales. `mapped`: 16-bit, float32 and zigzag matrices are used where they lie in the file."""
 
     rotary_divisors = None
-    notes: Sequence[str] = ()
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, mapped: bool = False) -> None:
         self._checkpoint = Checkpoint(path)
         self.name = path.resolve().name
         self.config = self._checkpoint.config
         self.shapes = Walk(self._checkpoint).shapes
+        self._mapped, self._rearranged = mapped, 0
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return rearranged(self._rearranged) if self._mapped else ()
 
     def vector(self, name: str) -> np.ndarray:
         tensor = self._checkpoint.read(name).float()
@@ -102,18 +107,28 @@ class Folder:
         return tensor.numpy()
 
     def matrix(self, name: str) -> Any:
-        whole = name in self._checkpoint.entries
-        return native(name, {"weight": self._checkpoint.read(name)} if whole else self._parts(name))
+        if name in self._checkpoint.entries:
+            read = self._checkpoint.map if self._mapped else self._checkpoint.read
+            return native(name, {"weight": read(name)}, in_place=self._mapped)
+        parts = self._parts(name)
+        if "weight_zigzag" not in parts:
+            self._rearranged += 1
+        return native(name, parts, in_place=self._mapped)
 
     def matrices(self, names: Sequence[str]) -> list[Any]:
-        if len(names) > 1 and all(f"{name}_zigzag" in self._checkpoint.entries for name in names):
+        stacked = not self._mapped and len(names) > 1  # what lies in a file lies one after the other
+        if stacked and all(f"{name}_zigzag" in self._checkpoint.entries for name in names):
             parts = [self._parts(name) for name in names]
             if zigzag.can_stack(parts):
                 return [native(", ".join(names), zigzag.stack(parts))]
         return [self.matrix(name) for name in names]
 
     def _parts(self, name: str) -> dict[str, torch.Tensor]:
-        return _matrix.parts(name, self._checkpoint.entries, self._checkpoint.read)
+        def read(part: str) -> torch.Tensor:
+            in_place = self._mapped and part.endswith("_zigzag")
+            return self._checkpoint.map(part) if in_place else self._checkpoint.read(part)
+
+        return _matrix.parts(name, self._checkpoint.entries, read)
 
     def vocabulary(self) -> Vocabulary:
         from pennyweight.job import load_tokenizer
@@ -127,9 +142,16 @@ class Folder:
         return Vocabulary(tokenizer, tokenizer.bos_token_id, frozenset(stop - {None}))
 
 
-def native(name: str, parts: Mapping[str, torch.Tensor]) -> Any:
+def rearranged(count: int) -> tuple[str, ...]:
+    """What users should know of matrices that could not stay in their file."""
+    said = f"{count} matrices were rearranged for the kernels in memory; only others stay in their file"
+    return (said,) if count else ()
+
+
+def native(name: str, parts: Mapping[str, torch.Tensor], *, in_place: bool = False) -> Any:
     """A native matrix of its tensors by suffix, as they are on disk: `weight` alone, or the parts of our formats.
-    Raises ValueError for values that are not finite, and for a type the engine does not read."""
+    `in_place`: weights that need no rearranging stay in the tensor's memory. Raises ValueError for values that are not
+    finite, and for a type the engine does not read."""
     from pennyweight import _native
 
     if "weight" in parts:
@@ -138,7 +160,7 @@ def native(name: str, parts: Mapping[str, torch.Tensor]) -> Any:
         stored = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}.get(tensor.dtype)
         if stored is None:
             raise ValueError(f"{name} is stored as {tensor.dtype}; the engine reads float16, bfloat16 and float32")
-        return _native.Matrix.wide(tensor.view(torch.uint8).numpy(), _native.Float[stored])
+        return _native.Matrix.wide(tensor.view(torch.uint8).numpy(), _native.Float[stored], in_place)
     rows, columns = _matrix.shape_of(parts)
     if "weight_zigzag" not in parts:
         spec = packed_int.spec_of(parts)
@@ -147,7 +169,7 @@ def native(name: str, parts: Mapping[str, torch.Tensor]) -> Any:
         scales = parts["weight_scale"].bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16)
         return _native.Matrix.rows(codes, scales, None, columns, spec.bits, spec.group, True)
     spec = zigzag.spec_of(parts)
-    for half in zigzag.codes_of(parts)[1:]:
+    for half in zigzag.scales_of(parts):
         if half is not None:
             _refuse_damage(name, half)
     row_scale = parts.get("weight_row_scale")
@@ -161,6 +183,7 @@ def native(name: str, parts: Mapping[str, torch.Tensor]) -> Any:
         spec.group,
         spec.affine,
         None if row_scale is None else row_scale.numpy(),
+        in_place,
     )
 
 
