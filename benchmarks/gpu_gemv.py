@@ -19,6 +19,7 @@ import torch
 
 import _bench
 from pennyweight.formats import zigzag
+from pennyweight.formats._grid import Grid
 from pennyweight.formats.zigzag import Spec
 from pennyweight.kernels.zigzag import reference, triton, wgsl
 
@@ -34,7 +35,7 @@ def random_parts(rows: int, columns: int) -> Parts:
     random = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (rows, columns), generator=random, dtype=torch.uint8)
     scale = 0.01 * (1 + torch.rand(rows // SPEC.group, columns, generator=random))
-    return zigzag.pack(codes, scale.half(), SPEC.of(rows))
+    return zigzag.pack(codes, Grid(scale.half()), SPEC.of(rows))
 
 
 def activations(columns: int, sparsity: float) -> tuple[torch.Tensor, float]:

@@ -176,6 +176,11 @@ NB_MODULE(_native, module) {
         .value("bfloat16", Wide::Type::bfloat16)
         .value("float32", Wide::Type::float32);
 
+    nb::enum_<Scales>(module, "Scales", "What scales of zigzag matrices are.")
+        .value("symmetric", Scales::symmetric)
+        .value("affine", Scales::affine)
+        .value("super", Scales::super);
+
     nb::class_<Matrix>(module, "Matrix", "A weight matrix in one of the layouts of docs/formats.md.")
         .def_static(
             "wide",
@@ -202,15 +207,15 @@ NB_MODULE(_native, module) {
             "codes"_a.noconvert(), "scales"_a.noconvert(), "minima"_a.none(), "cols"_a, "bits"_a, "group"_a, "bfloat16"_a)
         .def_static(
             "zigzag",
-            [](In<std::uint8_t, 1> chunks, int rows, int cols, int tile_rows, int group, bool affine,
+            [](In<std::uint8_t, 1> chunks, int rows, int cols, int tile_rows, int group, Scales scales,
                std::optional<In<float, 1>> row_scale, bool in_place) {
                 expect(!row_scale || int(row_scale->size()) == rows, "one row_scale per row");
-                auto made = make_zigzag(chunks.data(), chunks.size(), rows, cols, tile_rows, group, affine,
+                auto made = make_zigzag(chunks.data(), chunks.size(), rows, cols, tile_rows, group, scales,
                                         in_place ? lender(chunks) : nullptr);
                 if (row_scale) made->row_scale = floats(*row_scale);
                 return made;
             },
-            "chunks"_a.noconvert(), "rows"_a, "cols"_a, "tile_rows"_a, "group"_a, "affine"_a, "row_scale"_a = nb::none(),
+            "chunks"_a.noconvert(), "rows"_a, "cols"_a, "tile_rows"_a, "group"_a, "scales"_a, "row_scale"_a = nb::none(),
             "in_place"_a = false)
         .def_prop_ro("shape", [](const Matrix& m) { return std::make_tuple(m.out(), m.in()); })
         .def_prop_ro("nbytes", &Matrix::nbytes)

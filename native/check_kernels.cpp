@@ -115,26 +115,31 @@ void check_rows(const Kernels& k, std::mt19937& random) {
 void check_zigzag(const Kernels& k, std::mt19937& random) {
     const Kernels& scalar = kernels_scalar();
     const float infinity = std::numeric_limits<float>::infinity();
-    for (bool affine : {false, true})
+    for (Scales scales : {Scales::symmetric, Scales::affine, Scales::super})
         for (int group : {32, 64, 128})
             for (int tile_rows : {128, 384, 2176})
                 for (int cols : {1, 3, 4, 15, 17, 64})
                     for (auto [threshold, tokens] : {std::pair{-1.0f, 1}, {-1.0f, 2}, {-1.0f, 35}, {0.0f, 1}, {0.7f, 1},
                                                      {0.7f, 3}, {infinity, 1}}) {
                         if (tile_rows == 2176 && tokens == 35 && cols != 17) continue;  // the scalar kernel is slow
-                        Zigzag w{tile_rows + 5, cols, tile_rows, group, affine};
+                        if (scales == Scales::super && group != 32) continue;
+                        if (scales == Scales::super) tile_rows = round_up(tile_rows, 256);
+                        Zigzag w{tile_rows + 5, cols, tile_rows, group, scales};
                         auto data = random_bytes(w.bytes(), random);
                         w.data = data.get();
                         auto x = activations(cols, random);
                         std::vector<std::int32_t> index(cols + 16);
                         std::vector<float> value(cols + 16);
                         const int count = scalar.collect(x.data(), nullptr, threshold, cols, index.data(), value.data());
-                        const int tile = 1, units = tile_rows / Zigzag::kUnitRows, first = units > 2, last = units;
+                        const int tile = 1, units = tile_rows / Zigzag::kUnitRows, first = units > 2 ? w.whole_units() : 0;
+                        const int last = units;
                         for (int j = 0; j < cols; j++) {
                             const bool listed = std::find(index.begin(), index.begin() + count, j) != index.begin() + count;
                             std::uint8_t* chunk = data.get() + tile * w.tile_bytes() + j * w.chunk_bytes();
-                            for (int i = 0; i < (affine ? 2 : 1) * w.groups(); i++)
-                                put_half(chunk + 2 * i, listed ? 0.01f + 0.001f * float(random() % 64) : kNaN, Half::float16);
+                            // Of eight halves of a block of super scales the first two are factors, the others codes.
+                            for (int i = 0; i < int(w.scale_bytes()) / 2; i++)
+                                if (scales != Scales::super || i % 8 < 2)
+                                    put_half(chunk + 2 * i, listed ? 0.01f + 0.001f * float(random() % 64) : kNaN, Half::float16);
                         }
                         std::vector<std::vector<float>> values{{value.begin(), value.begin() + count}};
                         for (int t = 1; t < tokens; t++) values.push_back(activations(count, random));
@@ -155,7 +160,7 @@ void check_zigzag(const Kernels& k, std::mt19937& random) {
                                 break;
                             }
                         expect_same(std::string(k.name) + " zigzag_times, group " + std::to_string(group) +
-                                        (affine ? ", affine, " : ", ") + std::to_string(tile_rows) + " x " +
+                                        ", scales " + std::to_string(int(scales)) + ", " + std::to_string(tile_rows) + " x " +
                                         std::to_string(cols) + ", " + std::to_string(count) + " columns, " +
                                         std::to_string(tokens) + " tokens",
                                     found.data(), wanted.data(), stride * tokens);

@@ -208,8 +208,18 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
     return found;
 }
 
+// Scales, or minima, of a block of 8 groups.
+inline __m256 eight_super(const std::uint8_t* at, bool minima) {
+    const Super super(at);
+    const __m128 factors = _mm_cvtph_ps(_mm_cvtsi32_si128(int(super.factors)));
+    const __m128i bytes = _mm_cvtsi64_si128(long(minima ? super.minima : super.scales));
+    __m256 factor = _mm256_broadcastss_ps(minima ? _mm_movehdup_ps(factors) : factors);
+    if (minima) factor = _mm256_sub_ps(_mm256_setzero_ps(), factor);
+    return _mm256_mul_ps(factor, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
+}
+
 // Codes of x[c] * scale[c][g] in 8 bits, with one float a group; eight groups at a time.
-template <bool kAffine>
+template <Scales kScales>
 inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start, int tokens,
                  Folded& out) {
     float room[kStep];
@@ -221,8 +231,12 @@ inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const fl
             std::memcpy(few, at, 2 * inside);
             return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(few)));
         };
+        const auto scales_of = [&](const std::uint8_t* chunk, bool minima = false) {
+            if constexpr (kScales == Scales::super) return inside ? eight_super(chunk + 2 * g, minima) : _mm256_setzero_ps();
+            else return eight(chunk + 2 * (minima ? w.groups() + g : g));
+        };
         __m256 scales[kStep];
-        for (int c = 0; c < kStep; c++) scales[c] = eight(step.chunk[c] + 2 * g);
+        for (int c = 0; c < kStep; c++) scales[c] = scales_of(step.chunk[c]);
         for (int t = 0; t < tokens; t++) {
             const float* x = step.of(value[t] + start, room);
             __m256 e[kStep], most = _mm256_setzero_ps();
@@ -230,10 +244,10 @@ inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const fl
                 e[c] = _mm256_mul_ps(scales[c], _mm256_set1_ps(x[c]));
                 most = _mm256_max_ps(most, magnitude(e[c]));
             }
-            if constexpr (kAffine) {
+            if constexpr (kScales != Scales::symmetric) {
                 __m256 bias = _mm256_load_ps(out.bias(t) + i);
                 for (int c = 0; c < kStep; c++) {
-                    bias = _mm256_fmadd_ps(_mm256_set1_ps(x[c]), eight(step.chunk[c] + 2 * (w.groups() + g)), bias);
+                    bias = _mm256_fmadd_ps(_mm256_set1_ps(x[c]), scales_of(step.chunk[c], true), bias);
                     bias = _mm256_fmadd_ps(_mm256_set1_ps(8.0f), e[c], bias);  // codes count from 8
                 }
                 _mm256_store_ps(out.bias(t) + i, bias);
@@ -311,13 +325,13 @@ inline void slice_times(const Step& step, const Slice& slice, int group, std::si
         }
 }
 
-template <bool kAffine>
+template <Scales kScales>
 void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::int32_t* index,
                      const float* const* value, int tokens, int count, float* y, std::ptrdiff_t stride) {
-    each_step<kAffine>(
+    each_step<kScales>(
         w, tile, first, last, index, value, tokens, count, y, stride,
         [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Folded& folded, Ahead&) {
-            fold<kAffine>(w, step, slice, x, start, n, folded);
+            fold<kScales>(w, step, slice, x, start, n, folded);
         },
         [&](const Step& step, const Slice& slice, Folded& folded, int n, float* out, const Ahead&) {
             auto* run = n == 1 ? slice_times<true> : slice_times<false>;
@@ -327,8 +341,10 @@ void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::
 
 void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
                   int tokens, int count, float* y, std::ptrdiff_t stride) {
-    (w.affine ? zigzag_times_as<true> : zigzag_times_as<false>)(w, tile, first, last, index, value, tokens, count, y,
-                                                               stride);
+    auto* run = w.scales == Scales::super    ? zigzag_times_as<Scales::super>
+                : w.scales == Scales::affine ? zigzag_times_as<Scales::affine>
+                                             : zigzag_times_as<Scales::symmetric>;
+    run(w, tile, first, last, index, value, tokens, count, y, stride);
 }
 
 }  // namespace

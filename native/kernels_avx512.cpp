@@ -198,9 +198,22 @@ inline void fold_sixteen(const __m512 (&e)[kStep], Folded& out, int t, int i, Ah
     _mm512_store_si512(out.minus136(t) + i, _mm512_add_epi32(minus8, _mm512_slli_epi32(minus8, 4)));
 }
 
+// Scales, or minima, of 16 groups from two blocks of 8, or from one and the others zero.
+inline __m512 sixteen_super(const std::uint8_t* at, bool both, bool minima) {
+    const Super first(at), second(at + (both ? 16 : 0));
+    const __m128 factors = _mm_cvtph_ps(_mm_cvtsi64_si128(long(first.factors | std::uint64_t(second.factors) << 32)));
+    const __m128i bytes = minima ? _mm_set_epi64x(long(second.minima), long(first.minima))
+                                 : _mm_set_epi64x(long(second.scales), long(first.scales));
+    const __m512i which = _mm512_add_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2),
+                                           _mm512_set1_epi32(minima));
+    __m512 factor = _mm512_permutexvar_ps(which, _mm512_castps128_ps512(factors));
+    if (minima) factor = _mm512_sub_ps(_mm512_setzero_ps(), factor);
+    return _mm512_maskz_mul_ps(both ? 0xffff : 0x00ff, factor, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
+}
+
 // Codes of x[c] * scale[c][g] in 8 bits, with one float a group; for 16 groups at a time. With many tokens a group's
 // scales are widened once for all.
-template <bool kAffine>
+template <Scales kScales>
 [[gnu::noinline]] void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start, int tokens,
                  Folded& out, Ahead& pass) {
     float room[kStep];
@@ -211,9 +224,13 @@ template <bool kAffine>
         const auto halves_of = [&](const std::uint8_t* at) {
             return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(inside, at));
         };
+        const auto scales_of = [&](const std::uint8_t* chunk, bool minima = false) {
+            if constexpr (kScales == Scales::super) return sixteen_super(chunk + 2 * g, left >= 16, minima);
+            else return halves_of(chunk + 2 * (minima ? w.groups() + g : g));
+        };
         alignas(64) float scales[kStep][16];
         if (tokens > 1)
-            for (int c = 0; c < kStep; c++) _mm512_store_ps(scales[c], halves_of(step.chunk[c] + 2 * g));
+            for (int c = 0; c < kStep; c++) _mm512_store_ps(scales[c], scales_of(step.chunk[c]));
         for (int t = 0; t < tokens; t++) {
             const float* x = step.of(value[t] + start, room);
             __m512 e[kStep];
@@ -223,12 +240,12 @@ template <bool kAffine>
             } else {
 #pragma GCC unroll 16
                 for (int c = 0; c < kStep; c++)
-                    e[c] = _mm512_mul_ps(halves_of(step.chunk[c] + 2 * g), _mm512_set1_ps(x[c]));
+                    e[c] = _mm512_mul_ps(scales_of(step.chunk[c]), _mm512_set1_ps(x[c]));
             }
-            if constexpr (kAffine) {
+            if constexpr (kScales != Scales::symmetric) {
                 __m512 bias = _mm512_load_ps(out.bias(t) + i);
                 for (int c = 0; c < kStep; c++) {
-                    const __m512 minimum = halves_of(step.chunk[c] + 2 * (w.groups() + g));
+                    const __m512 minimum = scales_of(step.chunk[c], true);
                     bias = _mm512_fmadd_ps(_mm512_set1_ps(x[c]), minimum, bias);
                     bias = _mm512_fmadd_ps(_mm512_set1_ps(8.0f), e[c], bias);  // codes count from 8
                 }
@@ -324,13 +341,13 @@ template <int kGroup>
     }
 }
 
-template <bool kAffine, int kGroup>
+template <Scales kScales, int kGroup>
 void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::int32_t* index,
                      const float* const* value, int tokens, int count, float* y, std::ptrdiff_t stride) {
-    each_step<kAffine>(
+    each_step<kScales>(
         w, tile, first, last, index, value, tokens, count, y, stride,
         [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Folded& folded, Ahead& ahead) {
-            fold<kAffine>(w, step, slice, x, start, n, folded, ahead);
+            fold<kScales>(w, step, slice, x, start, n, folded, ahead);
         },
         [&](const Step& step, const Slice& slice, Folded& folded, int n, float* out, const Ahead& ahead) {
             const std::size_t at = w.scale_bytes() + 64 * slice.first;
@@ -342,9 +359,12 @@ void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::
 
 void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
                   int tokens, int count, float* y, std::ptrdiff_t stride) {
-    auto* run = w.group == 32   ? (w.affine ? zigzag_times_as<true, 32> : zigzag_times_as<false, 32>)
-                : w.group == 64 ? (w.affine ? zigzag_times_as<true, 64> : zigzag_times_as<false, 64>)
-                                : (w.affine ? zigzag_times_as<true, 128> : zigzag_times_as<false, 128>);
+    constexpr auto symmetric = Scales::symmetric, affine = Scales::affine;
+    const bool plain = w.scales == symmetric;
+    auto* run = w.scales == Scales::super ? zigzag_times_as<Scales::super, 32>
+                : w.group == 32           ? (plain ? zigzag_times_as<symmetric, 32> : zigzag_times_as<affine, 32>)
+                : w.group == 64           ? (plain ? zigzag_times_as<symmetric, 64> : zigzag_times_as<affine, 64>)
+                                          : (plain ? zigzag_times_as<symmetric, 128> : zigzag_times_as<affine, 128>);
     run(w, tile, first, last, index, value, tokens, count, y, stride);
 }
 

@@ -176,8 +176,18 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
     return found;
 }
 
+// Scales, or minima, of groups g to g + 3, half a block.
+inline float32x4_t four_super(const std::uint8_t* chunk, int g, bool minima) {
+    const Super super(chunk + 2 * (g / Zigzag::kSuperGroups * Zigzag::kSuperGroups));
+    const std::uint64_t all = minima ? super.minima : super.scales;
+    const std::uint32_t bytes = std::uint32_t(all >> 8 * (g % Zigzag::kSuperGroups));
+    const float factor = from_float16(std::uint16_t(minima ? super.factors >> 16 : super.factors));
+    const uint16x8_t wide = vmovl_u8(vcreate_u8(bytes));
+    return vmulq_n_f32(vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide))), minima ? -factor : factor);
+}
+
 // Codes of x[c] * scale[c][g] in 8 bits, with one float a group; four groups at a time.
-template <bool kAffine>
+template <Scales kScales>
 inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start, int tokens,
                  Folded& out) {
     float room[kStep];
@@ -188,8 +198,12 @@ inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const fl
             std::memcpy(few, at, 2 * inside);
             return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(few)));
         };
+        const auto scales_of = [&](const std::uint8_t* chunk, bool minima = false) {
+            if constexpr (kScales == Scales::super) return inside ? four_super(chunk, g, minima) : vdupq_n_f32(0);
+            else return four_of(chunk + 2 * (minima ? w.groups() + g : g));
+        };
         float32x4_t scales[kStep];
-        for (int c = 0; c < kStep; c++) scales[c] = four_of(step.chunk[c] + 2 * g);
+        for (int c = 0; c < kStep; c++) scales[c] = scales_of(step.chunk[c]);
         for (int t = 0; t < tokens; t++) {
             const float* x = step.of(value[t] + start, room);
             float32x4_t e[kStep], most = vdupq_n_f32(0);
@@ -197,10 +211,10 @@ inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const fl
                 e[c] = vmulq_n_f32(scales[c], x[c]);
                 most = vmaxq_f32(most, vabsq_f32(e[c]));
             }
-            if constexpr (kAffine) {
+            if constexpr (kScales != Scales::symmetric) {
                 float32x4_t bias = vld1q_f32(out.bias(t) + i);
                 for (int c = 0; c < kStep; c++) {
-                    bias = vfmaq_n_f32(bias, four_of(step.chunk[c] + 2 * (w.groups() + g)), x[c]);
+                    bias = vfmaq_n_f32(bias, scales_of(step.chunk[c], true), x[c]);
                     bias = vfmaq_n_f32(bias, e[c], 8.0f);  // codes count from 8
                 }
                 vst1q_f32(out.bias(t) + i, bias);
@@ -269,13 +283,13 @@ inline void slice_times(const Step& step, const Slice& slice, int group, std::si
         }
 }
 
-template <bool kAffine>
+template <Scales kScales>
 void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::int32_t* index,
                      const float* const* value, int tokens, int count, float* y, std::ptrdiff_t stride) {
-    each_step<kAffine>(
+    each_step<kScales>(
         w, tile, first, last, index, value, tokens, count, y, stride,
         [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Folded& folded, Ahead&) {
-            fold<kAffine>(w, step, slice, x, start, n, folded);
+            fold<kScales>(w, step, slice, x, start, n, folded);
         },
         [&](const Step& step, const Slice& slice, Folded& folded, int n, float* out, const Ahead&) {
             slice_times(step, slice, w.group, w.scale_bytes(), folded, n, out, stride);
@@ -284,8 +298,10 @@ void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::
 
 void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
                   int tokens, int count, float* y, std::ptrdiff_t stride) {
-    (w.affine ? zigzag_times_as<true> : zigzag_times_as<false>)(w, tile, first, last, index, value, tokens, count, y,
-                                                               stride);
+    auto* run = w.scales == Scales::super    ? zigzag_times_as<Scales::super>
+                : w.scales == Scales::affine ? zigzag_times_as<Scales::affine>
+                                             : zigzag_times_as<Scales::symmetric>;
+    run(w, tile, first, last, index, value, tokens, count, y, stride);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "half.h"
 #include "kernels.h"
 #include "vector_ops.h"
+#include "zigzag_step.h"
 
 namespace pennyweight {
 namespace {
@@ -97,11 +98,22 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
     return found;
 }
 
+// Scale and minimum of a column's group.
+std::pair<float, float> scales_of(const Zigzag& w, const std::uint8_t* chunk, int g) {
+    if (w.scales == Scales::super) {
+        const Super super(chunk + 2 * (g / Zigzag::kSuperGroups * Zigzag::kSuperGroups));
+        const int shift = 8 * (g % Zigzag::kSuperGroups);
+        return {from_float16(std::uint16_t(super.factors)) * float(super.scales >> shift & 63),
+                -from_float16(std::uint16_t(super.factors >> 16)) * float(super.minima >> shift & 63)};
+    }
+    return {load_half(chunk + 2 * g, Half::float16),
+            w.scales == Scales::affine ? load_half(chunk + 2 * (w.groups() + g), Half::float16) : 0.0f};
+}
+
 void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
                   int tokens, int count, float* y, std::ptrdiff_t stride) {
-    constexpr int kStep = 16;  // columns that share one integer scale per group of rows
     const std::uint8_t* base = w.data + tile * w.tile_bytes();
-    const int first_row = first * Zigzag::kUnitRows, last_row = last * Zigzag::kUnitRows, groups = w.groups();
+    const int first_row = first * Zigzag::kUnitRows, last_row = last * Zigzag::kUnitRows;
     for (int t = 0; t < tokens; t++) {
         float* out = y + t * stride - first_row;
         std::fill(out + first_row, out + last_row, 0.0f);
@@ -111,14 +123,14 @@ void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int
                 const int columns = std::min(kStep, count - start);
                 float folded[kStep], most = 0;
                 for (int c = 0; c < columns; c++) {
-                    const std::uint8_t* chunk = base + index[start + c] * w.chunk_bytes();
                     const float x = value[t][start + c];
-                    folded[c] = x * load_half(chunk + 2 * g, Half::float16);
+                    const auto [scale, minimum] = scales_of(w, base + index[start + c] * w.chunk_bytes(), g);
+                    folded[c] = x * scale;
                     most = std::max(most, std::fabs(folded[c]));
                     // Codes count from 8 with minima too: what rounding leaves of a folded activation is multiplied by
                     // the code, and should not meet 15 where it could meet 7. The minimum is then 8 scales higher.
-                    if (w.affine) {
-                        bias = std::fma(x, load_half(chunk + 2 * (groups + g), Half::float16), bias);
+                    if (w.scales != Scales::symmetric) {
+                        bias = std::fma(x, minimum, bias);
                         bias = std::fma(8.0f, folded[c], bias);
                     }
                 }
@@ -139,7 +151,7 @@ void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int
                     out[r] = std::fma(float(exact), scale, out[r]);
                 }
             }
-            if (w.affine)
+            if (w.scales != Scales::symmetric)
                 for (int r = g * w.group; r < (g + 1) * w.group; r++) out[r] += bias;
         }
     }

@@ -40,21 +40,32 @@ struct Rows {
 
 // Zigzag (ZG4): scales run down the output within one input column, so that a column that is not needed is not read.
 //
-// Tiles of `tile_rows` rows; in a tile one chunk per column: float16 scales of its groups of rows, then minima if
-// affine, then nibbles in units of 64 bytes for 128 rows: byte 16L + 4u + e holds row 32u + 4L + e in its low and row
-// 32u + 16 + 4L + e in its high nibble. Chunks are padded to 64 bytes. w = scale (code - 8), or scale code + minimum.
+// Tiles of `tile_rows` rows; in a tile one chunk per column: scales of its groups of rows, then nibbles in units of 64
+// bytes for 128 rows: byte 16L + 4u + e holds row 32u + 4L + e in its low and row 32u + 16 + 4L + e in its high nibble.
+// Chunks are padded to 64 bytes. Scales are
+//   symmetric  float16: w = scale (code - 8)
+//   affine     float16, and behind them float16 minima: w = scale code + minimum
+//   super      16 bytes for 8 groups of 32 rows, as in Q4_K: float16 d and dmin, then scales s and minima m in 6 bits:
+//              bytes 0-3 hold s of groups 0-3 in their low 6 bits, bytes 4-7 m; bytes 8-11 the low 4 bits of s and m of
+//              groups 4-7, whose high 2 bits are the high bits of bytes 0-3 and 4-7. w = d s code - dmin m
+enum class Scales : int { symmetric = 0, affine = 1, super = 2 };
+
 struct Zigzag {
     static constexpr int kUnitRows = 128;
+    static constexpr int kSuperGroups = 8;  // that share d and dmin
 
     int rows = 0, cols = 0;
     int tile_rows = 128;  // a multiple of 128
     int group = 64;       // rows that share a scale: 32, 64 or 128
-    bool affine = false;
+    Scales scales = Scales::symmetric;
     const std::uint8_t* data = nullptr;
 
     int tiles() const { return (rows + tile_rows - 1) / tile_rows; }
     int groups() const { return tile_rows / group; }  // of a tile
-    std::size_t scale_bytes() const { return std::size_t(affine ? 4 : 2) * groups(); }
+    // Of one column in one tile; those of group g begin at byte 2 g.
+    std::size_t scale_bytes() const { return std::size_t(scales == Scales::affine ? 4 : 2) * groups(); }
+    // Units that are not parted: those of groups that share a scale of scales.
+    int whole_units() const { return scales == Scales::super ? kSuperGroups * group / kUnitRows : 1; }
     std::size_t chunk_bytes() const { return (scale_bytes() + tile_rows / 2 + 63) / 64 * 64; }
     std::size_t tile_bytes() const { return cols * chunk_bytes(); }
     std::size_t bytes() const { return tiles() * tile_bytes(); }

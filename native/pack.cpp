@@ -78,13 +78,14 @@ std::shared_ptr<Matrix> make_rows(const std::uint8_t* codes, std::size_t row_byt
 }
 
 std::shared_ptr<Matrix> make_zigzag(const std::uint8_t* chunks, std::size_t bytes, int rows, int cols, int tile_rows,
-                                    int group, bool affine, std::shared_ptr<void> lender) {
+                                    int group, Scales scales, std::shared_ptr<void> lender) {
     auto made = std::make_shared<Matrix>();
     made->layout = Matrix::Layout::zigzag;
     Zigzag& w = made->zigzag;
-    w = {rows, cols, tile_rows, group, affine, nullptr};
-    if ((group != 32 && group != 64 && group != 128) || tile_rows < 1 || tile_rows % Zigzag::kUnitRows ||
-        w.groups() > 1024 || bytes != w.bytes())
+    w = {rows, cols, tile_rows, group, scales, nullptr};
+    const bool super = scales == Scales::super;
+    if ((group != 32 && (super || (group != 64 && group != 128))) || tile_rows < 1 ||
+        tile_rows % (Zigzag::kUnitRows * w.whole_units()) || w.groups() > 1024 || bytes != w.bytes())
         throw std::invalid_argument("a zigzag matrix of " + std::to_string(rows) + " x " + std::to_string(cols) +
                                     " in tiles of " + std::to_string(tile_rows) + " rows, groups of " +
                                     std::to_string(group) + ", does not have " + std::to_string(bytes) + " bytes");

@@ -21,6 +21,6 @@ std::shared_ptr<Matrix> make_rows(const std::uint8_t* codes, std::size_t row_byt
 
 // Chunks as matrices.h tells, already in order. With a lender they stay where they lie, else they are copied.
 std::shared_ptr<Matrix> make_zigzag(const std::uint8_t* chunks, std::size_t bytes, int rows, int cols, int tile_rows,
-                                    int group, bool affine, std::shared_ptr<void> lender = nullptr);
+                                    int group, Scales scales, std::shared_ptr<void> lender = nullptr);
 
 }  // namespace pennyweight

@@ -14,6 +14,12 @@ constexpr int kPad = 128;           // widths of buffers; the largest group of c
 constexpr int kTallEnough = 4096;   // rows of a thread's piece of a column
 constexpr int kRowsTogether = 1024, kTokensTogether = 6;  // of many tokens: their sums stay in L1
 
+std::pair<int, int> share_of_units(const Zigzag& w, int t, int threads) {
+    const int whole = w.whole_units();
+    const auto [first, last] = share(w.padded_rows() / Zigzag::kUnitRows / whole, t, threads);
+    return {first * whole, last * whole};
+}
+
 float* floats(const Buffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
 
 }  // namespace
@@ -230,7 +236,7 @@ void Products::zigzag_one(int t, const Matrix& matrix, const float* x, float thr
         }
     };
     if (parts == 1) {
-        const auto [first, last] = share(w.tiles() * units, t, threads);
+        const auto [first, last] = share_of_units(w, t, threads);
         run(0, first, last, partial);
     } else {
         run(t, 0, w.tiles() * units, partial + std::size_t(t) * zigzag_rows_);
@@ -250,7 +256,7 @@ void Products::zigzag_many(int t, const Matrix& matrix, int stride, float* y) {
     const int threads = pool_.threads(), parts = column_parts(w), units = w.tile_rows / Zigzag::kUnitRows;
     const int count = int(own_[t].dense.size());
     Thread& own = own_[t];
-    const auto [first_unit, last_unit] = share(w.tiles() * units, t, threads);
+    const auto [first_unit, last_unit] = share_of_units(w, t, threads);
     const int steps = (w.cols + 15) / 16;
     const float* values[kTokensTogether];
     for (int unit = first_unit; unit < last_unit;) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "matrices.h"
 
@@ -26,6 +27,21 @@ struct Folded {
     std::int32_t* minus8(int t) { return table + (8 * t + 5) * groups; }
     std::int32_t* minus136(int t) { return table + (8 * t + 6) * groups; }
     float* bias(int t) { return reinterpret_cast<float*>(table + (8 * t + 7) * groups); }
+};
+
+// Scales of eight groups (Scales::super) in bytes, group 0 lowest: of 6 bits, to be multiplied by float16 d and dmin.
+struct Super {
+    std::uint64_t scales, minima;
+    std::uint32_t factors;  // d in the low half, dmin in the high one
+
+    explicit Super(const std::uint8_t* at) {
+        std::uint32_t word[4];
+        std::memcpy(word, at, sizeof word);
+        const std::uint32_t low = word[3] & 0x0f0f0f0f, high = word[3] >> 4 & 0x0f0f0f0f;
+        scales = (word[1] & 0x3f3f3f3f) | std::uint64_t(low | (word[1] >> 2 & 0x30303030)) << 32;
+        minima = (word[2] & 0x3f3f3f3f) | std::uint64_t(high | (word[2] >> 2 & 0x30303030)) << 32;
+        factors = word[0];
+    }
 };
 
 // Rows of a tile that are worked on together: whole units, and so few that the tables of all tokens fit.
@@ -92,7 +108,7 @@ private:
 };
 
 // The loops around what an instruction set does itself: `fold` makes the tables of a step, `times` adds its products.
-template <bool kAffine, class Fold, class Times>
+template <Scales kScales, class Fold, class Times>
 void each_step(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
                int tokens, int count, float* y, std::ptrdiff_t stride, Fold&& fold, Times&& times) {
     static thread_local Folded folded;
@@ -108,7 +124,7 @@ void each_step(const Zigzag& w, int tile, int first, int last, const std::int32_
             folded.groups = slice.groups;
             for (int t = 0; t < n; t++) {
                 for (int r = 0; r < rows; r++) out[t * stride + r] = 0;
-                if constexpr (kAffine)
+                if constexpr (kScales != Scales::symmetric)
                     for (int g = 0; g < slice.groups; g++) folded.bias(t)[g] = 0;
             }
             for (int start = 0; start < count; start += kStep) {
@@ -117,11 +133,11 @@ void each_step(const Zigzag& w, int tile, int first, int last, const std::int32_
                 fold(step, slice, value + from, start, n, folded, ahead);
                 for (int c = 0; c < kStep; c++)
                     for (int g = slice.first_group; g < slice.first_group + slice.groups; g += 32)
-                        for (int part = 0; part < (kAffine ? 2 : 1); part++)
+                        for (int part = 0; part < (kScales == Scales::affine ? 2 : 1); part++)
                             __builtin_prefetch(step.next[c] + 2 * (g + part * w.groups()), 0, 2);
                 times(step, slice, folded, n, out, ahead);
             }
-            if constexpr (kAffine)
+            if constexpr (kScales != Scales::symmetric)
                 for (int t = 0; t < n; t++)
                     for (int r = 0; r < rows; r++) out[t * stride + r] += folded.bias(t)[r / w.group];
         }

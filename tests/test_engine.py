@@ -100,8 +100,8 @@ def quantised(folder, out, stored):
     for name in checkpoint.entries:
         tensor = checkpoint.read(name)
         if tensor.ndim == 2 and "layers" in name:
-            codes, scale = rtn.quantize(tensor.float(), None, stored)
-            parts = packed_int.pack(codes, scale, stored)
+            codes, grid = rtn.quantize(tensor.float(), None, stored)
+            parts = packed_int.pack(codes, grid, stored)
             tensors |= {name.removesuffix("weight") + part: t.contiguous() for part, t in parts.items()}
             targets.append(name.removesuffix(".weight"))
         else:
@@ -254,6 +254,7 @@ def zigzag_model(pico, tmp_path_factory):
     from safetensors.torch import load_file, save_file
 
     from pennyweight.formats import zigzag
+    from pennyweight.formats._grid import Grid
 
     folder = tmp_path_factory.mktemp("zigzag") / "model"
     shutil.copytree(pico("qwen3"), folder)
@@ -263,7 +264,7 @@ def zigzag_model(pico, tmp_path_factory):
             grouped = tensor.float().view(-1, 32, tensor.shape[1])
             scale = (grouped.abs().amax(dim=1) / 7).half()
             codes = (tensor.float() / scale.float().repeat_interleave(32, dim=0) + 8).round().clamp(0, 15).byte()
-            packed[name] = zigzag.pack(codes, scale, spec.of(len(tensor)))
+            packed[name] = zigzag.pack(codes, Grid(scale), spec.of(len(tensor)))
             tensors[name] = zigzag.unpack(packed[name])
     save_file(tensors, folder / "model.safetensors")
 
@@ -276,7 +277,7 @@ def zigzag_model(pico, tmp_path_factory):
             parts, own = packed[name], zigzag.spec_of(packed[name])
             rows, columns = (int(n) for n in parts["weight_shape"])
             raw = parts["weight_zigzag"].numpy()
-            made = _native.Matrix.zigzag(raw, rows, columns, own.tile_rows, own.group, own.affine)
+            made = _native.Matrix.zigzag(raw, rows, columns, own.tile_rows, own.group, _native.Scales[own.scales])
             made.threshold = threshold
             return made
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pennyweight.formats import packed_int
+from pennyweight.formats._grid import Grid
 from pennyweight.formats.packed_int import Spec
 
 STORY = settings(deadline=None, derandomize=True, max_examples=60)
@@ -46,7 +47,7 @@ def by_hand(codes: torch.Tensor, scale: torch.Tensor, spec: Spec) -> torch.Tenso
 @given(matrices())
 def test_what_is_packed_unpacks_to_code_times_scale(matrix):
     codes, scale, spec = matrix
-    parts = packed_int.pack(codes, scale, spec)
+    parts = packed_int.pack(codes, Grid(scale), spec)
     assert {name: part.dtype for name, part in parts.items()} == {
         "weight_packed": torch.int32,
         "weight_scale": torch.bfloat16,
@@ -62,7 +63,7 @@ def test_what_is_packed_unpacks_to_code_times_scale(matrix):
 @given(matrices())
 def test_the_words_are_those_of_compressed_tensors(matrix):
     codes, scale, spec = matrix
-    packed = packed_int.pack(codes, scale, spec)["weight_packed"]
+    packed = packed_int.pack(codes, Grid(scale), spec)["weight_packed"]
     assert torch.equal(packed, pack_to_int32(codes, spec.bits))
     assert torch.equal(unpack_from_int32(packed, spec.bits, codes.shape), codes)
 
@@ -75,14 +76,14 @@ def test_the_values_are_those_of_compressed_tensors(matrix):
         num_bits=spec.bits, type="int", strategy="group", group_size=spec.group, symmetric=True
     )
     theirs = library_dequantize(codes, scale, torch.zeros_like(scale, dtype=torch.int8), args=arguments)
-    assert torch.equal(packed_int.unpack(packed_int.pack(codes, scale, spec)), theirs.bfloat16())
+    assert torch.equal(packed_int.unpack(packed_int.pack(codes, Grid(scale), spec)), theirs.bfloat16())
 
 
 @STORY
 @given(matrices())
 def test_bytes_are_counted_to_the_byte_and_the_spec_is_read_off_the_shapes(matrix):
     codes, scale, spec = matrix
-    parts = packed_int.pack(codes, scale, spec)
+    parts = packed_int.pack(codes, Grid(scale), spec)
     assert packed_int.nbytes(*codes.shape, spec) == sum(part.numel() * part.element_size() for part in parts.values())
     assert packed_int.spec_of(parts) == spec
 
@@ -92,7 +93,7 @@ def test_bytes_are_counted_to_the_byte_and_the_spec_is_read_off_the_shapes(matri
 def test_slicing_rows_is_slicing_the_matrix(matrix, rows):
     codes, scale, spec = matrix
     rows = min(rows, len(codes))
-    parts = packed_int.pack(codes, scale, spec)
+    parts = packed_int.pack(codes, Grid(scale), spec)
     sliced = packed_int.slice_rows(parts, rows)
     assert torch.equal(packed_int.unpack(sliced), packed_int.unpack(parts)[:rows])
     assert packed_int.spec_of(sliced) == spec
@@ -106,22 +107,22 @@ def test_every_code_at_every_place_of_a_word(bits):
     codes = torch.cat([codes.roll(shift, dims=1) for shift in range(8)])
     spec = Spec(bits, codes.shape[1])
     assert (low, high) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    assert torch.equal(packed_int.unpack(packed_int.pack(codes, torch.ones(8, 1), spec)), codes.bfloat16())
+    assert torch.equal(packed_int.unpack(packed_int.pack(codes, Grid(torch.ones(8, 1)), spec)), codes.bfloat16())
 
 
 def test_large_matrices_are_worked_on_in_blocks_of_rows(monkeypatch):
     codes, scale, spec = random_matrix(63, 257, Spec(4, 257))
-    whole = packed_int.unpack(packed_int.pack(codes, scale, spec))
+    whole = packed_int.unpack(packed_int.pack(codes, Grid(scale), spec))
     for values in (1, 257, 1000, 62 * 257):
         monkeypatch.setattr(packed_int, "BLOCK_VALUES", values)
-        assert torch.equal(packed_int.unpack(packed_int.pack(codes, scale, spec)), whole)
+        assert torch.equal(packed_int.unpack(packed_int.pack(codes, Grid(scale), spec)), whole)
         assert torch.equal(packed_int.dequantize(codes, scale), whole)
 
 
 def test_scales_are_kept_in_bfloat16():
     codes, scale, spec = random_matrix(2, 63, Spec(8, 9))
     exact = scale.float() * 1.001
-    assert torch.equal(packed_int.pack(codes, exact, spec)["weight_scale"], exact.bfloat16())
+    assert torch.equal(packed_int.pack(codes, Grid(exact), spec)["weight_scale"], exact.bfloat16())
 
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -133,7 +134,7 @@ def test_a_code_out_of_range_is_refused_with_the_range(bits, code):
     codes[2, 62] = code
     low, high = packed_int.limits(bits)
     with pytest.raises(ValueError) as err:
-        packed_int.pack(codes, torch.ones(3, 7), Spec(bits, 9))
+        packed_int.pack(codes, Grid(torch.ones(3, 7)), Spec(bits, 9))
     assert str(err.value) == f"codes span {min(code, 0)}..{max(code, 0)}; {bits} bits hold {low}..{high}"
 
 
@@ -149,19 +150,19 @@ def test_a_code_out_of_range_is_refused_with_the_range(bits, code):
 )
 def test_shapes_that_do_not_fit_are_refused_with_both(rows, columns, scales, group):
     with pytest.raises(ValueError) as err:
-        packed_int.pack(torch.zeros(rows, columns, dtype=torch.int8), torch.ones(scales), Spec(4, group))
+        packed_int.pack(torch.zeros(rows, columns, dtype=torch.int8), Grid(torch.ones(scales)), Spec(4, group))
     assert str(err.value) == f"codes {(rows, columns)} and scale {scales} do not fit group {group}"
 
 
 @pytest.mark.parametrize("spec", [Spec(3, 9), Spec(16, 9), Spec(16, 0), Spec(4, 0)])
 def test_bits_and_groups_that_cannot_be_packed_are_refused(spec):
     with pytest.raises(ValueError, match=re.escape("bits must be one of (4, 8), the group at least 1")):
-        packed_int.pack(torch.zeros(3, 63, dtype=torch.int8), torch.ones(3, 7), spec)
+        packed_int.pack(torch.zeros(3, 63, dtype=torch.int8), Grid(torch.ones(3, 7)), spec)
 
 
 def test_parts_that_do_not_belong_together_are_refused_with_their_shapes():
     codes, scale, spec = random_matrix(5, 63, Spec(4, 9))
-    parts = packed_int.pack(codes, scale, spec)
+    parts = packed_int.pack(codes, Grid(scale), spec)
     wrong = {
         "too many columns": {"weight_shape": torch.tensor([5, 65])},
         "a row missing": {"weight_packed": parts["weight_packed"][:4]},
@@ -177,7 +178,8 @@ def test_parts_that_do_not_belong_together_are_refused_with_their_shapes():
 @pytest.mark.parametrize("bits", packed_int.BITS)
 @pytest.mark.parametrize("columns", [1, 4])
 def test_a_matrix_too_narrow_to_tell_its_bits_is_refused_rather_than_guessed(bits, columns):
-    parts = packed_int.pack(*random_matrix(3, columns, Spec(bits, columns)))
+    codes, scale, spec = random_matrix(3, columns, Spec(bits, columns))
+    parts = packed_int.pack(codes, Grid(scale), spec)
     with pytest.raises(ValueError, match="is no packed matrix of 3 x"):
         packed_int.unpack(parts)
 

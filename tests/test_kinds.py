@@ -111,9 +111,9 @@ def test_a_quantiser_prepares_once_and_quantises_with_that(name):
     quantiser = kinds.load("quantize", name)
     assert parameters_of(quantiser.prepare) == ["moment"]
     spec = packed_int.Spec(4, 9)
-    codes, scale = quantiser.quantize(torch.ones(1, 63), quantiser.prepare(torch.eye(63)), spec)
+    codes, grid = quantiser.quantize(torch.ones(1, 63), quantiser.prepare(torch.eye(63)), spec)
     assert (codes.dtype, codes.shape) == (torch.int8, (1, 63))
-    assert (scale.dtype, scale.shape) == (torch.bfloat16, (1, 7))
+    assert (grid.scale.dtype, grid.scale.shape) == (torch.bfloat16, (1, 7))
 
 
 @pytest.mark.parametrize("name", kinds.names("formats"))
@@ -121,7 +121,7 @@ def test_a_format_packs_unpacks_slices_and_counts(name):
     storage = kinds.load("formats", name)
     assert dataclasses.is_dataclass(storage.Spec)
     needed = inspect.signature(storage.pack).parameters.values()
-    assert [p.name for p in needed if p.default is p.empty] == ["codes", "scale", "spec"]
+    assert [p.name for p in needed if p.default is p.empty] == ["codes", "grid", "spec"]
     assert parameters_of(storage.unpack) == ["parts"]
     assert parameters_of(storage.slice_rows) == ["parts", "rows"]
     assert parameters_of(storage.nbytes) == ["rows", "columns", "spec"]

@@ -14,6 +14,7 @@ from pennyweight.checkpoint import safetensors_bytes
 from pennyweight.cost import Budget, Machine, Workload, computed, price
 from pennyweight.families._decoder import tensor_names
 from pennyweight.formats import packed_int
+from pennyweight.formats._grid import Grid
 from pennyweight.offers import ORDER, combinations, single_choices, undominated
 from pennyweight.search import mip
 from pennyweight.slots import (
@@ -192,7 +193,7 @@ def written(slot: Slot, shape: Shape) -> dict[str, torch.Tensor]:
         else:
             rows, columns = weight.shape
             scale = torch.ones(rows, columns // weight.stored.group)
-            parts = packed_int.pack(torch.zeros(rows, columns, dtype=torch.int8), scale, weight.stored)
+            parts = packed_int.pack(torch.zeros(rows, columns, dtype=torch.int8), Grid(scale), weight.stored)
             tensors |= {name.removesuffix("weight") + suffix: part for suffix, part in parts.items()}
     return tensors
 

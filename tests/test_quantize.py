@@ -8,8 +8,9 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from pennyweight import kinds
-from pennyweight.formats import packed_int
-from pennyweight.quantize import _scales, gptq, rtn
+from pennyweight.formats import _matrix, packed_int
+from pennyweight.formats._grid import Grid
+from pennyweight.quantize import _grids, gptq, rtn
 from pennyweight.slots import Stored
 
 QUANTISERS = [kinds.load("quantize", name) for name in kinds.names("quantize")]
@@ -58,7 +59,8 @@ def moment_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantised(quantiser, weight: torch.Tensor, moment: torch.Tensor | None, spec: Stored) -> torch.Tensor:
-    codes, scale = quantiser.quantize(weight, quantiser.prepare(moment), spec)
+    codes, grid = quantiser.quantize(weight, quantiser.prepare(moment), spec)
+    scale = grid.scale
     return packed_int.dequantize(codes, scale).float()
 
 
@@ -83,7 +85,8 @@ def plain_scales(weight: torch.Tensor, spec: Stored) -> torch.Tensor:
 @pytest.mark.parametrize(("rows", "columns", "group"), SIZES)
 def test_codes_keep_to_their_range_and_stay_near_the_weights(quantiser, bits, rows, columns, group):
     weight, spec = weights(rows, columns), Stored(bits, group)
-    codes, scale = quantiser.quantize(weight, quantiser.prepare(moment_of(inputs(columns))), spec)
+    codes, grid = quantiser.quantize(weight, quantiser.prepare(moment_of(inputs(columns))), spec)
+    scale = grid.scale
     low, high = packed_int.limits(bits)
     assert (codes.dtype, codes.shape, scale.dtype) == (torch.int8, weight.shape, torch.bfloat16)
     assert scale.shape == (rows, columns // group)
@@ -93,7 +96,7 @@ def test_codes_keep_to_their_range_and_stay_near_the_weights(quantiser, bits, ro
     assert codes.is_contiguous()
     error = (packed_int.dequantize(codes, scale).float() - weight).norm() / weight.norm()
     assert error < {4: 0.4, 8: 0.025}[bits]
-    packed_int.pack(codes, scale, spec)  # ready to be stored
+    packed_int.pack(codes, Grid(scale), spec)  # ready to be stored
 
 
 @every_quantiser
@@ -102,7 +105,8 @@ def test_weights_that_are_codes_times_scale_are_found_exactly(quantiser, bits):
     _, high = packed_int.limits(bits)
     codes = torch.randint(-high, high + 1, (63, 256), generator=torch.Generator().manual_seed(3)).float()
     codes[:, ::64] = {4: high, 8: high + 0.5}[bits]  # a range that is tried first, with a scale of one
-    found, scale = quantiser.quantize(codes, quantiser.prepare(torch.eye(256)), Stored(bits, 64))
+    found, grid = quantiser.quantize(codes, quantiser.prepare(torch.eye(256)), Stored(bits, 64))
+    scale = grid.scale
     assert torch.equal(scale, torch.ones(63, 4).bfloat16())
     codes[:, ::64] = high
     assert torch.equal(found.float(), codes)
@@ -136,8 +140,9 @@ def test_inputs_that_are_always_zero_are_left_out_of_it(quantiser):
     x, weight, spec = inputs(63), weights(7, 63), Stored(4, 9)
     dead = torch.arange(63) % 4 == 1
     x[:, dead] = 0
-    codes, scale = quantiser.quantize(weight, quantiser.prepare(moment_of(x)), spec)
-    nearest = _scales.codes(weight, scale, spec)
+    codes, grid = quantiser.quantize(weight, quantiser.prepare(moment_of(x)), spec)
+    scale = grid.scale
+    nearest = _grids.codes(weight, Grid(scale), spec)
     assert torch.equal(codes[:, dead], nearest[:, dead])
     other = torch.where(dead, 0.01, weight)  # what multiplies a zero cannot matter to the rest
     others = quantiser.quantize(other, quantiser.prepare(moment_of(x)), Stored(4, 1))[0]
@@ -228,7 +233,8 @@ def gptq_reference(weight: torch.Tensor, moment: torch.Tensor, scale: torch.Tens
 @pytest.mark.parametrize(("rows", "columns", "group"), [(7, 63, 9), (3, 257, 257), (5, 320, 64)])
 def test_gptq_in_blocks_is_gptq_column_by_column(bits, rows, columns, group):
     weight, moment, spec = weights(rows, columns), moment_of(inputs(columns)), Stored(bits, group)
-    codes, scale = gptq.quantize(weight, gptq.prepare(moment), spec)
+    codes, grid = gptq.quantize(weight, gptq.prepare(moment), spec)
+    scale = grid.scale
     expected = gptq_reference(weight, moment, scale, spec)
     assert (codes == expected).float().mean() > 0.995  # float32 may round a tie the other way
     slow = expected * scale.float().repeat_interleave(group, dim=1)
@@ -239,8 +245,10 @@ def test_gptq_in_blocks_is_gptq_column_by_column(bits, rows, columns, group):
 
 def test_with_inputs_that_have_nothing_to_do_with_each_other_gptq_is_rounding():
     weight, spec = weights(63, 257), Stored(4, 257)
-    codes, scale = gptq.quantize(weight, gptq.prepare(torch.eye(257)), spec)
-    expected, same_scale = rtn.quantize(weight, None, spec)
+    codes, grid = gptq.quantize(weight, gptq.prepare(torch.eye(257)), spec)
+    scale = grid.scale
+    expected, grid = rtn.quantize(weight, None, spec)
+    same_scale = grid.scale
     assert torch.equal(scale, same_scale)
     assert torch.equal(codes, expected)
 
@@ -268,7 +276,7 @@ def test_rounding_needs_no_moments():
 
 def weighted_errors(weight: torch.Tensor, scale: torch.Tensor, spec: Stored, importance: torch.Tensor) -> torch.Tensor:
     """(rows, groups) sums of importance * squared rounding error, in float64."""
-    made = _scales.codes(weight, scale, spec).double() * scale.double().repeat_interleave(spec.group, dim=1)
+    made = _grids.codes(weight, Grid(scale), spec).double() * scale.double().repeat_interleave(spec.group, dim=1)
     error = (made - weight.double()).square() * importance.double()
     return error.view(len(weight), -1, spec.group).sum(-1)
 
@@ -278,7 +286,7 @@ def weighted_errors(weight: torch.Tensor, scale: torch.Tensor, spec: Stored, imp
 def test_chosen_scales_are_no_worse_than_the_plain_ones_in_weighted_error(seed, columns, group):
     weight, spec = weights(63, columns, seed), Stored(4, group)
     importance = moment_of(inputs(columns, seed)).diagonal()
-    chosen = weighted_errors(weight, _scales.scales(weight, spec, importance), spec, importance)
+    chosen = weighted_errors(weight, _grids.grid(weight, spec, importance).scale, spec, importance)
     plain = weighted_errors(weight, plain_scales(weight, spec), spec, importance)
     assert (chosen <= plain * (1 + 1e-5)).all()
     if group > 1:
@@ -295,9 +303,9 @@ def test_importance_decides_what_is_clipped():
     outlier[7] = 1e6
     crowd = torch.ones(63)
     crowd[7] = 0.0
-    keeping, clipping = (_scales.scales(weight, spec, importance) for importance in (outlier, crowd))
+    keeping, clipping = (_grids.grid(weight, spec, importance).scale for importance in (outlier, crowd))
     assert clipping.item() < keeping.item()
-    made = packed_int.dequantize(_scales.codes(weight, keeping, spec), keeping)
+    made = packed_int.dequantize(_grids.codes(weight, Grid(keeping), spec), keeping)
     assert abs(made[0, 7].item() + 4.0) < 0.1
     for importance, better, worse in ((outlier, keeping, clipping), (crowd, clipping, keeping)):
         errors = [weighted_errors(weight, scale, spec, importance).item() for scale in (better, worse)]
@@ -307,13 +315,57 @@ def test_importance_decides_what_is_clipped():
 def test_clipping_pays_on_weights_with_outliers():
     weight, spec = weights(63, 256), Stored(4, 128)
     flat = torch.ones(256)
-    chosen = weighted_errors(weight, _scales.scales(weight, spec), spec, flat).sum()
+    chosen = weighted_errors(weight, _grids.grid(weight, spec).scale, spec, flat).sum()
     assert chosen < 0.9 * weighted_errors(weight, plain_scales(weight, spec), spec, flat).sum()
 
 
 def test_eight_bits_keep_the_whole_range():
     weight = weights(7, 63)
-    scale = _scales.scales(weight, Stored(8, 63))
+    scale = _grids.grid(weight, Stored(8, 63)).scale
     assert torch.equal(scale, (weight.abs().amax(1, keepdim=True) / 127.5).bfloat16())
-    made = packed_int.dequantize(_scales.codes(weight, scale, Stored(8, 63)), scale).float()
+    made = packed_int.dequantize(_grids.codes(weight, Grid(scale), Stored(8, 63)), scale).float()
     assert ((made - weight).abs() <= 0.8 * scale.float() + 2**-8 * weight.abs()).all()
+
+
+# ------------------------------------------------------------------------------------------- groups down the column
+
+
+DOWN = [Stored(4, 64, down=True), Stored(4, 64, down=True, scales="affine"), Stored(4, 32, down=True, scales="super")]
+
+
+def made_of(quantiser, weight: torch.Tensor, moment: torch.Tensor | None, spec: Stored) -> torch.Tensor:
+    parts = _matrix.pack(*quantiser.quantize(weight, quantiser.prepare(moment), spec), None, spec)
+    assert _matrix.stored_of(parts) == spec
+    return _matrix.unpack(parts)
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@every_quantiser
+@pytest.mark.parametrize("spec", DOWN, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 5), (63, 17), (300, 40), (700, 3)])
+def test_groups_down_the_column_stay_near_the_weights(quantiser, spec, rows, columns):
+    weight = gaussian(rows, columns)
+    error = (made_of(quantiser, weight, moment_of(inputs(columns)), spec) - weight).norm() / weight.norm()
+    assert error < (0.12 if quantiser is rtn else 0.25)
+
+
+def test_super_scales_are_better_than_affine_ones_at_equal_bits_and_these_than_symmetric_ones():
+    """Normal weights; relative errors, and the bits each format takes."""
+    weight = gaussian(2048, 64)
+    errors = [float((made_of(rtn, weight, None, spec) - weight).norm() / weight.norm()) for spec in DOWN]
+    bits = [8 * (spec.nbytes(2048, 64) - 4 * 2048 - 40) / weight.numel() for spec in DOWN]
+    assert bits == [4.25, 4.5, 4.5]
+    symmetric, affine, super_ = errors
+    assert super_ < 0.95 * affine
+    assert affine < 0.95 * symmetric
+
+
+def test_weights_that_are_all_positive_or_all_alike_are_kept():
+    for weight in (1 + 0.1 * gaussian(256, 3).abs(), torch.full((256, 3), -0.7), torch.zeros(256, 3)):
+        for spec in DOWN:
+            made = made_of(rtn, weight, None, spec)
+            assert torch.isfinite(made).all()
+            assert (made - weight).norm() <= 0.08 * weight.norm(), spec

@@ -59,8 +59,8 @@ def test_zigzag_bytes_are_those_of_the_format():
 
     for rows, columns in ((64, 64), (200, 7), (384, 129)):
         weight, stored = torch.randn(rows, columns), Stored(4, 64, down=True)
-        codes, scale = rtn.quantize(weight, None, stored)
-        parts = _matrix.pack(codes, scale, torch.ones(rows), stored)
+        codes, grid = rtn.quantize(weight, None, stored)
+        parts = _matrix.pack(codes, grid, torch.ones(rows), stored)
         assert sum(t.numel() * t.element_size() for t in parts.values()) == stored.nbytes(rows, columns)
         assert Weight("w", (rows, columns), stored).nbytes == stored.nbytes(rows, columns)
         assert _matrix.stored_of(parts) == stored

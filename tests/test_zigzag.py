@@ -9,28 +9,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pennyweight.formats import zigzag
+from pennyweight.formats._grid import Grid
 from pennyweight.formats.zigzag import Spec
 
-specs = st.builds(
-    Spec,
-    group=st.sampled_from(zigzag.GROUPS),
-    affine=st.booleans(),
-    tile_rows=st.sampled_from([128, 256, 384, 2048, 4096]),
+specs = st.one_of(
+    st.builds(
+        Spec,
+        group=st.sampled_from(zigzag.GROUPS),
+        scales=st.sampled_from(["symmetric", "affine"]),
+        tile_rows=st.sampled_from([128, 256, 384, 2048, 4096]),
+    ),
+    st.builds(Spec, group=st.just(32), scales=st.just("super"), tile_rows=st.sampled_from([256, 768, 2048, 4096])),
 )
+TENSORS = ("scale", "minimum", "factors", "sixes")
 
 
-def random_parts(rows: int, columns: int, spec: Spec, seed: int = 0):
+def random_parts(rows: int, columns: int, spec: Spec, seed: int = 0) -> tuple[torch.Tensor, Grid]:
     random = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (rows, columns), generator=random, dtype=torch.uint8)
     groups = -(-rows // spec.group)
+    if spec.scales == "super":
+        factors = (1e-3 + 1e-3 * torch.rand(2, -(-groups // 8), columns, generator=random)).half()
+        return codes, Grid.of_super(
+            factors, torch.randint(0, 64, (2, groups, columns), generator=random, dtype=torch.uint8)
+        )
     scale = (0.01 + 0.01 * torch.rand(groups, columns, generator=random)).half()
-    minimum = -(0.1 + 0.05 * torch.rand(groups, columns, generator=random)).half() if spec.affine else None
-    return codes, scale, minimum
+    minimum = -(0.1 + 0.05 * torch.rand(groups, columns, generator=random)).half()
+    return codes, Grid(scale, minimum if spec.scales == "affine" else None)
 
 
-def packed_from(parts, spec: Spec):
-    codes, scale, minimum = parts
-    return zigzag.pack(codes, scale, spec, minimum)
+def packed_from(parts: tuple[torch.Tensor, Grid], spec: Spec):
+    return zigzag.pack(*parts, spec)
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,7 +49,10 @@ def test_packing_loses_nothing(spec, rows, columns):
     packed = packed_from(parts, spec)
     assert packed["weight_zigzag"].numel() == zigzag.nbytes(rows, columns, spec)
     assert zigzag.spec_of(packed) == spec
-    for found, part in zip(zigzag.codes_of(packed), parts, strict=True):
+    codes, grid = zigzag.codes_of(packed)
+    assert torch.equal(codes, parts[0])
+    for name in TENSORS:
+        found, part = getattr(grid, name), getattr(parts[1], name)
         assert found is part is None or torch.equal(found, part)
     matrix, fewer = zigzag.unpack(packed), -(-rows // 3)
     assert torch.equal(zigzag.unpack(zigzag.slice_rows(packed, fewer)), matrix[:fewer])
@@ -50,11 +62,9 @@ def test_packing_loses_nothing(spec, rows, columns):
 @given(spec=specs, last=st.sampled_from([1, 128, 200]), scaled=st.booleans())
 def test_stacked_matrices_are_the_matrices(spec, last, scaled):
     matrices = []
-    for i, rows in enumerate((256, 2176, last)):
+    for i, rows in enumerate((256, 2304, last)):
         scale = torch.linspace(0.5, 2, rows) if scaled and i != 1 else None
-        matrices.append(
-            zigzag.pack(*random_parts(rows, 5, spec, i)[:2], spec, random_parts(rows, 5, spec, i)[2], scale)
-        )
+        matrices.append(zigzag.pack(*random_parts(rows, 5, spec, i), spec, scale))
     stacked = zigzag.stack(matrices)
     assert torch.equal(zigzag.unpack(stacked), torch.cat([zigzag.unpack(parts) for parts in matrices]))
 
@@ -70,9 +80,11 @@ def test_what_does_not_stack_is_refused():
 
 
 def test_every_nibble_is_where_the_format_says():
-    spec, rows, columns = Spec(group=32, affine=True, tile_rows=256), 500, 3
-    codes, scale, minimum = random_parts(rows, columns, spec)
-    chunks = zigzag.pack(codes, scale, spec, minimum)["weight_zigzag"].view(2, columns, spec.chunk_bytes).numpy()
+    spec, rows, columns = Spec(group=32, scales="affine", tile_rows=256), 500, 3
+    codes, grid = random_parts(rows, columns, spec)
+    scale, minimum = grid.scale, grid.minimum
+    assert minimum is not None
+    chunks = zigzag.pack(codes, grid, spec)["weight_zigzag"].view(2, columns, spec.chunk_bytes).numpy()
     halves = chunks[:, :, :32].copy().view(np.float16)
     for row in range(rows):
         tile, r = divmod(row, 256)
@@ -86,7 +98,13 @@ def test_every_nibble_is_where_the_format_says():
 
 @pytest.mark.parametrize(
     ("spec", "bits"),
-    [(Spec(64, False, 2048), 4.25), (Spec(64, True, 2048), 4.5), (Spec(32, False, 4096), 4.5), (Spec(128), 4.125)],
+    [
+        (Spec(64, "symmetric", 2048), 4.25),
+        (Spec(64, "affine", 2048), 4.5),
+        (Spec(32, "symmetric", 4096), 4.5),
+        (Spec(128), 4.125),
+        (Spec(32, "super", 2048), 4.5),
+    ],
 )
 def test_bits_per_weight(spec, bits):
     assert 8 * zigzag.nbytes(4096, 100, spec) / 4096 / 100 == bits
@@ -97,13 +115,37 @@ def test_what_does_not_fit_is_refused():
         Spec(group=48)
     with pytest.raises(ValueError, match="multiple of 128"):
         Spec(tile_rows=100)
-    codes, scale, _ = random_parts(128, 4, Spec())
-    with pytest.raises(ValueError, match="minimum"):
-        zigzag.pack(codes, scale, Spec(affine=True))
+    for wrong in ((64, "super", 512), (32, "super", 384), (64, "other", 128)):
+        with pytest.raises(ValueError, match="the group is one of"):
+            Spec(*wrong)
+    codes, grid = random_parts(128, 4, Spec())
+    for scales in ("affine", "super"):
+        with pytest.raises(ValueError, match="minimum"):
+            zigzag.pack(codes, Grid(grid.scale[[0, 0, 1, 1]]), Spec(32, scales))
     with pytest.raises(ValueError, match="4 bits hold"):
-        zigzag.pack(codes + 9, scale, Spec())
+        zigzag.pack(codes + 9, grid, Spec())
+    packed = zigzag.pack(codes, grid, Spec())
     with pytest.raises(ValueError, match="bytes"):
-        zigzag.unpack(zigzag.pack(codes, scale, Spec()) | {"weight_zigzag": torch.zeros(64, dtype=torch.uint8)})
+        zigzag.unpack(packed | {"weight_zigzag": torch.zeros(64, dtype=torch.uint8)})
+    with pytest.raises(ValueError, match="scales of kind 3"):
+        zigzag.unpack(packed | {"weight_layout": torch.tensor([64, 3, 128])})
+
+
+def test_a_block_of_super_scales_is_ggmls_q4_k_with_its_rows_down_the_column():
+    """Headers byte for byte; nibbles in ggml's order, and then ggml's own reading of them (SpQt, section on layout)."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    spec, rows, columns = Spec(32, "super", 512), 1000, 3
+    codes, grid = random_parts(rows, columns, spec)
+    packed = zigzag.pack(codes, grid, spec)
+    chunks = packed["weight_zigzag"].view(2, columns, spec.chunk_bytes).numpy()
+    full = torch.nn.functional.pad(codes, (0, 0, 0, 24)).view(4, 256, columns).permute(0, 2, 1)
+    pairs = full.reshape(4, columns, 4, 2, 32)  # of 64 weights the first 32 are low nibbles, the others high ones
+    nibbles = (pairs[..., 0, :] | pairs[..., 1, :] << 4).reshape(4, columns, 128).numpy()
+    headers = chunks[:, :, :32].reshape(2, columns, 2, 16).transpose(0, 2, 1, 3).reshape(4, columns, 16)
+    blocks = np.concatenate([headers, nibbles], axis=2)
+    found = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_K)  # (band, column, row of the band)
+    matrix = torch.from_numpy(found).permute(0, 2, 1).reshape(1024, columns)[:rows]
+    torch.testing.assert_close(zigzag.unpack(packed), matrix, rtol=1e-6, atol=1e-7)
 
 
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
@@ -112,7 +154,7 @@ _native = pytest.importorskip("pennyweight._native", reason="the native module w
 def product(parts, spec: Spec, x: np.ndarray, threshold: float = -1.0, kernels: str = "best") -> np.ndarray:
     rows, columns = parts[0].shape
     packed = packed_from(parts, spec)["weight_zigzag"].numpy()
-    matrix = _native.Matrix.zigzag(packed, rows, columns, spec.tile_rows, spec.group, spec.affine)
+    matrix = _native.Matrix.zigzag(packed, rows, columns, spec.tile_rows, spec.group, _native.Scales[spec.scales])
     y = np.full((len(x), rows), np.nan, np.float32)
     matrix.times(x, y, kernels, threshold)
     return y
@@ -133,10 +175,10 @@ def relative(found: np.ndarray, x: np.ndarray, dense: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kernels", _native.kernel_names())
-@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("scales", zigzag.SCALES)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 17), (200, 63), (2049, 257)])
-def test_products_are_within_one_percent(kernels, affine, rows, columns):
-    spec = Spec(affine=affine).of(rows)
+def test_products_are_within_one_percent(kernels, scales, rows, columns):
+    spec = Spec(32 if scales == "super" else 64, scales).of(rows)
     parts, x = random_parts(rows, columns, spec), activations(3, columns)
     dense = zigzag.dequantize(*parts, spec).double().numpy()
     for threshold in (-1.0, 0.0, 0.5):
@@ -148,17 +190,17 @@ def test_no_column_is_dropped_and_none_too_many_read():
     """Each column alone, whatever its place in steps of 16: scales of all others are NaN."""
     spec = Spec(tile_rows=128)
     for kept in (1, 3, 4, 15, 16, 17, 31, 33):
-        codes, scale, _ = random_parts(128, 40, spec)
+        codes, grid = random_parts(128, 40, spec)
         x = np.zeros((1, 40), np.float32)
         chosen = np.random.default_rng(kept).permutation(40)[:kept]
         x[0, chosen] = 1 + np.arange(kept)
-        dense = zigzag.dequantize(codes, scale, None, spec).numpy()
-        scale[:, np.setdiff1d(np.arange(40), chosen)] = torch.nan
-        found = product((codes, scale, None), spec, x, 0.0)
+        dense = zigzag.dequantize(codes, grid, spec).numpy()
+        grid.scale[:, np.setdiff1d(np.arange(40), chosen)] = torch.nan
+        found = product((codes, grid), spec, x, 0.0)
         assert relative(found, x, dense) < 0.01
 
 
 def test_everything_below_the_threshold_gives_zero():
-    spec = Spec(affine=True, tile_rows=256)
+    spec = Spec(scales="affine", tile_rows=256)
     parts, x = random_parts(200, 33, spec), activations(1, 33)
     np.testing.assert_array_equal(product(parts, spec, x, np.inf), np.zeros((1, 200), np.float32))

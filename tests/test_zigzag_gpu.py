@@ -21,19 +21,22 @@ with suppress(ImportError):
     import triton  # noqa: F401
 
 from pennyweight.formats import zigzag
+from pennyweight.formats._grid import Grid
 from pennyweight.formats.zigzag import Spec
 from pennyweight.kernels.zigzag import reference, wgsl
 from pennyweight.kernels.zigzag import triton as in_triton
 
 MATRICES = [
-    (1, 1, Spec(128, False, 128)),
-    (63, 3, Spec(32, True, 128)),
-    (200, 17, Spec(64, False, 256)),
-    (700, 17, Spec(64, True, 256)),  # the last of three tiles is not full
-    (513, 1000, Spec(128, False, 384)),  # an odd number of scales, nibbles between words
-    (300, 1000, Spec(32, False, 384)),
-    (2100, 130, Spec(128, True, 2048)),  # several bands in a tile
-    (1100, 64, Spec(64, False, 1152)),  # the last band not full
+    (1, 1, Spec(128, "symmetric", 128)),
+    (63, 3, Spec(32, "affine", 128)),
+    (200, 17, Spec(64, "symmetric", 256)),
+    (700, 17, Spec(64, "affine", 256)),  # the last of three tiles is not full
+    (513, 1000, Spec(128, "symmetric", 384)),  # an odd number of scales, nibbles between words
+    (300, 1000, Spec(32, "symmetric", 384)),
+    (2100, 130, Spec(128, "affine", 2048)),  # several bands in a tile
+    (300, 17, Spec(32, "super", 256)),
+    (1100, 130, Spec(32, "super", 768)),
+    (1100, 64, Spec(64, "symmetric", 1152)),  # the last band not full
 ]
 NAN = float("nan")
 Make = Callable[..., Any]
@@ -91,13 +94,19 @@ def random_parts(rows: int, columns: int, spec: Spec, without: torch.Tensor | No
     random = torch.Generator().manual_seed(rows)
     codes = torch.randint(0, 16, (rows, columns), generator=random, dtype=torch.uint8)
     shape = (-(-rows // spec.group), columns)
+    if spec.scales == "super":
+        factors = scale / 32 * (1 + torch.rand(2, -(-shape[0] // 8), columns, generator=random))
+        if without is not None:
+            factors[..., without] = NAN
+        sixes = torch.randint(0, 64, (2, *shape), generator=random, dtype=torch.uint8)
+        return zigzag.pack(codes, Grid.of_super(factors.half(), sixes), spec)
     scales = scale * (1 + torch.rand(shape, generator=random))
-    minima = -scale * (10 + 5 * torch.rand(shape, generator=random)) if spec.affine else None
+    minima = -scale * (10 + 5 * torch.rand(shape, generator=random)) if spec.scales == "affine" else None
     if without is not None:
         scales[:, without] = NAN
         if minima is not None:
             minima[:, without] = NAN
-    return zigzag.pack(codes, scales.half(), spec, None if minima is None else minima.half())
+    return zigzag.pack(codes, Grid(scales.half(), None if minima is None else minima.half()), spec)
 
 
 def activations(columns: int) -> torch.Tensor:
@@ -123,14 +132,14 @@ def test_products_equal_the_reference(make, rows, columns, spec):
         assert relative(found, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("scales", zigzag.SCALES)
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 33, 100])
-def test_no_column_is_dropped_and_none_too_many_read(make, count, affine):
+def test_no_column_is_dropped_and_none_too_many_read(make, count, scales):
     """However many are kept; the scales and minima of all others are NaN."""
     order = torch.randperm(100, generator=torch.Generator().manual_seed(count))
     x = torch.zeros(100)
     x[order[:count]] = 1.0 + torch.arange(count)
-    parts = random_parts(200, 100, Spec(64, affine, 128), without=order[count:])
+    parts = random_parts(200, 100, Spec(32, scales, 256), without=order[count:])
     found = times(make(parts), x, 0.0)
     dense = torch.nan_to_num(zigzag.unpack(parts)).double()
     assert relative(found, dense @ x.double()) < 1e-5
@@ -142,7 +151,7 @@ def test_what_is_kept_is_exact(make, columns, weighed):
     """Indices, order and values, over more blocks than one program counts; NaN is not kept, infinity is."""
     x = activations(columns) * (torch.arange(columns) % (1 + columns // 1000) == 0)
     importance = torch.rand(columns, generator=torch.Generator().manual_seed(1)) if weighed else None
-    matrix = make(random_parts(1, columns, Spec(128, False, 128)), importance)
+    matrix = make(random_parts(1, columns, Spec(128, "symmetric", 128)), importance)
     if columns > 1000:
         x[[100, 800]] = torch.tensor([NAN, float("-inf")])
     for threshold in (0.0, 0.5, float(x[0].abs()), float("inf")):
@@ -152,7 +161,7 @@ def test_what_is_kept_is_exact(make, columns, weighed):
 
 
 def test_a_negative_threshold_keeps_zeros(make):
-    matrix, x = make(random_parts(1, 9, Spec(128, False, 128))), torch.zeros(9)
+    matrix, x = make(random_parts(1, 9, Spec(128, "symmetric", 128))), torch.zeros(9)
     times(matrix, x, -1.0)
     assert kept(matrix)[0].tolist() == list(range(9))
 
@@ -164,7 +173,7 @@ def test_a_scale_per_row_counts(make):
 
 
 def test_the_same_bits_every_time(make):
-    parts, x = random_parts(700, 300, Spec(64, True, 256)), activations(300)
+    parts, x = random_parts(700, 300, Spec(64, "affine", 256)), activations(300)
     matrix = make(parts)
     first = times(matrix, x, 0.3)
     times(matrix, 2 * x, 0.1)
@@ -173,12 +182,12 @@ def test_the_same_bits_every_time(make):
 
 
 def test_scales_too_small_for_a_normal_float16(make):
-    parts, x = random_parts(128, 20, Spec(64, True, 128), scale=1e-6), activations(20)
+    parts, x = random_parts(128, 20, Spec(64, "affine", 128), scale=1e-6), activations(20)
     assert relative(times(make(parts), x, 0.0), reference.times(parts, x.double(), 0.0)) < 1e-5
 
 
 def test_what_does_not_fit_is_refused(make):
-    parts = random_parts(128, 4, Spec(64, False, 128))
+    parts = random_parts(128, 4, Spec(64, "symmetric", 128))
     with pytest.raises(ValueError, match=r"x has shape \(5,\)"):
         times(make(parts), torch.ones(5), 0.0)
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
@@ -188,7 +197,7 @@ def test_what_does_not_fit_is_refused(make):
 
 
 def test_the_reference_is_the_dense_product_of_what_is_kept():
-    parts, x = random_parts(200, 40, Spec(64, True, 128)), activations(40).double()
+    parts, x = random_parts(200, 40, Spec(64, "affine", 128)), activations(40).double()
     importance = torch.rand(40, generator=torch.Generator().manual_seed(0))
     some = torch.where(x.abs() * importance > 0.2, x, 0)
     wanted = zigzag.unpack(parts).double() @ some
@@ -198,8 +207,8 @@ def test_the_reference_is_the_dense_product_of_what_is_kept():
 
 
 def test_weights_in_several_buffers(shaders):
-    parts, x = random_parts(1100, 30, Spec(64, False, 256)), activations(30)
-    tile_bytes = 30 * Spec(64, False, 256).chunk_bytes
+    parts, x = random_parts(1100, 30, Spec(64, "symmetric", 256)), activations(30)
+    tile_bytes = 30 * Spec(64, "symmetric", 256).chunk_bytes
     halves = in_wgsl_with_nan(shaders, parts, binding_bytes=2 * tile_bytes + 1)
     assert torch.equal(times(halves, x, 0.0), times(in_wgsl_with_nan(shaders, parts), x, 0.0))
     with pytest.raises(ValueError, match="pack with fewer tile_rows"):
@@ -223,8 +232,10 @@ sources = [
     (kernels.scatter, listing | listed, dict(BLOCK=1024, BLOCKS=16)),
     (kernels.reduce, reduced, dict(ROWS=64, SLICES=32)),
 ]
-for spec in (Spec(64, False, 4096), Spec(64, True, 4096), Spec(128, False, 384)):
-    sizes = dict(TILE_ROWS=spec.tile_rows, GROUP=spec.group, AFFINE=spec.affine, CHUNK=spec.chunk_bytes, WORDS=64)
+kinds = ("symmetric", "affine", "super")
+for spec in (Spec(64), Spec(64, "affine"), Spec(32, "super"), Spec(128, tile_rows=384)):
+    sizes = dict(TILE_ROWS=spec.tile_rows, GROUP=spec.group, SCALES=kinds.index(spec.scales), CHUNK=spec.chunk_bytes)
+    sizes["WORDS"] = 64
     sources.append((kernels.multiply, sums, sizes | dict(COLUMNS=16)))
 for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
     for function, types, sizes in sources:

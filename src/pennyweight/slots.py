@@ -39,11 +39,12 @@ class Slot:
 @dataclass(frozen=True)
 class Stored:
     """How a matrix is kept: 16 bits as bfloat16, or `bits`-bit codes with one bfloat16 scale per `group` columns, or,
-    if `down`, 4-bit codes with one float16 scale per `group` rows of a column (zigzag, formats/zigzag.py)."""
+    if `down`, 4-bit codes with one scale per `group` rows of a column, of one of three kinds (formats/zigzag.py)."""
 
     bits: int = 16
     group: int = 0
     down: bool = False
+    scales: Literal["symmetric", "affine", "super"] = "symmetric"
 
     def over(self, columns: int) -> Stored:
         """As a matrix of so many columns is kept: one scale per row where the group does not divide them."""
@@ -54,11 +55,11 @@ class Stored:
         """Bytes on disk. Codes of a row are packed into whole int32 words; packed matrices also keep their shape."""
         if self.bits == 16:
             return 2 * rows * columns
-        if (
-            self.down
-        ):  # a column's scales and nibbles, in whole units of 128 rows and whole cache lines; a scale per row
-            padded = math.ceil(rows / 128) * 128
-            return columns * math.ceil((2 * padded // self.group + padded // 2) / 64) * 64 + 4 * rows + 16 + 24
+        if self.down:  # a column's scales and nibbles, in whole units of rows and whole cache lines; a scale per row
+            whole = 256 if self.scales == "super" else 128
+            padded = math.ceil(rows / whole) * whole
+            halves = (2 if self.scales == "affine" else 1) * padded // self.group
+            return columns * math.ceil((2 * halves + padded // 2) / 64) * 64 + 4 * rows + 16 + 24
         return 4 * rows * math.ceil(columns * self.bits / 32) + 2 * rows * (columns // self.over(columns).group) + 16
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from pennyweight.formats import packed_int, zigzag
+from pennyweight.formats._grid import Grid
 from pennyweight.slots import Stored
 
 _PARTS = ("packed", "scale", "zigzag", "layout", "row_scale", "shape")
@@ -31,7 +32,8 @@ def shape_of(found: Mapping[str, torch.Tensor]) -> tuple[int, int]:
 def stored_of(found: Mapping[str, torch.Tensor]) -> Stored:
     """How the matrix is kept. Raises ValueError for parts that do not belong together."""
     if "weight_zigzag" in found:
-        return Stored(4, zigzag.spec_of(found).group, down=True)
+        spec = zigzag.spec_of(found)
+        return Stored(4, spec.group, down=True, scales=spec.scales)
     return packed_int.spec_of(found)
 
 
@@ -41,12 +43,11 @@ def unpack(found: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return zigzag.unpack(found) if "weight_zigzag" in found else packed_int.unpack(found)
 
 
-def pack(
-    codes: torch.Tensor, scale: torch.Tensor, row_scale: torch.Tensor | None, stored: Stored
-) -> dict[str, torch.Tensor]:
-    """Codes counted from zero, and scales as quantisers give them (quantize/_scales.py). `row_scale` (rows,) only where
-    groups run down."""
+def pack(codes: torch.Tensor, grid: Grid, row_scale: torch.Tensor | None, stored: Stored) -> dict[str, torch.Tensor]:
+    """Codes and grid as quantisers give them (quantize/_grids.py). `row_scale` (rows,) only where groups run down."""
     if not stored.down:
-        return packed_int.pack(codes, scale, stored.over(codes.shape[1]))
-    spec = zigzag.Spec(stored.group, tile_rows=zigzag.UNIT_ROWS * -(-len(codes) // zigzag.UNIT_ROWS))
-    return zigzag.pack((codes + 8).to(torch.uint8), scale, spec, row_scale=row_scale)
+        return packed_int.pack(codes, grid, stored.over(codes.shape[1]))
+    spec = zigzag.Spec(stored.group, stored.scales)
+    whole = zigzag.Spec(stored.group, stored.scales, -(-len(codes) // spec.whole) * spec.whole)
+    signed = grid.minimum is None
+    return zigzag.pack((codes + 8 if signed else codes).to(torch.uint8), grid, whole, row_scale)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
+from pennyweight.formats._grid import Grid
 from pennyweight.slots import Stored
 
 BITS = (4, 8)
@@ -30,12 +31,12 @@ def limits(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
-def pack(codes: torch.Tensor, scale: torch.Tensor, spec: Spec) -> dict[str, torch.Tensor]:
-    """codes (rows, columns) integer, scale (rows, columns / group) bfloat16 -> the three tensors by suffix.
+def pack(codes: torch.Tensor, grid: Grid, spec: Spec) -> dict[str, torch.Tensor]:
+    """codes (rows, columns) integer, scales (rows, columns / group) bfloat16 -> the three tensors by suffix.
 
     Raises ValueError if shapes do not match the spec or a code is out of range.
     """
-    rows, columns = codes.shape
+    (rows, columns), scale = codes.shape, grid.scale
     low, high = limits(spec.bits)
     if spec.bits not in BITS or spec.group < 1:
         raise ValueError(f"{spec} cannot be packed: bits must be one of {BITS}, the group at least 1")

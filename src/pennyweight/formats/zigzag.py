@@ -1,48 +1,63 @@
 """4-bit weights whose groups run down the output, column by column, so that a column that is not needed is not read.
 
 SpQt's zigzag layout (arXiv:2511.04477) with tall chunks: in a tile of `tile_rows` rows every column is one contiguous
-chunk of its float16 scales (then minima, if affine) and its nibbles. The taller the chunk, the less traffic a skipped
-column leaves behind. Bytes: docs/formats.md; the kernels read them as they are.
+chunk of its scales and its nibbles. The taller the chunk, the less traffic a skipped column leaves behind. Bytes:
+docs/formats.md; the kernels read them as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
+
+from pennyweight.formats._grid import SUPER_GROUPS, Grid
 
 UNIT_ROWS = 128
 """Rows of 64 bytes of nibbles; tiles are whole units."""
 
 GROUPS = (32, 64, 128)
 
+Scales = Literal["symmetric", "affine", "super"]
+SCALES = get_args(Scales)
+
 
 @dataclass(frozen=True)
 class Spec:
-    """`group` rows share a scale; `affine`: w = scale * code + minimum, else scale * (code - 8). Codes are 0 to 15."""
+    """`group` rows share a scale. w = scale * (code - 8), or, unless `scales` are symmetric, scale * code + minimum;
+    codes are 0 to 15. Scales are float16, so are the minima of affine ones; super ones are 6 bits each times float16
+    factors of 256 rows, as in ggml's Q4_K."""
 
     group: int = 64
-    affine: bool = False
+    scales: Scales = "symmetric"
     tile_rows: int = 4096
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes the kernels do not read."""
-        if self.group not in GROUPS or self.tile_rows < UNIT_ROWS or self.tile_rows % UNIT_ROWS:
-            raise ValueError(f"{self}: the group is one of {GROUPS}, tile_rows a multiple of {UNIT_ROWS}")
+        groups = (32,) if self.scales == "super" else GROUPS
+        if self.scales not in SCALES or self.group not in groups or self.tile_rows < 1 or self.tile_rows % self.whole:
+            raise ValueError(f"{self}: the group is one of {groups}, tile_rows a multiple of {self.whole}")
+
+    @property
+    def whole(self) -> int:
+        """Rows that are not parted: a unit, or those that share factors."""
+        return SUPER_GROUPS * 32 if self.scales == "super" else UNIT_ROWS
 
     def of(self, rows: int) -> Spec:
         """The same with tiles no taller than a matrix of so many rows needs."""
-        return Spec(self.group, self.affine, min(self.tile_rows, -(-rows // UNIT_ROWS) * UNIT_ROWS))
+        return Spec(self.group, self.scales, min(self.tile_rows, -(-rows // self.whole) * self.whole))
 
     @property
     def chunk_bytes(self) -> int:
         """Of one column in one tile, padded to whole cache lines of 64 bytes."""
-        return -(-(self._half_bytes + self.tile_rows // 2) // 64) * 64
+        return -(-(self.scale_bytes + self.tile_rows // 2) // 64) * 64
 
     @property
-    def _half_bytes(self) -> int:
-        return (4 if self.affine else 2) * self.tile_rows // self.group
+    def scale_bytes(self) -> int:
+        """Of one column in one tile."""
+        return (4 if self.scales == "affine" else 2) * self.tile_rows // self.group
 
 
 def nbytes(rows: int, columns: int, spec: Spec) -> int:
@@ -50,46 +65,31 @@ def nbytes(rows: int, columns: int, spec: Spec) -> int:
     return -(-rows // spec.tile_rows) * columns * spec.chunk_bytes
 
 
-def pack(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    spec: Spec,
-    minimum: torch.Tensor | None = None,
-    row_scale: torch.Tensor | None = None,
-) -> dict[str, torch.Tensor]:
-    """codes (rows, columns) 0 to 15; scale and minimum (ceil(rows / group), columns) float16; row_scale (rows,) float32
-    or None -> tensors by suffix: the chunks as bytes, rows and columns, group, affine and tile_rows, and the row scale.
+def pack(codes: torch.Tensor, grid: Grid, spec: Spec, row_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """codes (rows, columns) 0 to 15; grid of (ceil(rows / group), columns) with what the spec's scales consist of;
+    row_scale (rows,) float32 or None -> tensors by suffix: the chunks as bytes, rows and columns, group, kind of scales
+    and tile_rows, and the row scale.
 
     Rows that fill the last tile have code 0 and scale 0. Raises ValueError if shapes do not match the spec.
     """
     rows, columns = codes.shape
     groups = -(-rows // spec.group)
-    for name, part in (("scale", scale), ("minimum", minimum)):
-        if (part is None) != (name == "minimum" and not spec.affine) or (
-            part is not None and part.shape != (groups, columns)
-        ):
-            raise ValueError(
-                f"{name} {None if part is None else tuple(part.shape)} does not fit {codes.shape} in {spec}"
-            )
+    came = [part is not None for part in (grid.minimum, grid.sixes)]
+    if grid.scale.shape != (groups, columns) or came != [spec.scales != "symmetric", spec.scales == "super"]:
+        raise ValueError(
+            f"a grid of {tuple(grid.scale.shape)}, minimum {came[0]}, does not fit {codes.shape} in {spec}"
+        )
     if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) <= 15):
         raise ValueError(f"codes span {int(codes.min())}..{int(codes.max())}; 4 bits hold 0..15")
     tiles = -(-rows // spec.tile_rows)
     out = torch.zeros(tiles, columns, spec.chunk_bytes, dtype=torch.uint8)
-    halves = [scale] if minimum is None else [scale, minimum]
-    for i, part in enumerate(halves):
-        columnwise = _tiled(part.half(), spec.tile_rows // spec.group).transpose(1, 2).reshape(-1)
-        raw = columnwise.view(torch.uint8).view(tiles, columns, -1)
-        out[:, :, i * raw.shape[-1] : (i + 1) * raw.shape[-1]] = raw
+    out[:, :, : spec.scale_bytes] = _scale_bytes(grid, spec).transpose(1, 2)
     # (tile, unit, u, high, L, e, column); byte 16 L + 4 u + e of a unit
     units = _tiled(codes.to(torch.uint8), spec.tile_rows).view(tiles, -1, 4, 2, 4, 4, columns)
     nibbles = units[:, :, :, 0] | units[:, :, :, 1] << 4
     nibbles = nibbles.permute(0, 5, 1, 3, 2, 4).reshape(tiles, columns, spec.tile_rows // 2)
-    out[:, :, spec._half_bytes : spec._half_bytes + spec.tile_rows // 2] = nibbles
-    parts = {
-        "weight_zigzag": out.view(-1),
-        "weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
-        "weight_layout": torch.tensor([spec.group, spec.affine, spec.tile_rows], dtype=torch.int64),
-    }
+    out[:, :, spec.scale_bytes : spec.scale_bytes + spec.tile_rows // 2] = nibbles
+    parts = {"weight_zigzag": out.view(-1), **_described(rows, columns, spec)}
     if row_scale is not None:
         if row_scale.shape != (rows,):
             raise ValueError(f"row_scale {tuple(row_scale.shape)} for {rows} rows")
@@ -97,10 +97,41 @@ def pack(
     return parts
 
 
+def _described(rows: int, columns: int, spec: Spec) -> dict[str, torch.Tensor]:
+    return {
+        "weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
+        "weight_layout": torch.tensor([spec.group, SCALES.index(spec.scales), spec.tile_rows], dtype=torch.int64),
+    }
+
+
+def _scale_bytes(grid: Grid, spec: Spec) -> torch.Tensor:
+    """(tiles, bytes, columns) uint8: what stands before the nibbles of each column."""
+    if grid.factors is None or grid.sixes is None:
+        halves = [grid.scale] if grid.minimum is None else [grid.scale, grid.minimum]
+        return torch.cat([_as_bytes(_tiled(half.half(), spec.tile_rows // spec.group)) for half in halves], dim=1)
+    s, m = (_tiled(part, spec.tile_rows // spec.group).unflatten(1, (-1, 2, 4)) for part in grid.sixes)
+    high = [part[:, :, 1] for part in (s, m)]  # groups 4 to 7 of a block; (tiles, blocks, 4, columns)
+    sixes = [
+        s[:, :, 0] | high[0] >> 4 << 6,
+        m[:, :, 0] | high[1] >> 4 << 6,
+        high[0] & 15 | (high[1] & 15) << 4,
+    ]
+    factors = [_as_bytes(_tiled(part, spec.tile_rows // spec.whole)).unflatten(1, (-1, 2)) for part in grid.factors]
+    return torch.cat([*factors, *sixes], dim=2).flatten(1, 2)
+
+
+def _as_bytes(halves: torch.Tensor) -> torch.Tensor:
+    """(tiles, n, columns) float16 -> (tiles, 2 n, columns) uint8, the low byte first."""
+    raw = halves.contiguous().unsqueeze(3).view(torch.uint8)  # (tiles, n, columns, 2)
+    return raw.permute(0, 1, 3, 2).flatten(1, 2)
+
+
 def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
     """Raises ValueError for a layout the kernels do not read."""
-    group, affine, tile_rows = (int(n) for n in parts["weight_layout"])
-    return Spec(group, bool(affine), tile_rows)
+    group, scales, tile_rows = (int(n) for n in parts["weight_layout"])
+    if not 0 <= scales < len(SCALES):
+        raise ValueError(f"scales of kind {scales}; known are 0 to {len(SCALES) - 1}: {', '.join(SCALES)}")
+    return Spec(group, SCALES[scales], tile_rows)
 
 
 def shape_of(parts: Mapping[str, torch.Tensor]) -> tuple[int, int]:
@@ -120,20 +151,18 @@ def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def slice_rows(parts: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
     """The first `rows` rows, in tiles no taller than they need."""
-    codes, scale, minimum = codes_of(parts)
-    spec = spec_of(parts).of(rows)
-    groups = -(-rows // spec.group)
+    (codes, grid), spec = codes_of(parts), spec_of(parts).of(rows)
     row_scale = parts["weight_row_scale"][:rows] if "weight_row_scale" in parts else None
-    return pack(codes[:rows], scale[:groups], spec, None if minimum is None else minimum[:groups], row_scale)
+    return pack(codes[:rows], grid.first(-(-rows // spec.group)), spec, row_scale)
 
 
 def can_stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> bool:
     """Whether `stack` takes them: the same columns and ways of grouping, and all but the last end with a whole unit."""
     specs = [spec_of(parts) for parts in matrices]
     alike = len(
-        {(spec.group, spec.affine, int(parts["weight_shape"][1])) for spec, parts in zip(specs, matrices, strict=True)}
+        {(spec.group, spec.scales, int(parts["weight_shape"][1])) for spec, parts in zip(specs, matrices, strict=True)}
     )
-    return alike == 1 and all(int(parts["weight_shape"][0]) % UNIT_ROWS == 0 for parts in matrices[:-1])
+    return alike == 1 and all(int(parts["weight_shape"][0]) % specs[0].whole == 0 for parts in matrices[:-1])
 
 
 def stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -143,26 +172,23 @@ def stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Ten
         raise ValueError("matrices of different columns or groupings, or of rows that are no whole units, do not stack")
     specs = [spec_of(parts) for parts in matrices]
     shapes = [[int(n) for n in parts["weight_shape"]] for parts in matrices]
-    rows, columns = sum(rows for rows, _ in shapes), shapes[0][1]
-    spec = Spec(specs[0].group, specs[0].affine, -(-rows // UNIT_ROWS) * UNIT_ROWS)
-    pieces: list[list[torch.Tensor]] = [[], [], []]  # scales, minima, nibbles; each (columns, bytes)
+    rows, columns, whole = sum(rows for rows, _ in shapes), shapes[0][1], specs[0].whole
+    spec = Spec(specs[0].group, specs[0].scales, -(-rows // whole) * whole)
+    kinds = 2 if spec.scales == "affine" else 1
+    pieces: list[list[torch.Tensor]] = [[] for _ in range(kinds + 1)]  # scales, minima, nibbles; each (columns, bytes)
     for parts, own, (count, _) in zip(matrices, specs, shapes, strict=True):
-        tiles, units = -(-count // own.tile_rows), -(-count // UNIT_ROWS)
+        tiles, kept = -(-count // own.tile_rows), -(-count // whole) * whole
         chunks = parts["weight_zigzag"].view(tiles, columns, own.chunk_bytes).transpose(0, 1)
-        size = 2 * own.tile_rows // own.group
-        ends = [size, 2 * size if own.affine else size, own._half_bytes + own.tile_rows // 2]
-        keep = [2 * units * UNIT_ROWS // own.group] * 2 + [units * UNIT_ROWS // 2]
-        for piece, start, end, kept in zip(pieces, [0, *ends], ends, keep, strict=False):
-            if end > start:
-                piece.append(chunks[:, :, start:end].reshape(columns, -1)[:, :kept])
+        sizes = [2 * own.tile_rows // own.group] * kinds + [own.tile_rows // 2]
+        wanted = [2 * kept // own.group] * kinds + [kept // 2]
+        start = 0
+        for piece, size, of_rows in zip(pieces, sizes, wanted, strict=True):
+            piece.append(chunks[:, :, start : start + size].reshape(columns, -1)[:, :of_rows])
+            start += size
     out = torch.zeros(columns, spec.chunk_bytes, dtype=torch.uint8)
-    whole = torch.cat([part for piece in pieces for part in piece], dim=1)
-    out[:, : whole.shape[1]] = whole
-    made = {
-        "weight_zigzag": out.view(-1),
-        "weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
-        "weight_layout": torch.tensor([spec.group, spec.affine, spec.tile_rows], dtype=torch.int64),
-    }
+    together = torch.cat([part for piece in pieces for part in piece], dim=1)
+    out[:, : together.shape[1]] = together
+    made = {"weight_zigzag": out.view(-1), **_described(rows, columns, spec)}
     if any("weight_row_scale" in parts for parts in matrices):
         each = [
             parts.get("weight_row_scale", torch.ones(count)) for parts, (count, _) in zip(matrices, shapes, strict=True)
@@ -171,42 +197,47 @@ def stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Ten
     return made
 
 
-def codes_of(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What `pack` was given: codes, scale, minimum. Raises ValueError if there are not as many bytes as this takes."""
+def codes_of(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Grid]:
+    """What `pack` was given. Raises ValueError if there are not as many bytes as this takes."""
     (rows, columns), spec = shape_of(parts), spec_of(parts)
     tiles = -(-rows // spec.tile_rows)
     chunks = parts["weight_zigzag"].view(tiles, columns, spec.chunk_bytes)
-    nibbles = chunks[:, :, spec._half_bytes : spec._half_bytes + spec.tile_rows // 2]
+    nibbles = chunks[:, :, spec.scale_bytes : spec.scale_bytes + spec.tile_rows // 2]
     nibbles = nibbles.reshape(tiles, columns, -1, 4, 4, 4).permute(0, 2, 4, 3, 5, 1)  # (tile, unit, u, L, e, column)
     codes = torch.stack([nibbles & 15, nibbles >> 4], dim=3).reshape(-1, columns)[:rows]
-    return codes, *scales_of(parts)
+    return codes, grid_of(parts)
 
 
-def scales_of(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and minimum as `pack` was given them."""
+def grid_of(parts: Mapping[str, torch.Tensor]) -> Grid:
+    """The grid that `pack` was given."""
     (rows, columns), spec = shape_of(parts), spec_of(parts)
-    tiles, size, groups = -(-rows // spec.tile_rows), 2 * spec.tile_rows // spec.group, -(-rows // spec.group)
-    chunks = parts["weight_zigzag"].view(tiles, columns, spec.chunk_bytes)
-    halves = [
-        chunks[:, :, i * size : (i + 1) * size]
-        .clone()
-        .view(-1)
-        .view(torch.float16)
-        .view(tiles, columns, -1)
-        .transpose(1, 2)
-        .reshape(-1, columns)[:groups]
-        for i in range(2 if spec.affine else 1)
+    tiles, groups = -(-rows // spec.tile_rows), -(-rows // spec.group)
+    raw = parts["weight_zigzag"].view(tiles, columns, spec.chunk_bytes)[:, :, : spec.scale_bytes]
+
+    def halves(part: torch.Tensor, count: int) -> torch.Tensor:
+        """(tiles, columns, 2 n) bytes -> (count, columns) float16."""
+        return part.contiguous().view(torch.float16).transpose(1, 2).reshape(-1, columns)[:count]
+
+    if spec.scales != "super":
+        parts_of = raw.chunk(2, dim=2) if spec.scales == "affine" else [raw]
+        return Grid(*(halves(part, groups) for part in parts_of))
+    blocks = raw.unflatten(2, (-1, 16))
+    factors = [halves(blocks[..., at : at + 2].flatten(2), -(-rows // spec.whole)) for at in (0, 2)]
+    first, second, both = (blocks[..., at : at + 4] for at in (4, 8, 12))
+    sixes = [
+        torch.cat([each & 63, low | each >> 6 << 4], dim=3).flatten(2).transpose(1, 2).reshape(-1, columns)[:groups]
+        for each, low in ((first, both & 15), (second, both >> 4))
     ]
-    return halves[0], halves[1] if spec.affine else None
+    return Grid.of_super(torch.stack(factors), torch.stack(sixes))
 
 
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, spec: Spec) -> torch.Tensor:
+def dequantize(codes: torch.Tensor, grid: Grid, spec: Spec) -> torch.Tensor:
     """The matrix (rows, columns) in float32."""
     rows = len(codes)
-    wide = scale.float().repeat_interleave(spec.group, dim=0)[:rows]
-    if minimum is None:
-        return (codes.float() - 8) * wide
-    return codes.float() * wide + minimum.float().repeat_interleave(spec.group, dim=0)[:rows]
+    scale = grid.scale.float().repeat_interleave(spec.group, dim=0)[:rows]
+    if grid.minimum is None:
+        return (codes.float() - 8) * scale
+    return codes.float() * scale + grid.minimum.float().repeat_interleave(spec.group, dim=0)[:rows]
 
 
 def _tiled(part: torch.Tensor, height: int) -> torch.Tensor:

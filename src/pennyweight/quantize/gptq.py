@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pennyweight.formats import packed_int
-from pennyweight.quantize import _scales
+from pennyweight.formats._grid import Grid
+from pennyweight.quantize import _grids
 from pennyweight.slots import Stored
 
 _BLOCK = 128
@@ -49,25 +49,27 @@ def prepare(moment: torch.Tensor | None) -> Prepared:
     return Prepared(moment.diagonal().clone(), order, torch.linalg.cholesky(inverse, upper=True))
 
 
-def quantize(weight: torch.Tensor, prepared: Prepared, spec: Stored) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (rows, columns) int8 and scales as `_scales.scales` gives them."""
-    scale = _scales.scales(weight, spec, prepared.importance)
+def quantize(weight: torch.Tensor, prepared: Prepared, spec: Stored) -> tuple[torch.Tensor, Grid]:
+    """Codes (rows, columns) int8 and their grid as `_grids.grid` gives it."""
+    grid = _grids.grid(weight, spec, prepared.importance)
     order, factor = prepared.order, prepared.factor
     # Column by column means row by row of the transpose, which lies contiguous.
-    step = _scales.expand(scale, spec, len(weight))[:, order].T.contiguous()
+    step = _grids.expand(grid.scale, spec, len(weight))[:, order].T.contiguous()
     work = weight.float()[:, order].T.contiguous()
-    low, high = packed_int.limits(spec.bits)
+    lowest = None if grid.minimum is None else _grids.expand(grid.minimum, spec, len(weight))[:, order].T.contiguous()
+    low, high = _grids.limits(spec)
     columns, rows = work.shape
     ordered = torch.empty(columns, rows, dtype=torch.int8)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
         errors = torch.empty(end - start, rows)
         for j in range(start, end):
-            code = (work[j] / step[j]).round_().clamp_(low, high)
+            above = work[j] if lowest is None else work[j] - lowest[j]
+            code = (above / step[j]).round_().clamp_(low, high)
             ordered[j] = code.to(torch.int8)
-            torch.sub(work[j], code.mul_(step[j]), out=errors[j - start]).div_(factor[j, j])
+            torch.sub(above, code.mul_(step[j]), out=errors[j - start]).div_(factor[j, j])
             work[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j - start], alpha=-1)
         work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     codes = torch.empty(columns, rows, dtype=torch.int8)
     codes[order] = ordered
-    return codes.T.contiguous(), scale
+    return codes.T.contiguous(), grid

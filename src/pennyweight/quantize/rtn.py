@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pennyweight.quantize import _scales
+from pennyweight.formats._grid import Grid
+from pennyweight.quantize import _grids
 from pennyweight.slots import Stored
 
 
@@ -18,7 +19,7 @@ def prepare(moment: torch.Tensor | None) -> torch.Tensor | None:
     return None if moment is None else moment.diagonal()
 
 
-def quantize(weight: torch.Tensor, importance: torch.Tensor | None, spec: Stored) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (rows, columns) int8 and scales as `_scales.scales` gives them; `importance` weighs their choice."""
-    scale = _scales.scales(weight, spec, importance)
-    return _scales.codes(weight, scale, spec), scale
+def quantize(weight: torch.Tensor, importance: torch.Tensor | None, spec: Stored) -> tuple[torch.Tensor, Grid]:
+    """Codes (rows, columns) int8 and their grid as `_grids.grid` gives it; `importance` weighs its choice."""
+    grid = _grids.grid(weight, spec, importance)
+    return _grids.codes(weight, grid, spec), grid

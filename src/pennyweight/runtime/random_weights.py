@@ -17,6 +17,8 @@ import torch
 
 from pennyweight.families._decoder import tensor_names
 from pennyweight.formats import _matrix, zigzag
+from pennyweight.formats._grid import SUPER_GROUPS, Grid
+from pennyweight.quantize import _grids
 from pennyweight.runtime.source import Vocabulary, native
 from pennyweight.slots import BFLOAT16, Attention, GatedMLP, Shape, Shapes, Stored, Weight
 
@@ -98,12 +100,19 @@ def _random(rows: int, columns: int, stored: Stored) -> dict[str, torch.Tensor]:
     if stored == BFLOAT16:
         values = torch.empty(min(_DISTINCT, rows * columns)).normal_(0.0, 0.02, generator=generator).bfloat16()
         return {"weight": _repeated(values, rows * columns).view(rows, columns)}
-    half = 1 << (stored.bits - 1)
-    codes = torch.randint(-half, half, (min(_DISTINCT, rows * columns),), generator=generator, dtype=torch.int8)
+    low, high = _grids.limits(stored)
+    codes = torch.randint(low, high + 1, (min(_DISTINCT, rows * columns),), generator=generator, dtype=torch.int8)
     codes = _repeated(codes, rows * columns).view(rows, columns)
     groups = (-(-rows // stored.group), columns) if stored.down else (rows, columns // stored.group)
-    scale = torch.full(groups, 0.02 / (0.58 * half))  # codes are spread evenly: their deviation is 0.58 of the limit
-    return _matrix.pack(codes, scale, torch.ones(rows) if stored.down else None, stored)
+    scale = 0.02 / (0.29 * (high - low + 1))  # codes are spread evenly: their deviation is 0.29 of their range
+    row_scale = torch.ones(rows) if stored.down else None
+    if stored.scales == "super":
+        blocks = -(-groups[0] // SUPER_GROUPS)
+        factors = torch.tensor([scale, 8 * scale]).div(32).view(2, 1, 1).expand(2, blocks, columns).half()
+        grid = Grid.of_super(factors, torch.full((2, *groups), 32, dtype=torch.uint8))
+    else:
+        grid = Grid(torch.full(groups, scale), torch.full(groups, -8 * scale) if stored.scales == "affine" else None)
+    return _matrix.pack(codes, grid, row_scale, stored)
 
 
 def _repeated(values: torch.Tensor, size: int) -> torch.Tensor:

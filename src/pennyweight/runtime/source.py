@@ -169,7 +169,8 @@ def native(name: str, parts: Mapping[str, torch.Tensor], *, in_place: bool = Fal
         scales = parts["weight_scale"].bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16)
         return _native.Matrix.rows(codes, scales, None, columns, spec.bits, spec.group, True)
     spec = zigzag.spec_of(parts)
-    for half in zigzag.scales_of(parts):
+    grid = zigzag.grid_of(parts)
+    for half in (grid.scale, grid.minimum):
         if half is not None:
             _refuse_damage(name, half)
     row_scale = parts.get("weight_row_scale")
@@ -181,7 +182,7 @@ def native(name: str, parts: Mapping[str, torch.Tensor], *, in_place: bool = Fal
         columns,
         spec.tile_rows,
         spec.group,
-        spec.affine,
+        _native.Scales[spec.scales],
         None if row_scale is None else row_scale.numpy(),
         in_place,
     )

@@ -59,7 +59,7 @@ MOMENT_OF = {"o_proj": "output_moment", "down_proj": "down_moment"}
 
 
 def codes(name: str, weight, stats: Stats, method: str, stored: Stored):
-    """(codes, scale) of the matrix called `name` (q_proj, down_proj, linear ...) as `stored` keeps it."""
+    """(codes, grid) of the matrix called `name` (q_proj, down_proj, linear ...) as `stored` keeps it."""
     from pennyweight import kinds
 
     moment = MOMENT_OF.get(name, "input_moment")
@@ -73,8 +73,8 @@ def pack(name: str, weight, stats: Stats, spec: Spec):
     """The tensors of the matrix called `name`, by suffix."""
     from pennyweight.formats import _matrix
 
-    found, scale = codes(name, weight, stats, spec.method, spec.stored)
-    return _matrix.pack(found, scale, None, spec.stored)
+    found, grid = codes(name, weight, stats, spec.method, spec.stored)
+    return _matrix.pack(found, grid, None, spec.stored)
 
 
 def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
@@ -84,5 +84,6 @@ def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
 
     for name, linear in parts.linears().items():
         for rows in linear.weight.detach().split(max(1, _VALUES_AT_ONCE // linear.weight.shape[1])):
-            rows.copy_(dequantize(*codes(name, rows, stats, spec.method, spec.stored)))
+            found, grid = codes(name, rows, stats, spec.method, spec.stored)
+            rows.copy_(dequantize(found, grid.scale))
     return with_shape(parts, reshape(parts.shape, spec))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from pennyweight.families._decoder import INNER, Parts
 from pennyweight.slots import BFLOAT16, QUANTILES, Attention, GatedMLP, Shape, Sparsity, Stored
@@ -29,17 +29,19 @@ BINS = 1 << (31 - _BITS)
 
 @dataclass(frozen=True)
 class Spec:
-    """Shares left out of the block's input and of its inner matrix's; rows per scale; how codes are found."""
+    """Shares left out of the block's input and of its inner matrix's; rows per scale and what scales are
+    (formats/zigzag.py); how codes are found."""
 
     entering: float
     inner: float
     weighted: bool = False
     group: int = GROUP
+    scales: Literal["symmetric", "affine", "super"] = "symmetric"
     method: str = "gptq"
 
     @property
     def stored(self) -> Stored:
-        return Stored(4, self.group, down=True)
+        return Stored(4, self.group, down=True, scales=self.scales)
 
     @property
     def sparsity(self) -> Sparsity:
@@ -74,8 +76,8 @@ def pack(name: str, weight: Any, stats: Stats, spec: Spec) -> dict[str, Any]:
     from pennyweight.variants import bits
 
     row_scale = weight.detach().float().square().mean(dim=1).sqrt().clamp_min(1e-12)
-    codes, scale = bits.codes(name, weight.detach().float() / row_scale.unsqueeze(1), stats, spec.method, spec.stored)
-    return _matrix.pack(codes, scale, row_scale, spec.stored)
+    codes, grid = bits.codes(name, weight.detach().float() / row_scale.unsqueeze(1), stats, spec.method, spec.stored)
+    return _matrix.pack(codes, grid, row_scale, spec.stored)
 
 
 def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:

@@ -51,6 +51,15 @@ def _code(packed, NIBBLE: tl.constexpr, OFFSET: tl.constexpr):
 
 
 @triton.jit
+def _six(word, both, group):
+    """A group's scale or minimum of super scales: of groups 0 to 3 of a block 6 bits of `word`, of 4 to 7 low 4 bits of
+    `both` and the 2 bits that are left of `word`."""
+    shift = group % 4 * 8
+    later = (both >> shift) & 15 | ((word >> (shift + 6)) & 3) << 4
+    return tl.where(group % 8 < 4, (word >> shift) & 63, later).to(tl.float32)
+
+
+@triton.jit
 def multiply(
     words,  # the packed bytes as int32
     halves,  # the same as float16
@@ -62,7 +71,7 @@ def multiply(
     padded_rows,
     TILE_ROWS: tl.constexpr,
     GROUP: tl.constexpr,
-    AFFINE: tl.constexpr,
+    SCALES: tl.constexpr,
     CHUNK: tl.constexpr,
     WORDS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -70,9 +79,9 @@ def multiply(
     """partial[slice, band's rows] = the sum over the slice of the kept columns, COLUMNS of them at a time."""
     BANDS: tl.constexpr = (TILE_ROWS // 8 + WORDS - 1) // WORDS
     GROUPS: tl.constexpr = TILE_ROWS // GROUP
-    NIBBLES: tl.constexpr = (4 if AFFINE else 2) * GROUPS  # where they begin in a chunk
+    NIBBLES: tl.constexpr = (4 if SCALES == 1 else 2) * GROUPS  # where they begin in a chunk
     BETWEEN: tl.constexpr = NIBBLES % 4 == 2  # an odd number of scales leaves the nibbles between two words
-    OFFSET: tl.constexpr = 0 if AFFINE else 8
+    OFFSET: tl.constexpr = 8 if SCALES == 0 else 0
 
     tile, part = tl.program_id(0) // BANDS, tl.program_id(1)
     word = tl.program_id(0) % BANDS * WORDS + tl.arange(0, WORDS)
@@ -93,11 +102,16 @@ def multiply(
         # What the mask leaves out is not read, not even of column 0: its scales may be anything.
         mask = some[:, None] & inside[None, :]
         in_words = words + (chunk * (CHUNK // 4) + NIBBLES // 4)[:, None] + word[None, :]
-        in_halves = halves + (chunk * (CHUNK // 2))[:, None] + group[None, :]
+        in_halves = halves + (chunk * (CHUNK // 2))[:, None] + (group // 8 * 8 if SCALES == 2 else group)[None, :]
         packed = tl.load(in_words, mask=mask, other=0)
         if BETWEEN:
             packed = (packed >> 16 & 0xFFFF) | tl.load(in_words + 1, mask=mask, other=0) << 16
-        folded = x[:, None] * tl.load(in_halves, mask=mask, other=0).to(tl.float32)
+        scale = tl.load(in_halves, mask=mask, other=0).to(tl.float32)
+        if SCALES == 2:
+            in_block = words + (chunk * (CHUNK // 4))[:, None] + (group // 8 * 4)[None, :]
+            both = tl.load(in_block + 3, mask=mask, other=0)
+            scale *= _six(tl.load(in_block + 1, mask=mask, other=0), both, group[None, :])
+        folded = x[:, None] * scale
         s0 += folded * _code(packed, 0, OFFSET)
         s1 += folded * _code(packed, 1, OFFSET)
         s2 += folded * _code(packed, 2, OFFSET)
@@ -106,8 +120,11 @@ def multiply(
         s5 += folded * _code(packed, 5, OFFSET)
         s6 += folded * _code(packed, 6, OFFSET)
         s7 += folded * _code(packed, 7, OFFSET)
-        if AFFINE:
+        if SCALES == 1:
             bias += x[:, None] * tl.load(in_halves + GROUPS, mask=mask, other=0).to(tl.float32)
+        if SCALES == 2:
+            minimum = _six(tl.load(in_block + 2, mask=mask, other=0), both >> 4, group[None, :])
+            bias -= x[:, None] * minimum * tl.load(in_halves + 1, mask=mask, other=0).to(tl.float32)
     out = partial + part * padded_rows + tile * TILE_ROWS + row
     sums = (s0, s1, s2, s3, s4, s5, s6, s7)
     for nibble in tl.static_range(8):

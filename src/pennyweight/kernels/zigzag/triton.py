@@ -98,7 +98,7 @@ class Matrix:
             *summed,
             TILE_ROWS=self.spec.tile_rows,
             GROUP=self.spec.group,
-            AFFINE=self.spec.affine,
+            SCALES=zigzag.SCALES.index(self.spec.scales),
             CHUNK=self.spec.chunk_bytes,
             WORDS=self._words,
             COLUMNS=_COLUMNS,

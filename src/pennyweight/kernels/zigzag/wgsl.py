@@ -101,7 +101,8 @@ class Matrix:
         blocks = -(-self.columns // _BLOCK)
 
         def shape(first_tile: int) -> Any:
-            numbers = (self.rows, self.columns, spec.tile_rows, spec.group, spec.affine, spec.chunk_bytes // 4)
+            kind = zigzag.SCALES.index(spec.scales)
+            numbers = (self.rows, self.columns, spec.tile_rows, spec.group, kind, spec.chunk_bytes // 4)
             return self._buffer(struct.pack("9I", *numbers, padded_rows, slices, first_tile), uniform=True)
 
         self._row_scale = parts.get("weight_row_scale")

@@ -6,7 +6,7 @@ struct Shape {
     columns: u32,
     tile_rows: u32,
     group: u32,
-    affine: u32,
+    scales: u32,  // 0 symmetric, 1 affine, 2 super
     chunk_words: u32,
     padded_rows: u32,
     slices: u32,
@@ -106,6 +106,16 @@ fn half_at(chunk: u32, i: u32) -> f32 {
     return unpack2x16float(packed[chunk + i / 2u] >> (i % 2u * 16u)).x;
 }
 
+// A group's scale or minimum of super scales: of groups 0 to 3 of a block 6 bits of `word`, of 4 to 7 low 4 bits of
+// `both` and the 2 bits that are left of `word`.
+fn six(word: u32, both: u32, group: u32) -> f32 {
+    let shift = group % 4u * 8u;
+    if (group % 8u < 4u) {
+        return f32(word >> shift & 63u);
+    }
+    return f32((both >> shift & 15u) | ((word >> (shift + 6u)) & 3u) << 4u);
+}
+
 // Four bytes of a chunk, from an even one on: an odd number of scales leaves the nibbles between two words.
 fn word_at(chunk: u32, byte: u32) -> u32 {
     let first = packed[chunk + byte / 4u];
@@ -128,8 +138,8 @@ fn multiply(@builtin(workgroup_id) program: vec3u, @builtin(local_invocation_ind
     let row = (word / 16u) * 128u + (word % 4u) * 32u + (word % 16u / 4u) * 4u;
     let groups = shape.tile_rows / shape.group;
     let group = row / shape.group;
-    let byte = (2u + 2u * shape.affine) * groups + 4u * word;
-    let offset = select(8.0, 0.0, shape.affine == 1u);
+    let byte = select(2u, 4u, shape.scales == 1u) * groups + 4u * word;
+    let offset = select(0.0, 8.0, shape.scales == 0u);
 
     let total = counts[(shape.columns + BLOCK - 1u) / BLOCK];
     let last = total * (program.y + 1u) / shape.slices;
@@ -139,11 +149,20 @@ fn multiply(@builtin(workgroup_id) program: vec3u, @builtin(local_invocation_ind
     for (var i = total * program.y / shape.slices; i < last; i++) {
         let channel = kept[i];
         let chunk = (tile * shape.columns + channel.index) * shape.chunk_words;
-        let folded = channel.value * half_at(chunk, group);
+        var scale: f32;
+        if (shape.scales == 2u) {
+            let block = chunk + group / 8u * 4u;
+            let factors = unpack2x16float(packed[block]);
+            scale = factors.x * six(packed[block + 1u], packed[block + 3u], group);
+            bias -= channel.value * factors.y * six(packed[block + 2u], packed[block + 3u] >> 4u, group);
+        } else {
+            scale = half_at(chunk, group);
+        }
+        let folded = channel.value * scale;
         let nibbles = word_at(chunk, byte);
         low += folded * (vec4f((vec4u(nibbles) >> vec4u(0u, 8u, 16u, 24u)) & vec4u(15u)) - offset);
         high += folded * (vec4f((vec4u(nibbles) >> vec4u(4u, 12u, 20u, 28u)) & vec4u(15u)) - offset);
-        if (shape.affine == 1u) {
+        if (shape.scales == 1u) {
             bias += channel.value * half_at(chunk, groups + group);
         }
     }
