@@ -18,6 +18,7 @@ from pennyweight.heterogeneous import load_model
 from pennyweight.job import open_job
 from pennyweight.job.plan import plan
 from pennyweight.job.run import run_job
+from pennyweight.runtime import engine
 from pennyweight.search._problem import Infeasible
 from tests.conftest import SHAPES
 
@@ -65,7 +66,7 @@ def finished(request, pico, text, tmp_path_factory):
 def test_the_budget_is_kept_and_every_promise_checked(finished):
     model, out, _, report = finished
     assert safetensors_bytes(out) <= 0.26 * Checkpoint(model).weight_bytes
-    assert len(report["verified"]["checks"]) == 4
+    assert len(report["verified"]["checks"]) == 5
     assert all(check["ok"] for check in report["verified"]["checks"])
     predicted = report["chosen"]["solutions"][0]["predicted"]["file_bytes"]
     assert predicted - 6000 <= safetensors_bytes(out) <= predicted
@@ -117,7 +118,7 @@ def test_another_run_makes_the_same_bytes(finished, text, tmp_path):
     assert digests(tmp_path / "out") == digests(out)
 
 
-def test_check_finds_a_flipped_bit(finished, tmp_path):
+def test_check_finds_another_layout(finished, tmp_path):
     _, out, _, _ = finished
     assert all(check.ok for check in verify.check_folder(out, 8))
     broken = shutil.copytree(out, tmp_path / "broken")
@@ -126,6 +127,21 @@ def test_check_finds_a_flipped_bit(finished, tmp_path):
     card["layout"][slot] = {"bits": {"bits": 8, "group": 32, "method": "rtn"}}
     (broken / "penny.json").write_text(json.dumps(card))
     assert not all(check.ok for check in verify.check_folder(broken, 8))
+
+
+def test_check_holds_the_engine_against_other_logits(finished, monkeypatch):
+    pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
+    out, ids = finished[1], torch.arange(20)
+    logits = load_model(out, dtype=torch.float32)(ids.view(1, -1)).logits[0].detach()
+    assert verify.check_engine(out, ids, logits).ok
+    assert not verify.check_engine(out, ids, logits.roll(1, dims=1)).ok
+
+    def missing():
+        raise RuntimeError("the native module is missing")
+
+    monkeypatch.setattr(engine, "native_module", missing)
+    check = verify.check_engine(out, ids, logits)
+    assert (check.ok, check.expected, check.found) == (True, "not run", "the native module is missing")
 
 
 @pytest.mark.parametrize("model_type", SHAPES)

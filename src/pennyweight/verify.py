@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from pennyweight.blocks import DENSE_TOKENS
 from pennyweight.checkpoint import Checkpoint, safetensors_bytes
+from pennyweight.formats import _matrix
 from pennyweight.heterogeneous import load_model
 from pennyweight.slots import BFLOAT16, Layout, Noop, Shapes
 from pennyweight.walk import Walk, float_logits, run_layer
@@ -112,9 +114,32 @@ def stored_tokens(child: Walk, store: Any, layout: Layout, ids: torch.Tensor) ->
     return float_logits(child.norm()(hidden), head).argmax(dim=-1)
 
 
+_ENGINE_ERROR = {"16 bits": 1e-3, "packed": 0.05}
+"""Relative (2-norm). Before packed matrices the engine rounds activations to 8 bits: 1 % or so; a mistake is far off."""
+
+
+def check_engine(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> Check:
+    """The native engine computes these logits (tokens, vocab_size) float32 after `ids` (tokens,), as far as no channels
+    are left out. Where it cannot run the folder the check says why."""
+    from pennyweight.runtime.engine import Engine
+
+    name = "logits in the native engine, relative error"
+    try:
+        engine = Engine(folder, context=len(ids), cache="float32")
+    except (RuntimeError, ValueError) as err:  # no native module, or a rotary scaling it does not run
+        return Check(name, True, "not run", str(err))
+    shapes = Walk(Checkpoint(folder)).shapes.values()
+    dense = DENSE_TOKENS if any(getattr(shape, "sparsity", None) for shape in shapes) else len(ids)
+    found = torch.from_numpy(engine.logits([int(i) for i in ids[:dense]]))
+    error = float((found - logits[:dense]).norm() / logits[:dense].norm())
+    packed = any(name.endswith(_matrix.SUFFIXES) for name in Checkpoint(folder).entries)
+    limit = _ENGINE_ERROR["packed" if packed else "16 bits"]
+    return Check(name, error <= limit, f"at most {limit}", round(error, 6))
+
+
 def check_folder(folder: Path, tokens: int) -> list[Check]:
-    """What can be checked of a finished folder alone: its slots against penny.json, and equal greedy tokens from
-    transformers and from the layer-by-layer walk, both in float32."""
+    """What can be checked of a finished folder alone: its slots against penny.json, equal greedy tokens from
+    transformers and from the layer-by-layer walk, both in float32, and the same logits in the native engine."""
     from pennyweight import kinds
     from pennyweight.checkpoint import read_config
     from pennyweight.slots import layout_from_json, reshape_all
@@ -130,6 +155,11 @@ def check_folder(folder: Path, tokens: int) -> list[Check]:
     ids = torch.arange(24).mul(7919).remainder(vocabulary).view(1, -1)
     generated = generate(load_model(folder, dtype=torch.float32), ids, tokens)
     streamed = Streamed(Walk(Checkpoint(folder)))
-    again = streamed(torch.cat([ids, generated], dim=1)).logits[:, ids.shape[1] - 1 : -1].argmax(dim=-1)
-    same = int((generated == again).sum())
-    return [*checks, Check("greedy tokens, transformers and layer by layer", same == tokens, tokens, same)]
+    whole = torch.cat([ids, generated], dim=1)
+    logits = streamed(whole).logits
+    same = int((generated == logits[:, ids.shape[1] - 1 : -1].argmax(dim=-1)).sum())
+    return [
+        *checks,
+        Check("greedy tokens, transformers and layer by layer", same == tokens, tokens, same),
+        check_engine(folder, whole[0], logits[0]),
+    ]

@@ -68,7 +68,7 @@ def check(
     tokens: Annotated[int, typer.Option(help="Greedy tokens to compare.")] = 16,
     as_json: Json = False,
 ) -> None:
-    """Open a finished folder: sizes, slots, and equal greedy tokens in transformers and layer by layer."""
+    """Open a finished folder: sizes, slots, equal greedy tokens in transformers and layer by layer, and the engine."""
     with errors():
         quiet_libraries()
         from pennyweight.verify import check_folder

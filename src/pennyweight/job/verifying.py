@@ -56,6 +56,9 @@ def verify_child(
         return load_model(folder, dtype=torch.float32) if whole else Streamed(Walk(Checkpoint(folder), dtype=job.dtype))
 
     parent, child = model(job.model), model(candidate)
+    if whole:
+        with torch.no_grad():
+            checks.append(verify.check_engine(candidate, prompts[0], child(prompts[:1]).logits[0].float()))
     batch = 8 if whole else len(rows.ids)
     quality = {
         "parent": asdict(loss(parent, rows, batch_size=batch)),
