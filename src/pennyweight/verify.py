@@ -115,7 +115,7 @@ def stored_tokens(child: Walk, store: Any, layout: Layout, ids: torch.Tensor) ->
 
 
 _ENGINE_ERROR = {"16 bits": 1e-3, "packed": 0.05}
-"""Relative (2-norm). Before packed matrices the engine rounds activations to 8 bits: 1 % or so; a mistake is far off."""
+"""Relative (2-norm). Before packed matrices activations are rounded to 8 bits: 1 % or so; a mistake is far off."""
 
 
 def check_engine(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> Check:
