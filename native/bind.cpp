@@ -78,7 +78,8 @@ void times(const Matrix& matrix, In<float, 2> x, Out<float, 2> y, const std::str
             std::vector<std::int32_t> index(cols + 16);
             std::vector<float> value(cols + 16), out(matrix.zigzag.padded_rows());
             const float* importance = matrix.importance.empty() ? nullptr : matrix.importance.data();
-            const int kept = k.collect(from, importance, threshold, cols, index.data(), value.data());
+            std::vector<float> room(cols);
+            const int kept = k.collect(matrix.ordered(from, room.data()), importance, threshold, cols, index.data(), value.data());
             const float* values = value.data();
             const Zigzag& w = matrix.zigzag;
             for (int tile = 0; tile < w.tiles(); tile++)
@@ -208,21 +209,31 @@ NB_MODULE(_native, module) {
         .def_static(
             "zigzag",
             [](In<std::uint8_t, 1> chunks, int rows, int cols, int tile_rows, int group, Scales scales,
-               std::optional<In<float, 1>> row_scale, bool in_place) {
+               std::optional<In<float, 1>> row_scale, std::optional<In<std::int32_t, 1>> order, bool in_place) {
                 expect(!row_scale || int(row_scale->size()) == rows, "one row_scale per row");
+                std::vector<char> named(cols);
+                if (order) {
+                    for (std::size_t i = 0; i < order->size(); i++)
+                        if (order->data()[i] >= 0 && order->data()[i] < cols) named[order->data()[i]] = 1;
+                    expect(int(order->size()) == cols && std::count(named.begin(), named.end(), 1) == cols,
+                           "order names every column once");
+                }
                 auto made = make_zigzag(chunks.data(), chunks.size(), rows, cols, tile_rows, group, scales,
                                         in_place ? lender(chunks) : nullptr);
                 if (row_scale) made->row_scale = floats(*row_scale);
+                if (order) made->order.assign(order->data(), order->data() + order->size());
                 return made;
             },
             "chunks"_a.noconvert(), "rows"_a, "cols"_a, "tile_rows"_a, "group"_a, "scales"_a, "row_scale"_a = nb::none(),
-            "in_place"_a = false)
+            "order"_a = nb::none(), "in_place"_a = false)
         .def_prop_ro("shape", [](const Matrix& m) { return std::make_tuple(m.out(), m.in()); })
         .def_prop_ro("nbytes", &Matrix::nbytes)
         .def_rw("threshold", &Matrix::threshold)
         .def("set_importance", [](Matrix& m, In<float, 1> v) {
             expect(int(v.size()) == m.in(), "one importance per column");
-            m.importance = floats(v);
+            std::vector<float> room(m.in());
+            const float* at = m.ordered(v.data(), room.data());
+            m.importance.assign(at, at + m.in());
         })
         .def("row", [](const Matrix& m, int row, Out<float, 1> out) {
             expect(row >= 0 && row < m.out() && int(out.size()) == m.in(), "row within the matrix, out one row long");

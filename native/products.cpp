@@ -31,7 +31,13 @@ std::size_t Matrix::nbytes() const {
     const std::size_t weights = layout == Layout::wide   ? wide.rows * wide.row_bytes()
                                 : layout == Layout::rows ? rows.bytes()
                                                          : zigzag.bytes();
-    return weights + sizeof(float) * row_scale.size();
+    return weights + sizeof(float) * row_scale.size() + sizeof(std::int32_t) * order.size();
+}
+
+const float* Matrix::ordered(const float* x, float* room) const {
+    if (order.empty()) return x;
+    for (std::size_t i = 0; i < order.size(); i++) room[i] = x[order[i]];
+    return room;
 }
 
 int Linear::out() const {
@@ -70,7 +76,9 @@ void Products::expect(const Linear& linear, bool output) {
     for (const auto& part : linear.parts) {
         stride_ = std::max(stride_, round_up(part->in(), kPad));
         if (part->layout == Matrix::Layout::rows) stride_ = std::max(stride_, part->rows.padded_cols());
-        if (part->layout == Matrix::Layout::zigzag) zigzag_rows_ = std::max(zigzag_rows_, part->zigzag.padded_rows());
+        if (part->layout != Matrix::Layout::zigzag) continue;
+        zigzag_rows_ = std::max(zigzag_rows_, part->zigzag.padded_rows());
+        any_order_ = any_order_ || !part->order.empty();
     }
     // Tiles write whole, so every output has room for the last one.
     if (output) stride_ = std::max(stride_, round_up(linear.out(), kPad) + kPad);
@@ -81,6 +89,7 @@ void Products::reserve() {
     normed_ = Buffer(bytes, false);
     codes_ = Buffer(std::size_t(kMaxRows) * stride_, false);
     for (Buffer* buffer : {&scale_, &sum_, &minus8_}) *buffer = Buffer(bytes / Rows::kBlock, false);
+    if (any_order_) ordered_ = Buffer(bytes, false);
     partial_ = Buffer(2 * sizeof(float) * std::size_t(pool_.threads()) * zigzag_rows_, false);
     shared_.x.resize(kMaxRows);
     shared_.quantised.resize(kMaxRows);
@@ -93,6 +102,7 @@ void Products::reserve() {
         own.minus8.resize(stride_ / Rows::kBlock);
         own.index.resize(stride_ + 16);
         own.value.resize(stride_ + 16);
+        own.ordered.resize(stride_);
         if (zigzag_rows_) own.part.resize(std::size_t(2) * kRowsTogether * kTokensTogether);
         own.input.x.resize(1);
         own.input.quantised.resize(1);
@@ -211,6 +221,7 @@ void Products::zigzag_one(int t, const Matrix& matrix, const float* x, float thr
     const int threads = pool_.threads(), parts = column_parts(w), units = w.tile_rows / Zigzag::kUnitRows;
     Thread& own = own_[t];
     const std::int32_t* index = every_.data();
+    x = matrix.ordered(x, own.ordered.data());
     int kept = w.cols;
     if (threshold >= 0) {
         const float* importance = matrix.importance.empty() ? nullptr : matrix.importance.data();
@@ -256,6 +267,14 @@ void Products::zigzag_many(int t, const Matrix& matrix, int stride, float* y) {
     const int threads = pool_.threads(), parts = column_parts(w), units = w.tile_rows / Zigzag::kUnitRows;
     const int count = int(own_[t].dense.size());
     Thread& own = own_[t];
+    if (!matrix.order.empty()) {
+        for (int i = 0; i < count; i++) {
+            float* room = floats(ordered_) + std::size_t(i) * stride_;
+            if (i % threads == t) matrix.ordered(own.dense[i], room);
+            own.dense[i] = room;
+        }
+        pool_.barrier();
+    }
     const auto [first_unit, last_unit] = share_of_units(w, t, threads);
     const int steps = (w.cols + 15) / 16;
     const float* values[kTokensTogether];

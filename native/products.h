@@ -19,15 +19,19 @@ struct Matrix {
     Wide wide;
     Rows rows;
     Zigzag zigzag;
-    std::vector<float> row_scale;   // zigzag: multiplies each row at the end; empty: 1
-    float threshold = -1;           // zigzag: columns with |x| at most this are left out; below 0 keeps all
-    std::vector<float> importance;  // zigzag: multiplies |x| before it is compared; empty: 1
+    // Of zigzag alone:
+    std::vector<float> row_scale;     // multiplies each row at the end; empty: 1
+    std::vector<std::int32_t> order;  // the input that each column, as they lie, multiplies; empty: 0, 1, ...
+    float threshold = -1;             // columns with |x| at most this are left out; below 0 keeps all
+    std::vector<float> importance;    // in that order; multiplies |x| before it is compared; empty: 1
     Buffer bytes;
     std::shared_ptr<void> lender;  // who keeps the bytes, if they are somebody else's
 
     int out() const;
     int in() const;
     std::size_t nbytes() const;
+    // The inputs as the columns lie: x itself, or `room` filled with them.
+    const float* ordered(const float* x, float* room) const;
 };
 
 // One row of a matrix in float32. Throws std::logic_error for zigzag, which has no rows to read.
@@ -92,7 +96,7 @@ public:
 
 private:
     struct Thread {  // scratch that no other thread touches
-        std::vector<float> normed, value, part;
+        std::vector<float> normed, value, ordered, part;
         std::vector<std::int8_t> codes;
         std::vector<float> scale, sum;
         std::vector<std::int32_t> minus8, index;
@@ -114,7 +118,9 @@ private:
     std::vector<Thread> own_;
     std::vector<char> sparse_;
     int stride_ = 0, zigzag_rows_ = 0;
+    bool any_order_ = false;
     Buffer partial_;  // (2, threads, zigzag_rows_)
+    Buffer ordered_;  // (kMaxRows, stride_)
     Buffer normed_, codes_, scale_, sum_, minus8_;
     std::vector<std::int32_t> every_;  // 0, 1, 2, ...
     Input shared_;

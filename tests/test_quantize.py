@@ -334,7 +334,7 @@ DOWN = [Stored(4, 64, down=True), Stored(4, 64, down=True, scales="affine"), Sto
 
 
 def made_of(quantiser, weight: torch.Tensor, moment: torch.Tensor | None, spec: Stored) -> torch.Tensor:
-    parts = _matrix.pack(*quantiser.quantize(weight, quantiser.prepare(moment), spec), None, spec)
+    parts = _matrix.pack(*quantiser.quantize(weight, quantiser.prepare(moment), spec), spec)
     assert _matrix.stored_of(parts) == spec
     return _matrix.unpack(parts)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import shutil
 
@@ -57,10 +59,13 @@ def test_zigzag_bytes_are_those_of_the_format():
     from pennyweight.formats import _matrix
     from pennyweight.quantize import rtn
 
-    for rows, columns in ((64, 64), (200, 7), (384, 129)):
-        weight, stored = torch.randn(rows, columns), Stored(4, 64, down=True)
+    kinds = (Stored(4, 64, down=True), Stored(4, 64, down=True, scales="affine", ordered=True))
+    kinds += (Stored(4, 32, down=True, scales="super"),)
+    for (rows, columns), stored in itertools.product(((64, 64), (200, 7), (384, 129)), kinds):
+        weight = torch.randn(rows, columns)
         codes, grid = rtn.quantize(weight, None, stored)
-        parts = _matrix.pack(codes, grid, torch.ones(rows), stored)
+        order = torch.randperm(columns) if stored.ordered else None
+        parts = _matrix.pack(codes, grid, stored, row_scale=torch.ones(rows), order=order)
         assert sum(t.numel() * t.element_size() for t in parts.values()) == stored.nbytes(rows, columns)
         assert Weight("w", (rows, columns), stored).nbytes == stored.nbytes(rows, columns)
         assert _matrix.stored_of(parts) == stored
@@ -79,9 +84,21 @@ def test_a_row_of_another_size_costs_nothing():
     assert error.max() < 0.2
 
 
+KINDS = {"llama": {}, "qwen2": {"scales": "affine"}, "qwen3": {"group": 32, "scales": "super", "ordered": True}}
+
+
 @pytest.fixture(scope="module", params=SHAPES)
 def finished(request, pico, text, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("sparse")
+    """A child with sparse blocks, stored in another way for each family: what the axis offers by default, and the rest
+    of what it can be asked for."""
+    offered = sparsity.options
+    with pytest.MonkeyPatch.context() as patch:
+        others = lambda shape: [dataclasses.replace(spec, **KINDS[request.param]) for spec in offered(shape)]  # noqa: E731
+        patch.setattr(sparsity, "options", others)
+        yield _finish(request, pico, text, tmp_path_factory.mktemp("sparse"))
+
+
+def _finish(request, pico, text, folder):  # noqa: F811
     slow = {"name": "slow memory", "memory_bytes": 10**9, "bandwidth": 1e9, "flops": 1e12}
     (folder / "slow.json").write_text(json.dumps(slow))
     heal = {"local_tokens": 0, "whole_tokens": 0}

@@ -59,6 +59,31 @@ def test_packing_loses_nothing(spec, rows, columns):
 
 
 @settings(max_examples=30)
+@given(spec=specs, rows=st.sampled_from([63, 200, 513]), columns=st.integers(1, 20), seed=st.integers(0, 99))
+def test_an_order_moves_chunks_and_changes_nothing_else(spec, rows, columns, seed):
+    parts = random_parts(rows, columns, spec)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed)).int()
+    plain, ordered = zigzag.pack(*parts, spec), zigzag.pack(*parts, spec, order=order)
+    chunks = [each["weight_zigzag"].view(-1, columns, spec.chunk_bytes) for each in (plain, ordered)]
+    assert torch.equal(chunks[1], chunks[0][:, order.long()])
+    assert torch.equal(zigzag.unpack(ordered), zigzag.unpack(plain))
+    assert torch.equal(zigzag.unpack(zigzag.slice_rows(ordered, 40)), zigzag.unpack(plain)[:40])
+    tall = zigzag.pack(*random_parts(spec.whole, columns, spec), spec, order=order)
+    stacked = zigzag.stack([tall, ordered])
+    assert torch.equal(zigzag.unpack(stacked), torch.cat([zigzag.unpack(tall), zigzag.unpack(plain)]))
+    assert zigzag.can_stack([tall, plain]) == torch.equal(order, torch.arange(columns, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("order", [[0, 1], [0, 1, 1], [0, 1, 3], [-1, 0, 1]])
+def test_an_order_that_is_none_is_refused(order):
+    parts, wrong = random_parts(128, 3, Spec()), torch.tensor(order, dtype=torch.int32)
+    with pytest.raises(ValueError, match="order"):
+        zigzag.pack(*parts, Spec(), order=wrong)
+    with pytest.raises(ValueError, match="order"):
+        zigzag.unpack(zigzag.pack(*parts, Spec()) | {"weight_order": wrong})
+
+
+@settings(max_examples=30)
 @given(spec=specs, last=st.sampled_from([1, 128, 200]), scaled=st.booleans())
 def test_stacked_matrices_are_the_matrices(spec, last, scaled):
     matrices = []
@@ -198,6 +223,44 @@ def test_no_column_is_dropped_and_none_too_many_read():
         grid.scale[:, np.setdiff1d(np.arange(40), chosen)] = torch.nan
         found = product((codes, grid), spec, x, 0.0)
         assert relative(found, x, dense) < 0.01
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_with_an_order_are_products(threads):
+    """Sums are added in another order: equal within rounding, with the same columns left out."""
+    spec, columns = Spec(64, "affine", 512), 100
+    parts, x = random_parts(500, columns, spec), activations(3, columns)
+    importance = np.linspace(0.5, 2, columns, dtype=np.float32)
+    found = {}
+    for name, order in (("plain", None), ("ordered", np.random.default_rng(0).permutation(columns).astype(np.int32))):
+        packed = zigzag.pack(*parts, spec, order=None if order is None else torch.from_numpy(order))
+        matrix = _native.Matrix.zigzag(
+            packed["weight_zigzag"].numpy(), 500, columns, spec.tile_rows, 64, _native.Scales.affine, None, order
+        )
+        matrix.threshold = 0.5
+        matrix.set_importance(importance)
+        linear = _native.Linear()
+        linear.add(matrix)
+        product = _native.Product(linear, threads)
+        for sparse in (False, True):
+            y = np.full((3, 500), np.nan, np.float32)
+            product.run(x, y, sparse)
+            found[name, sparse] = y, product.kept_share
+    for sparse in (False, True):
+        (plain, kept), (ordered, also_kept) = found["plain", sparse], found["ordered", sparse]
+        np.testing.assert_allclose(ordered, plain, atol=0.02 * np.abs(plain).max())
+        assert kept == also_kept
+    with pytest.raises(ValueError, match="every column once"):
+        _native.Matrix.zigzag(
+            np.zeros(128 // 2 * 2 + 128, np.uint8)[: 2 * 128],
+            128,
+            2,
+            128,
+            64,
+            _native.Scales.symmetric,
+            None,
+            np.zeros(2, np.int32),
+        )
 
 
 def test_everything_below_the_threshold_gives_zero():

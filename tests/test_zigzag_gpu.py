@@ -109,6 +109,13 @@ def random_parts(rows: int, columns: int, spec: Spec, without: torch.Tensor | No
     return zigzag.pack(codes, Grid(scales.half(), None if minima is None else minima.half()), spec)
 
 
+def reordered(parts):
+    """The same matrix, its columns lying in another order."""
+    codes, grid = zigzag.codes_of(parts)
+    order = torch.randperm(codes.shape[1], generator=torch.Generator().manual_seed(1)).int()
+    return zigzag.pack(codes, grid, zigzag.spec_of(parts), order=order)
+
+
 def activations(columns: int) -> torch.Tensor:
     """Normal, every 50th twelve times as large, every seventh zero."""
     x = torch.randn(columns, generator=torch.Generator().manual_seed(columns))
@@ -130,6 +137,18 @@ def test_products_equal_the_reference(make, rows, columns, spec):
         found, wanted = times(matrix, x, threshold), reference.times(parts, x.double(), threshold)
         assert found.dtype == torch.float32
         assert relative(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_columns_may_lie_in_any_order(make, weighed):
+    x, importance = activations(130), torch.linspace(0.5, 2, 130) if weighed else None
+    parts = random_parts(700, 130, Spec(64, "affine", 256))
+    matrix = make(reordered(parts), importance)
+    for threshold in (-1.0, 0.6):
+        found = times(matrix, x, threshold)
+        assert relative(found, reference.times(parts, x.double(), threshold, importance)) < 1e-5
+        for mine, wanted in zip(kept(matrix), reference.collect(x, threshold, importance), strict=True):
+            assert torch.equal(mine, wanted)
 
 
 @pytest.mark.parametrize("scales", zigzag.SCALES)

@@ -94,6 +94,7 @@ def file_bytes(slot: Slot, shape: Shape) -> int:
             base = name.removesuffix("weight")
             rows, columns = weight.shape
             suffixes = ("zigzag", "layout", "row_scale") if weight.stored.down else ("packed", "scale")
+            suffixes += ("order",) if weight.stored.ordered else ()
             entries += [(f"{base}weight_{suffix}", (rows, columns)) for suffix in suffixes]
             entries.append((base + "weight_shape", (2,)))
     return sum(weight.nbytes for weight in shape.weights()) + header_bytes(entries)

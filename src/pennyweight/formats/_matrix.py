@@ -13,7 +13,7 @@ from pennyweight.formats import packed_int, zigzag
 from pennyweight.formats._grid import Grid
 from pennyweight.slots import Stored
 
-_PARTS = ("packed", "scale", "zigzag", "layout", "row_scale", "shape")
+_PARTS = ("packed", "scale", "zigzag", "layout", "row_scale", "order", "shape")
 SUFFIXES = tuple(f"weight_{part}" for part in _PARTS)
 
 
@@ -33,7 +33,7 @@ def stored_of(found: Mapping[str, torch.Tensor]) -> Stored:
     """How the matrix is kept. Raises ValueError for parts that do not belong together."""
     if "weight_zigzag" in found:
         spec = zigzag.spec_of(found)
-        return Stored(4, spec.group, down=True, scales=spec.scales)
+        return Stored(4, spec.group, down=True, scales=spec.scales, ordered="weight_order" in found)
     return packed_int.spec_of(found)
 
 
@@ -43,11 +43,19 @@ def unpack(found: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return zigzag.unpack(found) if "weight_zigzag" in found else packed_int.unpack(found)
 
 
-def pack(codes: torch.Tensor, grid: Grid, row_scale: torch.Tensor | None, stored: Stored) -> dict[str, torch.Tensor]:
-    """Codes and grid as quantisers give them (quantize/_grids.py). `row_scale` (rows,) only where groups run down."""
+def pack(
+    codes: torch.Tensor,
+    grid: Grid,
+    stored: Stored,
+    *,
+    row_scale: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Codes and grid as quantisers give them (quantize/_grids.py). `row_scale` (rows,) and `order` (columns,) only
+    where groups run down (formats/zigzag.py)."""
     if not stored.down:
         return packed_int.pack(codes, grid, stored.over(codes.shape[1]))
     spec = zigzag.Spec(stored.group, stored.scales)
     whole = zigzag.Spec(stored.group, stored.scales, -(-len(codes) // spec.whole) * spec.whole)
     signed = grid.minimum is None
-    return zigzag.pack((codes + 8 if signed else codes).to(torch.uint8), grid, whole, row_scale)
+    return zigzag.pack((codes + 8 if signed else codes).to(torch.uint8), grid, whole, row_scale, order)

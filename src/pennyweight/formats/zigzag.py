@@ -65,10 +65,17 @@ def nbytes(rows: int, columns: int, spec: Spec) -> int:
     return -(-rows // spec.tile_rows) * columns * spec.chunk_bytes
 
 
-def pack(codes: torch.Tensor, grid: Grid, spec: Spec, row_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def pack(
+    codes: torch.Tensor,
+    grid: Grid,
+    spec: Spec,
+    row_scale: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
     """codes (rows, columns) 0 to 15; grid of (ceil(rows / group), columns) with what the spec's scales consist of;
-    row_scale (rows,) float32 or None -> tensors by suffix: the chunks as bytes, rows and columns, group, kind of scales
-    and tile_rows, and the row scale.
+    row_scale (rows,) float32 or None; order (columns,) int32 or None: which column each chunk is of, so that columns
+    that are needed together can lie side by side -> tensors by suffix: the chunks as bytes, rows and columns, group,
+    kind of scales and tile_rows, row scale and order.
 
     Rows that fill the last tile have code 0 and scale 0. Raises ValueError if shapes do not match the spec.
     """
@@ -89,7 +96,13 @@ def pack(codes: torch.Tensor, grid: Grid, spec: Spec, row_scale: torch.Tensor | 
     nibbles = units[:, :, :, 0] | units[:, :, :, 1] << 4
     nibbles = nibbles.permute(0, 5, 1, 3, 2, 4).reshape(tiles, columns, spec.tile_rows // 2)
     out[:, :, spec.scale_bytes : spec.scale_bytes + spec.tile_rows // 2] = nibbles
-    parts = {"weight_zigzag": out.view(-1), **_described(rows, columns, spec)}
+    if order is not None:
+        if not torch.equal(order.long().sort().values, torch.arange(columns)):
+            raise ValueError(f"an order of {tuple(order.shape)} does not name each of {columns} columns once")
+        out = out[:, order.long()]
+    parts = {"weight_zigzag": out.reshape(-1), **_described(rows, columns, spec)}
+    if order is not None:
+        parts["weight_order"] = order.int()
     if row_scale is not None:
         if row_scale.shape != (rows,):
             raise ValueError(f"row_scale {tuple(row_scale.shape)} for {rows} rows")
@@ -153,16 +166,27 @@ def slice_rows(parts: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.
     """The first `rows` rows, in tiles no taller than they need."""
     (codes, grid), spec = codes_of(parts), spec_of(parts).of(rows)
     row_scale = parts["weight_row_scale"][:rows] if "weight_row_scale" in parts else None
-    return pack(codes[:rows], grid.first(-(-rows // spec.group)), spec, row_scale)
+    return pack(codes[:rows], grid.first(-(-rows // spec.group)), spec, row_scale, parts.get("weight_order"))
 
 
 def can_stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> bool:
-    """Whether `stack` takes them: the same columns and ways of grouping, and all but the last end with a whole unit."""
-    specs = [spec_of(parts) for parts in matrices]
-    alike = len(
-        {(spec.group, spec.scales, int(parts["weight_shape"][1])) for spec, parts in zip(specs, matrices, strict=True)}
-    )
-    return alike == 1 and all(int(parts["weight_shape"][0]) % specs[0].whole == 0 for parts in matrices[:-1])
+    """Whether `stack` takes them: the same columns in the same order, the same ways of grouping, and all but the last
+    end with a whole unit."""
+    specs, first = [spec_of(parts) for parts in matrices], matrices[0]
+    for spec, parts in zip(specs, matrices, strict=True):
+        if (spec.group, spec.scales) != (specs[0].group, specs[0].scales):
+            return False
+        if int(parts["weight_shape"][1]) != int(first["weight_shape"][1]) or not torch.equal(
+            _order(parts), _order(first)
+        ):
+            return False
+    return all(int(parts["weight_shape"][0]) % specs[0].whole == 0 for parts in matrices[:-1])
+
+
+def _order(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The column that each chunk is of (columns,) int64."""
+    found = parts.get("weight_order")
+    return torch.arange(int(parts["weight_shape"][1])) if found is None else found.long()
 
 
 def stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -189,6 +213,8 @@ def stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Ten
     together = torch.cat([part for piece in pieces for part in piece], dim=1)
     out[:, : together.shape[1]] = together
     made = {"weight_zigzag": out.view(-1), **_described(rows, columns, spec)}
+    if "weight_order" in matrices[0]:
+        made["weight_order"] = matrices[0]["weight_order"]
     if any("weight_row_scale" in parts for parts in matrices):
         each = [
             parts.get("weight_row_scale", torch.ones(count)) for parts, (count, _) in zip(matrices, shapes, strict=True)
@@ -201,18 +227,34 @@ def codes_of(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Grid]:
     """What `pack` was given. Raises ValueError if there are not as many bytes as this takes."""
     (rows, columns), spec = shape_of(parts), spec_of(parts)
     tiles = -(-rows // spec.tile_rows)
-    chunks = parts["weight_zigzag"].view(tiles, columns, spec.chunk_bytes)
+    chunks = _in_order(parts, tiles, spec)
     nibbles = chunks[:, :, spec.scale_bytes : spec.scale_bytes + spec.tile_rows // 2]
     nibbles = nibbles.reshape(tiles, columns, -1, 4, 4, 4).permute(0, 2, 4, 3, 5, 1)  # (tile, unit, u, L, e, column)
     codes = torch.stack([nibbles & 15, nibbles >> 4], dim=3).reshape(-1, columns)[:rows]
     return codes, grid_of(parts)
 
 
+def _in_order(parts: Mapping[str, torch.Tensor], tiles: int, spec: Spec) -> torch.Tensor:
+    """The chunks (tiles, columns, bytes), those of column 0 first. Raises ValueError for an order that is none."""
+    columns = int(parts["weight_shape"][1])
+    chunks = parts["weight_zigzag"].view(tiles, columns, spec.chunk_bytes)
+    if "weight_order" not in parts:
+        return chunks
+    place = torch.full((columns,), -1)
+    order = _order(parts)
+    if order.shape != (columns,) or int(order.min()) < 0 or int(order.max()) >= columns:
+        raise ValueError(f"an order of {tuple(order.shape)} for {columns} columns, from {order.min()} to {order.max()}")
+    place[order] = torch.arange(columns)
+    if int(place.min()) < 0:
+        raise ValueError(f"the order names column {int(order.mode().values)} more than once")
+    return chunks[:, place]
+
+
 def grid_of(parts: Mapping[str, torch.Tensor]) -> Grid:
     """The grid that `pack` was given."""
     (rows, columns), spec = shape_of(parts), spec_of(parts)
     tiles, groups = -(-rows // spec.tile_rows), -(-rows // spec.group)
-    raw = parts["weight_zigzag"].view(tiles, columns, spec.chunk_bytes)[:, :, : spec.scale_bytes]
+    raw = _in_order(parts, tiles, spec)[:, :, : spec.scale_bytes]
 
     def halves(part: torch.Tensor, count: int) -> torch.Tensor:
         """(tiles, columns, 2 n) bytes -> (count, columns) float16."""

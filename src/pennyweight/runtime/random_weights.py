@@ -112,7 +112,8 @@ def _random(rows: int, columns: int, stored: Stored) -> dict[str, torch.Tensor]:
         grid = Grid.of_super(factors, torch.full((2, *groups), 32, dtype=torch.uint8))
     else:
         grid = Grid(torch.full(groups, scale), torch.full(groups, -8 * scale) if stored.scales == "affine" else None)
-    return _matrix.pack(codes, grid, row_scale, stored)
+    order = torch.randperm(columns, generator=generator) if stored.ordered else None
+    return _matrix.pack(codes, grid, stored, row_scale=row_scale, order=order)
 
 
 def _repeated(values: torch.Tensor, size: int) -> torch.Tensor:

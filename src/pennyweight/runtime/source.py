@@ -184,6 +184,7 @@ def native(name: str, parts: Mapping[str, torch.Tensor], *, in_place: bool = Fal
         spec.group,
         _native.Scales[spec.scales],
         None if row_scale is None else row_scale.numpy(),
+        parts["weight_order"].numpy() if "weight_order" in parts else None,
         in_place,
     )
 

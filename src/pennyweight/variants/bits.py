@@ -74,7 +74,7 @@ def pack(name: str, weight, stats: Stats, spec: Spec):
     from pennyweight.formats import _matrix
 
     found, grid = codes(name, weight, stats, spec.method, spec.stored)
-    return _matrix.pack(found, grid, None, spec.stored)
+    return _matrix.pack(found, grid, spec.stored)
 
 
 def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:

@@ -30,18 +30,19 @@ BINS = 1 << (31 - _BITS)
 @dataclass(frozen=True)
 class Spec:
     """Shares left out of the block's input and of its inner matrix's; rows per scale and what scales are
-    (formats/zigzag.py); how codes are found."""
+    (formats/zigzag.py); whether columns that are needed often lie together; how codes are found."""
 
     entering: float
     inner: float
     weighted: bool = False
     group: int = GROUP
     scales: Literal["symmetric", "affine", "super"] = "symmetric"
+    ordered: bool = False
     method: str = "gptq"
 
     @property
     def stored(self) -> Stored:
-        return Stored(4, self.group, down=True, scales=self.scales)
+        return Stored(4, self.group, down=True, scales=self.scales, ordered=self.ordered)
 
     @property
     def sparsity(self) -> Sparsity:
@@ -77,7 +78,21 @@ def pack(name: str, weight: Any, stats: Stats, spec: Spec) -> dict[str, Any]:
 
     row_scale = weight.detach().float().square().mean(dim=1).sqrt().clamp_min(1e-12)
     codes, grid = bits.codes(name, weight.detach().float() / row_scale.unsqueeze(1), stats, spec.method, spec.stored)
-    return _matrix.pack(codes, grid, row_scale, spec.stored)
+    order = _by_activity(name, weight, stats) if spec.ordered else None
+    return _matrix.pack(codes, grid, spec.stored, row_scale=row_scale, order=order)
+
+
+def _by_activity(name: str, weight: Any, stats: Stats) -> Any:
+    """Columns (columns,) int32, those first whose inputs are largest on average: what stays lies together, and so does
+    what is left out, in longer pieces than single columns."""
+    import torch
+
+    from pennyweight.variants.bits import MOMENT_OF
+
+    moment = MOMENT_OF.get(name, "input_moment")
+    if moment not in stats or len(stats[moment]) != weight.shape[1]:  # a child narrower than the parent
+        return torch.arange(weight.shape[1], dtype=torch.int32)
+    return stats[moment].diagonal().argsort(descending=True, stable=True).int()
 
 
 def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:

@@ -36,6 +36,14 @@ def times(
     return matrix[:, kept].to(x.dtype) @ value
 
 
+def in_order(index: torch.Tensor, value: torch.Tensor, order: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `collect` gives, from places of columns as they lie in a matrix of this order."""
+    if order is None:
+        return index, value
+    columns, sorting = order[index].long().sort()
+    return columns, value[sorting]
+
+
 def check_input(x: torch.Tensor, columns: int) -> None:
     """Raises ValueError unless x is one vector of so many columns."""
     if x.shape != (columns,):

@@ -51,10 +51,12 @@ class Matrix:
         """
         self.device, self.spec = torch.device(device), zigzag.spec_of(parts)
         self.rows, self.columns = zigzag.shape_of(parts)
+        order = parts.get("weight_order")
+        self._order = None if order is None else order.to(self.device)
         if importance is not None:
             reference.check_input(importance, self.columns)
             importance = importance.to(self.device, torch.float32)
-        self._importance = importance
+        self._importance = importance if order is None or importance is None else importance[self._order]
         self._packed = parts["weight_zigzag"].to(self.device, copy=True)
         words = self.spec.tile_rows // 8
         self._words = min(_WORDS, 1 << (words - 1).bit_length())
@@ -84,7 +86,8 @@ class Matrix:
         reference.check_input(x, self.columns)
         out = torch.empty(self.rows, dtype=torch.float32, device=self.device) if out is None else out
         blocks, padded_rows = len(self._counts), self._partial.shape[1]
-        given = (x.contiguous(), self._importance, float(threshold), self.columns, self._counts)
+        x = x.contiguous() if self._order is None else x[self._order]
+        given = (x, self._importance, float(threshold), self.columns, self._counts)
         listed = (self._total, self._index, self._value)
         packed = (self._packed.view(torch.int32), self._packed.view(torch.float16))
         summed = (self._total, self._partial, self.columns, padded_rows)
@@ -111,4 +114,4 @@ class Matrix:
     def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What the last product kept, as reference.collect gives it; waits for the device."""
         found = int(self._total)
-        return self._index[:found].long(), self._value[:found]
+        return reference.in_order(self._index[:found].long(), self._value[:found], self._order)

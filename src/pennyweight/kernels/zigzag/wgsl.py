@@ -105,7 +105,8 @@ class Matrix:
             numbers = (self.rows, self.columns, spec.tile_rows, spec.group, kind, spec.chunk_bytes // 4)
             return self._buffer(struct.pack("9I", *numbers, padded_rows, slices, first_tile), uniform=True)
 
-        self._row_scale = parts.get("weight_row_scale")
+        self._row_scale, self._order = parts.get("weight_row_scale"), parts.get("weight_order")
+        weights = weights if self._order is None else weights[self._order]
         self._kernels = kernels
         self._passes: list[tuple[Any, Any, tuple[int, int]]] = []
         self._threshold = self._buffer(4, uniform=True)
@@ -158,6 +159,7 @@ class Matrix:
         queue = self._kernels.device.queue
         bits = torch.tensor(abs(threshold), dtype=torch.float32).view(torch.int32)
         queue.write_buffer(self._threshold, 0, struct.pack("i", -1 if threshold < 0 else int(bits)))
+        x = x if self._order is None else x[self._order]
         queue.write_buffer(self._x, 0, x.detach().float().contiguous().numpy())
 
     def run(self) -> None:
@@ -176,4 +178,4 @@ class Matrix:
         read = self._kernels.device.queue.read_buffer
         found = int(torch.frombuffer(read(self._counts), dtype=torch.int32)[-1])
         pairs = torch.frombuffer(read(self._kept), dtype=torch.int32).view(-1, 2)[:found]
-        return pairs[:, 0].long(), pairs[:, 1].contiguous().view(torch.float32)
+        return reference.in_order(pairs[:, 0].long(), pairs[:, 1].contiguous().view(torch.float32), self._order)
