@@ -19,6 +19,7 @@ import numpy as np
 import _bench
 import _llama
 from pennyweight import _native
+from pennyweight.formats import zigzag
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # rows (outputs), columns (inputs)
 LEVELS = (0.0, 0.25, 0.4, 0.5, 0.7)
@@ -51,14 +52,26 @@ def rows_matrix(rows: int, columns: int, group: int, rng: np.random.Generator) -
     return linear(_native.Matrix.rows(codes, scales, None, columns, 4, group, False))
 
 
-def zigzag_matrix(rows: int, columns: int, group: int, threshold: float, rng: np.random.Generator) -> _native.Linear:
-    """One tile as tall as the matrix. Random bytes, with scales that are numbers."""
-    scale_bytes = 2 * rows // group
-    chunk = -(-(scale_bytes + rows // 2) // 64) * 64
-    chunks = rng.integers(0, 256, (columns, chunk), dtype=np.uint8)
-    scales = (0.01 + 0.01 * rng.random((columns, rows // group))).astype(np.float16)
-    chunks[:, :scale_bytes] = scales.view(np.uint8).reshape(columns, -1)
-    made = _native.Matrix.zigzag(chunks.reshape(-1), rows, columns, rows, group, False)
+def zigzag_matrix(
+    rows: int,
+    columns: int,
+    threshold: float,
+    rng: np.random.Generator,
+    scales: zigzag.Scales = "symmetric",
+    order: np.ndarray | None = None,
+) -> _native.Linear:
+    """One tile as tall as the matrix, groups of 64 rows (super: 32). Random bytes, with scales that are numbers."""
+    spec = zigzag.Spec(32 if scales == "super" else 64, scales, rows)
+    chunks = rng.integers(0, 256, (columns, spec.chunk_bytes), dtype=np.uint8)
+    if scales == "super":  # factors in 4 bytes of 16, then scales of 6 bits
+        halves = (1e-3 + 1e-3 * rng.random((columns, rows // 256, 2))).astype(np.float16)
+        chunks[:, : spec.scale_bytes].reshape(columns, -1, 16)[..., :4] = halves.view(np.uint8)
+    else:
+        halves = (0.01 + 0.01 * rng.random((columns, spec.scale_bytes // 2))).astype(np.float16)
+        chunks[:, : spec.scale_bytes] = halves.view(np.uint8)
+    made = _native.Matrix.zigzag(
+        chunks.reshape(-1), rows, columns, rows, spec.group, _native.Scales[scales], None, order
+    )
     made.threshold = threshold
     return linear(made)
 
@@ -105,8 +118,18 @@ def measure(rows: int, columns: int, threads: int, samples: int, ggml: _llama.Gg
         variants += [theirs(ggml, kind, rows, columns, x, threads) for kind in ("q4_0", "q4_K")]
     for level in LEVELS:
         threshold = float(np.quantile(np.abs(x), level)) if level else -1.0
-        made = zigzag_matrix(rows, columns, 64, threshold, rng)
+        made = zigzag_matrix(rows, columns, threshold, rng)
         variants.append(own(f"sparse {level:.0%}", 4.25, made, x, rows, threads, level > 0))
+    half = float(np.quantile(np.abs(x), 0.5))
+    for level, threshold in ((0.0, -1.0), (0.5, half)):
+        made = zigzag_matrix(rows, columns, threshold, rng, "super")
+        variants.append(own(f"super {level:.0%}", 4.5, made, x, rows, threads, level > 0))
+    # Channels of different size, as in models: then the columns that are read can be neighbours.
+    sizes = np.exp(rng.standard_normal(columns)).astype(np.float32)
+    uneven = x * sizes
+    for name, order in (("as they are", None), ("ordered", np.argsort(-sizes).astype(np.int32))):
+        made = zigzag_matrix(rows, columns, float(np.quantile(np.abs(uneven), 0.5)), rng, order=order)
+        variants.append(own(f"uneven 50% {name}", 4.25, made, uneven, rows, threads, True))
     for variant in variants:
         variant.run()
     for _ in range(samples):
@@ -135,7 +158,7 @@ def main() -> int:
                 rate = rows * columns * variant.bits / 8 / p05
                 if variant.bits:
                     print(
-                        f"  {variant.name:15} {variant.bits} bits  p05 {p05 * 1e6:7.1f} us  p50 {p50 * 1e6:7.1f} us  "
+                        f"  {variant.name:22} {variant.bits} bits  p05 {p05 * 1e6:7.1f} us  p50 {p50 * 1e6:7.1f} us  "
                         f"{rate / 1e9:6.1f} GB/s of all its bytes, {rate / read:4.0%} of reading"
                     )
                 rows_out.append(

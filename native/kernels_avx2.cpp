@@ -208,14 +208,43 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
     return found;
 }
 
-// Scales, or minima, of a block of 8 groups.
-inline __m256 eight_super(const std::uint8_t* at, bool minima) {
-    const Super super(at);
-    const __m128 factors = _mm_cvtph_ps(_mm_cvtsi32_si128(int(super.factors)));
-    const __m128i bytes = _mm_cvtsi64_si128(long(minima ? super.minima : super.scales));
-    __m256 factor = _mm256_broadcastss_ps(minima ? _mm_movehdup_ps(factors) : factors);
-    if (minima) factor = _mm256_sub_ps(_mm256_setzero_ps(), factor);
-    return _mm256_mul_ps(factor, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
+// Scales of 8 groups and, unless symmetric, their minima, raised by 8 scales as codes count from 8.
+struct Eight {
+    __m256 scale, minimum;
+};
+
+// Of groups g to g + 7 of a column, those beyond the tile's last zero.
+template <Scales kScales>
+inline Eight eight(const Zigzag& w, const std::uint8_t* chunk, int g) {
+    const int inside = std::clamp(w.groups() - g, 0, 8);
+    Eight made{_mm256_setzero_ps(), _mm256_setzero_ps()};
+    if constexpr (kScales == Scales::super) {
+        if (!inside) return made;
+        // The words of Super's constructor, all at once.
+        const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(chunk + 2 * g));
+        const __m128i pairs = _mm_shuffle_epi32(words, 0b10100101), last = _mm_shuffle_epi32(words, 0b11111111);
+        const __m128i low = _mm_and_si128(pairs, _mm_set1_epi64x(0x3f3f3f3f));
+        const __m128i two = _mm_and_si128(_mm_srli_epi32(pairs, 2), _mm_set1_epi64x(0x30303030ll << 32));
+        const __m128i four =
+            _mm_and_si128(_mm_srlv_epi32(last, _mm_setr_epi32(0, 0, 0, 4)), _mm_set1_epi64x(0x0f0f0f0fll << 32));
+        const __m128i sixes = _mm_or_si128(low, _mm_or_si128(two, four));
+        const __m128 factors = _mm_cvtph_ps(words);
+        made.scale = _mm256_mul_ps(_mm256_broadcastss_ps(factors), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(sixes)));
+        const __m256 m = _mm256_mul_ps(_mm256_broadcastss_ps(_mm_movehdup_ps(factors)),
+                                       _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(sixes, 8))));
+        made.minimum = _mm256_fmsub_ps(_mm256_set1_ps(8.0f), made.scale, m);
+    } else {
+        const auto halves = [&](const std::uint8_t* at) {
+            if (inside == 8) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+            alignas(16) std::uint16_t few[8] = {};
+            std::memcpy(few, at, 2 * inside);
+            return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(few)));
+        };
+        made.scale = halves(chunk + 2 * g);
+        if constexpr (kScales == Scales::affine)
+            made.minimum = _mm256_fmadd_ps(_mm256_set1_ps(8.0f), made.scale, halves(chunk + 2 * (w.groups() + g)));
+    }
+    return made;
 }
 
 // Codes of x[c] * scale[c][g] in 8 bits, with one float a group; eight groups at a time.
@@ -224,19 +253,13 @@ inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const fl
                  Folded& out) {
     float room[kStep];
     for (int i = 0; i < slice.groups; i += 8) {
-        const int g = slice.first_group + i, inside = std::clamp(w.groups() - g, 0, 8);
-        const auto eight = [&](const std::uint8_t* at) {
-            if (inside == 8) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-            alignas(16) std::uint16_t few[8] = {};
-            std::memcpy(few, at, 2 * inside);
-            return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(few)));
-        };
-        const auto scales_of = [&](const std::uint8_t* chunk, bool minima = false) {
-            if constexpr (kScales == Scales::super) return inside ? eight_super(chunk + 2 * g, minima) : _mm256_setzero_ps();
-            else return eight(chunk + 2 * (minima ? w.groups() + g : g));
-        };
-        __m256 scales[kStep];
-        for (int c = 0; c < kStep; c++) scales[c] = scales_of(step.chunk[c]);
+        constexpr bool kMinima = kScales != Scales::symmetric;
+        __m256 scales[kStep], minima[kMinima ? kStep : 1];
+        for (int c = 0; c < kStep; c++) {
+            const Eight of = eight<kScales>(w, step.chunk[c], slice.first_group + i);
+            scales[c] = of.scale;
+            if constexpr (kMinima) minima[c] = of.minimum;
+        }
         for (int t = 0; t < tokens; t++) {
             const float* x = step.of(value[t] + start, room);
             __m256 e[kStep], most = _mm256_setzero_ps();
@@ -244,13 +267,12 @@ inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const fl
                 e[c] = _mm256_mul_ps(scales[c], _mm256_set1_ps(x[c]));
                 most = _mm256_max_ps(most, magnitude(e[c]));
             }
-            if constexpr (kScales != Scales::symmetric) {
-                __m256 bias = _mm256_load_ps(out.bias(t) + i);
-                for (int c = 0; c < kStep; c++) {
-                    bias = _mm256_fmadd_ps(_mm256_set1_ps(x[c]), scales_of(step.chunk[c], true), bias);
-                    bias = _mm256_fmadd_ps(_mm256_set1_ps(8.0f), e[c], bias);  // codes count from 8
-                }
-                _mm256_store_ps(out.bias(t) + i, bias);
+            if constexpr (kMinima) {
+                __m256 raised[4];
+                for (int c = 0; c < kStep; c++)
+                    raised[c % 4] = _mm256_fmadd_ps(_mm256_set1_ps(x[c]), minima[c], c < 4 ? _mm256_setzero_ps() : raised[c % 4]);
+                const __m256 sum = _mm256_add_ps(_mm256_add_ps(raised[0], raised[1]), _mm256_add_ps(raised[2], raised[3]));
+                _mm256_store_ps(out.bias(t) + i, _mm256_add_ps(_mm256_load_ps(out.bias(t) + i), sum));
             }
             const __m256 some = _mm256_cmp_ps(most, _mm256_setzero_ps(), _CMP_GT_OQ);
             const __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(127.0f), most));

@@ -198,39 +198,62 @@ inline void fold_sixteen(const __m512 (&e)[kStep], Folded& out, int t, int i, Ah
     _mm512_store_si512(out.minus136(t) + i, _mm512_add_epi32(minus8, _mm512_slli_epi32(minus8, 4)));
 }
 
-// Scales, or minima, of 16 groups from two blocks of 8, or from one and the others zero.
-inline __m512 sixteen_super(const std::uint8_t* at, bool both, bool minima) {
-    const Super first(at), second(at + (both ? 16 : 0));
-    const __m128 factors = _mm_cvtph_ps(_mm_cvtsi64_si128(long(first.factors | std::uint64_t(second.factors) << 32)));
-    const __m128i bytes = minima ? _mm_set_epi64x(long(second.minima), long(first.minima))
-                                 : _mm_set_epi64x(long(second.scales), long(first.scales));
-    const __m512i which = _mm512_add_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2),
-                                           _mm512_set1_epi32(minima));
-    __m512 factor = _mm512_permutexvar_ps(which, _mm512_castps128_ps512(factors));
-    if (minima) factor = _mm512_sub_ps(_mm512_setzero_ps(), factor);
-    return _mm512_maskz_mul_ps(both ? 0xffff : 0x00ff, factor, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
+// Scales of 16 groups and, unless symmetric, their minima, raised by 8 scales as codes count from 8.
+struct Sixteen {
+    __m512 scale, minimum;
+};
+
+// Of groups g to g + 15 of a column, those beyond the tile's last zero.
+template <Scales kScales>
+inline Sixteen sixteen(const Zigzag& w, const std::uint8_t* chunk, int g) {
+    const int left = w.groups() - g;
+    Sixteen made;
+    if constexpr (kScales == Scales::super) {
+        // Two blocks, one in each half: the words of Super's constructor, all at once.
+        const __mmask8 inside = left >= 16 ? __mmask8(0xff) : __mmask8(0x0f);
+        const __m256i words = _mm256_maskz_loadu_epi32(inside, chunk + 2 * g);
+        const __m256i pairs = _mm256_shuffle_epi32(words, 0b10100101), last = _mm256_shuffle_epi32(words, 0b11111111);
+        const __m256i low = _mm256_and_si256(pairs, _mm256_set1_epi64x(0x3f3f3f3f));
+        const __m256i two = _mm256_and_si256(_mm256_srli_epi32(pairs, 2), _mm256_set1_epi64x(0x30303030ll << 32));
+        const __m256i four = _mm256_and_si256(_mm256_srlv_epi32(last, _mm256_setr_epi32(0, 0, 0, 4, 0, 0, 0, 4)),
+                                              _mm256_set1_epi64x(0x0f0f0f0fll << 32));
+        const __m256i sixes = _mm256_permute4x64_epi64(_mm256_or_si256(low, _mm256_or_si256(two, four)), 0b11011000);
+        const __m128i halves = _mm256_castsi256_si128(
+            _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4)));
+        const __m512 factors = _mm512_castps128_ps512(_mm_cvtph_ps(halves));  // d, dmin of one block, then of the other
+        const __m512i block = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
+        const __m512 d = _mm512_permutexvar_ps(block, factors);
+        const __m512 dmin = _mm512_permutexvar_ps(_mm512_add_epi32(block, _mm512_set1_epi32(1)), factors);
+        made.scale = _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(sixes))));
+        const __m512 m = _mm512_mul_ps(dmin, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(sixes, 1))));
+        made.minimum = _mm512_fmsub_ps(_mm512_set1_ps(8.0f), made.scale, m);
+    } else {
+        const __mmask16 inside = left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
+        made.scale = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(inside, chunk + 2 * g));
+        if constexpr (kScales == Scales::affine)
+            made.minimum = _mm512_fmadd_ps(_mm512_set1_ps(8.0f), made.scale,
+                                           _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(inside, chunk + 2 * (w.groups() + g))));
+    }
+    return made;
 }
 
 // Codes of x[c] * scale[c][g] in 8 bits, with one float a group; for 16 groups at a time. With many tokens a group's
 // scales are widened once for all.
 template <Scales kScales>
-[[gnu::noinline]] void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start, int tokens,
-                 Folded& out, Ahead& pass) {
+[[gnu::noinline]] void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start,
+                            int tokens, Folded& out, Ahead& pass) {
     float room[kStep];
     Ahead ahead = pass;  // a copy of its own stays in registers: stores into the tables might change the caller's
     for (int i = 0; i < slice.groups; i += 16) {
-        const int g = slice.first_group + i, left = w.groups() - g;
-        const __mmask16 inside = left >= 16 ? __mmask16(0xffff) : __mmask16((1u << left) - 1);
-        const auto halves_of = [&](const std::uint8_t* at) {
-            return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(inside, at));
-        };
-        const auto scales_of = [&](const std::uint8_t* chunk, bool minima = false) {
-            if constexpr (kScales == Scales::super) return sixteen_super(chunk + 2 * g, left >= 16, minima);
-            else return halves_of(chunk + 2 * (minima ? w.groups() + g : g));
-        };
-        alignas(64) float scales[kStep][16];
+        const int g = slice.first_group + i;
+        constexpr bool kMinima = kScales != Scales::symmetric;
+        alignas(64) float scales[kStep][16], minima[kMinima ? kStep : 1][16];
         if (tokens > 1)
-            for (int c = 0; c < kStep; c++) _mm512_store_ps(scales[c], scales_of(step.chunk[c]));
+            for (int c = 0; c < kStep; c++) {
+                const Sixteen of = sixteen<kScales>(w, step.chunk[c], g);
+                _mm512_store_ps(scales[c], of.scale);
+                if constexpr (kMinima) _mm512_store_ps(minima[c], of.minimum);
+            }
         for (int t = 0; t < tokens; t++) {
             const float* x = step.of(value[t] + start, room);
             __m512 e[kStep];
@@ -239,17 +262,20 @@ template <Scales kScales>
                 for (int c = 0; c < kStep; c++) e[c] = _mm512_mul_ps(_mm512_load_ps(scales[c]), _mm512_set1_ps(x[c]));
             } else {
 #pragma GCC unroll 16
-                for (int c = 0; c < kStep; c++)
-                    e[c] = _mm512_mul_ps(scales_of(step.chunk[c]), _mm512_set1_ps(x[c]));
-            }
-            if constexpr (kScales != Scales::symmetric) {
-                __m512 bias = _mm512_load_ps(out.bias(t) + i);
                 for (int c = 0; c < kStep; c++) {
-                    const __m512 minimum = scales_of(step.chunk[c], true);
-                    bias = _mm512_fmadd_ps(_mm512_set1_ps(x[c]), minimum, bias);
-                    bias = _mm512_fmadd_ps(_mm512_set1_ps(8.0f), e[c], bias);  // codes count from 8
+                    const Sixteen of = sixteen<kScales>(w, step.chunk[c], g);
+                    e[c] = _mm512_mul_ps(of.scale, _mm512_set1_ps(x[c]));
+                    if constexpr (kMinima) _mm512_store_ps(minima[c], of.minimum);
                 }
-                _mm512_store_ps(out.bias(t) + i, bias);
+            }
+            if constexpr (kMinima) {
+                __m512 raised[4];
+#pragma GCC unroll 16
+                for (int c = 0; c < kStep; c++)
+                    raised[c % 4] = _mm512_fmadd_ps(_mm512_set1_ps(x[c]), _mm512_load_ps(minima[c]),
+                                                    c < 4 ? _mm512_setzero_ps() : raised[c % 4]);
+                const __m512 sum = _mm512_add_ps(_mm512_add_ps(raised[0], raised[1]), _mm512_add_ps(raised[2], raised[3]));
+                _mm512_store_ps(out.bias(t) + i, _mm512_add_ps(_mm512_load_ps(out.bias(t) + i), sum));
             }
             // A quarter of a step's lines: what the tables take of its time.
             fold_sixteen(e, out, t, i, ahead, t == 0 ? w.group / 32 : 0);

@@ -176,14 +176,37 @@ int collect(const float* x, const float* weight, float threshold, int n, std::in
     return found;
 }
 
-// Scales, or minima, of groups g to g + 3, half a block.
-inline float32x4_t four_super(const std::uint8_t* chunk, int g, bool minima) {
-    const Super super(chunk + 2 * (g / Zigzag::kSuperGroups * Zigzag::kSuperGroups));
-    const std::uint64_t all = minima ? super.minima : super.scales;
-    const std::uint32_t bytes = std::uint32_t(all >> 8 * (g % Zigzag::kSuperGroups));
-    const float factor = from_float16(std::uint16_t(minima ? super.factors >> 16 : super.factors));
-    const uint16x8_t wide = vmovl_u8(vcreate_u8(bytes));
-    return vmulq_n_f32(vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide))), minima ? -factor : factor);
+// Scales of 4 groups and, unless symmetric, their minima, raised by 8 scales as codes count from 8.
+struct Four {
+    float32x4_t scale, minimum;
+};
+
+// Of groups g to g + 3 of a column, those beyond the tile's last zero.
+template <Scales kScales>
+inline Four four_of(const Zigzag& w, const std::uint8_t* chunk, int g) {
+    const int inside = std::clamp(w.groups() - g, 0, 4);
+    Four made{vdupq_n_f32(0), vdupq_n_f32(0)};
+    if constexpr (kScales == Scales::super) {
+        if (!inside) return made;
+        const int within = g % Zigzag::kSuperGroups;  // 0 or 4
+        const Super super(chunk + 2 * (g - within));
+        const auto wide = [&](std::uint64_t bytes) {
+            return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes >> 8 * within)))));
+        };
+        made.scale = vmulq_n_f32(wide(super.scales), from_float16(std::uint16_t(super.factors)));
+        const float32x4_t m = vmulq_n_f32(wide(super.minima), from_float16(std::uint16_t(super.factors >> 16)));
+        made.minimum = vfmaq_n_f32(vnegq_f32(m), made.scale, 8.0f);
+    } else {
+        const auto halves = [&](const std::uint8_t* at) {
+            std::uint16_t few[4] = {};
+            std::memcpy(few, at, 2 * inside);
+            return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(few)));
+        };
+        made.scale = halves(chunk + 2 * g);
+        if constexpr (kScales == Scales::affine)
+            made.minimum = vfmaq_n_f32(halves(chunk + 2 * (w.groups() + g)), made.scale, 8.0f);
+    }
+    return made;
 }
 
 // Codes of x[c] * scale[c][g] in 8 bits, with one float a group; four groups at a time.
@@ -192,32 +215,20 @@ inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const fl
                  Folded& out) {
     float room[kStep];
     for (int i = 0; i < slice.groups; i += 4) {
-        const int g = slice.first_group + i, inside = std::clamp(w.groups() - g, 0, 4);
-        const auto four_of = [&](const std::uint8_t* at) {
-            std::uint16_t few[4] = {};
-            std::memcpy(few, at, 2 * inside);
-            return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(few)));
-        };
-        const auto scales_of = [&](const std::uint8_t* chunk, bool minima = false) {
-            if constexpr (kScales == Scales::super) return inside ? four_super(chunk, g, minima) : vdupq_n_f32(0);
-            else return four_of(chunk + 2 * (minima ? w.groups() + g : g));
-        };
-        float32x4_t scales[kStep];
-        for (int c = 0; c < kStep; c++) scales[c] = scales_of(step.chunk[c]);
+        Four of[kStep];
+        for (int c = 0; c < kStep; c++) of[c] = four_of<kScales>(w, step.chunk[c], slice.first_group + i);
         for (int t = 0; t < tokens; t++) {
             const float* x = step.of(value[t] + start, room);
-            float32x4_t e[kStep], most = vdupq_n_f32(0);
+            float32x4_t e[kStep], most = vdupq_n_f32(0), raised[4];
+            for (auto& r : raised) r = vdupq_n_f32(0);
             for (int c = 0; c < kStep; c++) {
-                e[c] = vmulq_n_f32(scales[c], x[c]);
+                e[c] = vmulq_n_f32(of[c].scale, x[c]);
                 most = vmaxq_f32(most, vabsq_f32(e[c]));
+                if constexpr (kScales != Scales::symmetric) raised[c % 4] = vfmaq_n_f32(raised[c % 4], of[c].minimum, x[c]);
             }
             if constexpr (kScales != Scales::symmetric) {
-                float32x4_t bias = vld1q_f32(out.bias(t) + i);
-                for (int c = 0; c < kStep; c++) {
-                    bias = vfmaq_n_f32(bias, scales_of(step.chunk[c], true), x[c]);
-                    bias = vfmaq_n_f32(bias, e[c], 8.0f);  // codes count from 8
-                }
-                vst1q_f32(out.bias(t) + i, bias);
+                const float32x4_t sum = vaddq_f32(vaddq_f32(raised[0], raised[1]), vaddq_f32(raised[2], raised[3]));
+                vst1q_f32(out.bias(t) + i, vaddq_f32(vld1q_f32(out.bias(t) + i), sum));
             }
             const uint32x4_t some = vcgtq_f32(most, vdupq_n_f32(0));
             const float32x4_t inverse = vreinterpretq_f32_u32(

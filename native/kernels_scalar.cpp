@@ -119,9 +119,10 @@ void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int
         std::fill(out + first_row, out + last_row, 0.0f);
         for (int g = first_row / w.group; g < last_row / w.group; g++) {
             float bias = 0;
+            const bool minima = w.scales != Scales::symmetric;
             for (int start = 0; start < count; start += kStep) {
                 const int columns = std::min(kStep, count - start);
-                float folded[kStep], most = 0;
+                float folded[kStep], most = 0, raised[4] = {};
                 for (int c = 0; c < columns; c++) {
                     const float x = value[t][start + c];
                     const auto [scale, minimum] = scales_of(w, base + index[start + c] * w.chunk_bytes(), g);
@@ -129,11 +130,9 @@ void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int
                     most = std::max(most, std::fabs(folded[c]));
                     // Codes count from 8 with minima too: what rounding leaves of a folded activation is multiplied by
                     // the code, and should not meet 15 where it could meet 7. The minimum is then 8 scales higher.
-                    if (w.scales != Scales::symmetric) {
-                        bias = std::fma(x, minimum, bias);
-                        bias = std::fma(8.0f, folded[c], bias);
-                    }
+                    if (minima) raised[c % 4] = std::fma(x, std::fma(8.0f, scale, minimum), raised[c % 4]);
                 }
+                if (minima) bias += (raised[0] + raised[1]) + (raised[2] + raised[3]);
                 const float inverse = most > 0 ? 127.0f / most : 0.0f, scale = most * (1.0f / 127.0f);
                 std::int32_t codes[kStep] = {}, total = 0;
                 for (int c = 0; c < columns; c++) {
@@ -151,7 +150,7 @@ void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int
                     out[r] = std::fma(float(exact), scale, out[r]);
                 }
             }
-            if (w.scales != Scales::symmetric)
+            if (minima)
                 for (int r = g * w.group; r < (g + 1) * w.group; r++) out[r] += bias;
         }
     }

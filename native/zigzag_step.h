@@ -139,7 +139,8 @@ void each_step(const Zigzag& w, int tile, int first, int last, const std::int32_
             }
             if constexpr (kScales != Scales::symmetric)
                 for (int t = 0; t < n; t++)
-                    for (int r = 0; r < rows; r++) out[t * stride + r] += folded.bias(t)[r / w.group];
+                    for (int g = 0; g < rows / w.group; g++)
+                        for (int r = 0; r < w.group; r++) out[t * stride + g * w.group + r] += folded.bias(t)[g];
         }
     }
 }
