@@ -114,4 +114,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="too few bytes"):
         _native.Matrix.rows(codes, scales, None, 64, 4, 64, False)
     with pytest.raises(ValueError, match="does not have 64 bytes"):
-        _native.Matrix.zigzag(np.zeros(64, np.uint8), 128, 2, 128, 64, False)
+        _native.Matrix.zigzag(np.zeros(64, np.uint8), 128, 2, 128, 64, _native.Scales.symmetric)

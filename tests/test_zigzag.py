@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pennyweight.formats import zigzag
 from pennyweight.formats._grid import Grid
 from pennyweight.formats.zigzag import Spec
+from pennyweight.kernels.zigzag import reference
 
 specs = st.one_of(
     st.builds(
@@ -223,6 +224,62 @@ def test_no_column_is_dropped_and_none_too_many_read():
         grid.scale[:, np.setdiff1d(np.arange(40), chosen)] = torch.nan
         found = product((codes, grid), spec, x, 0.0)
         assert relative(found, x, dense) < 0.01
+
+
+@pytest.mark.parametrize("kernels", _native.kernel_names())
+def test_normal_activations_cost_half_a_percent(kernels):
+    spec = Spec(64, tile_rows=1024)
+    parts, x = random_parts(1024, 1024, spec), np.random.default_rng(1).standard_normal((4, 1024)).astype(np.float32)
+    found, wanted = product(parts, spec, x, kernels=kernels), x @ zigzag.dequantize(*parts, spec).double().numpy().T
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.005
+
+
+def test_the_reference_is_float32():
+    parts, x = zigzag.pack(*random_parts(500, 300, Spec()), Spec()), torch.from_numpy(activations(1, 300)[0])
+    for threshold in (-1.0, 0.5):
+        found, wanted = (reference.times(parts, each, threshold) for each in (x, x.double()))
+        assert (found - wanted).norm() / wanted.norm() < 1e-6
+
+
+def linear_of(parts, spec: Spec, threshold: float = -1.0, bias: np.ndarray | None = None):
+    rows, columns = parts[0].shape
+    packed = packed_from(parts, spec)["weight_zigzag"].numpy()
+    matrix = _native.Matrix.zigzag(packed, rows, columns, spec.tile_rows, spec.group, _native.Scales[spec.scales])
+    matrix.threshold = threshold
+    linear = _native.Linear()
+    linear.add(matrix)
+    if bias is not None:
+        linear.set_bias(bias)
+    return linear
+
+
+def multiplied(linear, threads: int, x: np.ndarray, rows: int, sparse: bool = True) -> np.ndarray:
+    y = np.full((len(x), rows), np.nan, np.float32)
+    _native.Product(linear, threads).run(x, y, sparse)
+    return y
+
+
+@pytest.mark.parametrize("scales", zigzag.SCALES)
+@pytest.mark.parametrize(("rows", "tile_rows"), [(500, 512), (17000, 17152)])  # columns are split, and rows
+def test_threads_do_not_change_a_product(scales, rows, tile_rows):
+    """Where columns are split sums end in other last bits; where rows are, not even that. Every run gives the same."""
+    spec, x = Spec(32 if scales == "super" else 64, scales, tile_rows), activations(1, 100)
+    linear = linear_of(random_parts(rows, 100, spec), spec, 0.4)
+    one = multiplied(linear, 1, x, rows)
+    np.testing.assert_array_equal(one, multiplied(linear, 1, x, rows))
+    for threads in (2, 3):
+        found = multiplied(linear, threads, x, rows)
+        np.testing.assert_array_equal(found, multiplied(linear, threads, x, rows))
+        assert np.linalg.norm(found - one) / np.linalg.norm(one) < 1e-6
+        if rows / threads > 4096:
+            np.testing.assert_array_equal(found, one)
+
+
+def test_with_everything_left_out_a_product_is_its_bias():
+    spec, bias = Spec(scales="affine", tile_rows=256), np.linspace(-1, 1, 200, dtype=np.float32)
+    linear = linear_of(random_parts(200, 33, spec), spec, np.inf, bias)
+    for threads in (1, 2):
+        np.testing.assert_array_equal(multiplied(linear, threads, activations(1, 33), 200)[0], bias)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
