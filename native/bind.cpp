@@ -327,7 +327,11 @@ NB_MODULE(_native, module) {
         .def_prop_ro("bytes_read_per_token", &Engine::bytes_read_per_token)
         .def_prop_ro("cache_bytes", &Engine::cache_bytes)
         .def("cache_bytes_of", &Engine::cache_bytes_of)
-        .def_prop_ro("kept_share", &Engine::kept_share)
+        .def_prop_ro("sparse",
+                     [](const Engine& e) {
+                         const auto& found = e.sparse();
+                         return std::make_tuple(found.kept, found.columns, found.read, found.bytes);
+                     })
         .def_prop_ro("spent",
                      [](const Engine& e) {
                          return std::make_tuple(e.spent().products, e.spent().attention, e.spent().all);
@@ -337,7 +341,9 @@ NB_MODULE(_native, module) {
     nb::class_<Product>(module, "Product", "One linear with threads of its own, for benchmarks of single products.")
         .def(nb::init<const Linear&, int, const std::string&>(), "linear"_a, "threads"_a, "kernels"_a = "best")
         .def("run", &Product::run, "x"_a.noconvert(), "y"_a.noconvert(), "sparse"_a = false)
-        .def_prop_ro("kept_share", [](const Product& p) { return p.products.kept_share(); });
+        .def_prop_ro("sparse", [](const Product& p) {
+            return std::make_tuple(p.products.sparse().kept, p.products.sparse().columns);
+        });
 
     nb::class_<Reader>(module, "Reader", "Memory of its own that it reads as fast as its threads can.")
         .def(nb::init<std::size_t, int>(), "bytes"_a, "threads"_a)

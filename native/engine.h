@@ -77,7 +77,7 @@ public:
         double products = 0, attention = 0, all = 0;
     };
     const Spent& spent() const { return spent_; }
-    double kept_share() const { return products_.kept_share(); }  // of columns, by the sparse rows of the last step
+    const Products::Sparse& sparse() const { return products_.sparse(); }  // products of the last step's sparse rows
 
     static constexpr int kMaxRows = Products::kMaxRows;
     static constexpr int kMaxQueries = 128;  // that share a key-value head

@@ -111,16 +111,7 @@ void Products::reserve() {
 
 void Products::begin(std::vector<char> sparse) {
     sparse_ = std::move(sparse);
-    for (Thread& own : own_) own.kept = own.kept_of = 0;
-}
-
-double Products::kept_share() const {
-    long kept = 0, of = 0;
-    for (const Thread& own : own_) {
-        kept += own.kept;
-        of += own.kept_of;
-    }
-    return of ? double(kept) / double(of) : 1.0;
+    own_[0].sparse = {};
 }
 
 const Products::Input& Products::prepare(int t, const float* x, int count, int width, int stride,
@@ -229,8 +220,10 @@ void Products::zigzag_one(int t, const Matrix& matrix, const float* x, float thr
         index = own.index.data();
         x = own.value.data();
         if (t == 0) {
-            own.kept += kept;
-            own.kept_of += w.cols;
+            own.sparse.kept += kept;
+            own.sparse.columns += w.cols;
+            own.sparse.read += std::size_t(w.tiles()) * kept * w.chunk_bytes();
+            own.sparse.bytes += w.bytes();
         }
     }
     // Buffers take turns: whoever comes to the barrier of the next product has read this one's.

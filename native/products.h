@@ -91,8 +91,12 @@ public:
     void multiply(int t, const Linear& linear, const Input& input, int count, float* y, int stride,
                   const std::vector<int>* which = nullptr);
 
-    // Share of the columns that sparse rows have read since `begin`.
-    double kept_share() const;
+    // Since `begin`, of all products of sparse rows: columns read and all there were, and the same in bytes.
+    struct Sparse {
+        long kept = 0, columns = 0;
+        std::size_t read = 0, bytes = 0;
+    };
+    const Sparse& sparse() const { return own_[0].sparse; }
 
 private:
     struct Thread {  // scratch that no other thread touches
@@ -104,7 +108,7 @@ private:
         std::vector<int> dense_row;
         Input input;
         int zigzags = 0;  // done in this step
-        long kept = 0, kept_of = 0;
+        Sparse sparse;  // counted by the first thread alone
     };
 
     void zigzag(int t, const Matrix& matrix, const Input& input, int count, float* y, int stride,

@@ -12,6 +12,7 @@ import pytest
 from pennyweight import measure, planning
 from pennyweight.cost import Machine, Workload
 from pennyweight.runtime.bench import Stepper, bench, prefill_seconds
+from pennyweight.runtime.engine import Row
 from pennyweight.slots import BFLOAT16, Attention, GatedMLP, Noop, Slot, Sparsity, Stored
 
 ATTENTION = Attention(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
@@ -168,6 +169,15 @@ def test_random_models_leave_out_exactly_the_share_of_their_shape():
     engine = MODELS.engine(*MODELS.stack(shape, 2))
     Stepper(engine, LOAD).step()
     assert engine.kept_share == pytest.approx((0.5 * 64 + 0.75 * 256) / (64 + 256))  # one list for gate and up
+    column = {
+        rows: 2 * rows // 64 + rows // 2 for rows in (512, 128)
+    }  # bytes: gate and up stacked; down, 64 rows filled
+    column = {rows: -(-size // 64) * 64 for rows, size in column.items()}
+    left_out = 2 * (32 * column[512] + 64 * column[128])
+    assert engine.bytes_read([40]) == engine.bytes_read_per_token - left_out
+    dense = engine.bytes_read_per_token
+    engine.step([Row(engine.open(8), 0, 1)])
+    assert engine.bytes_read([0]) == dense
 
 
 def test_several_sequences_are_stepped_together():

@@ -302,7 +302,7 @@ def test_products_with_an_order_are_products(threads):
         for sparse in (False, True):
             y = np.full((3, 500), np.nan, np.float32)
             product.run(x, y, sparse)
-            found[name, sparse] = y, product.kept_share
+            found[name, sparse] = y, product.sparse
     for sparse in (False, True):
         (plain, kept), (ordered, also_kept) = found["plain", sparse], found["ordered", sparse]
         np.testing.assert_allclose(ordered, plain, atol=0.02 * np.abs(plain).max())

@@ -81,7 +81,7 @@ def bench(engine: Engine, workload: Workload, *, repeats: int = 3, seed: int = 0
     if prompt + new > engine.context:
         raise ValueError(f"a prompt of {prompt} and {new} new tokens; the model takes up to {engine.context} in all")
     rng = np.random.default_rng(seed)
-    first, each = [], []
+    first, each, moved = [], [], []
     joules, energy = energy_meter()
     spent = 0.0
     for _ in range(repeats):
@@ -93,6 +93,7 @@ def bench(engine: Engine, workload: Workload, *, repeats: int = 3, seed: int = 0
             started = time.perf_counter()
             tokens = engine.step(rows).argmax(axis=-1)
             each.append(time.perf_counter() - started)
+            moved.append(engine.bytes_read([prompt + i] * together))
         spent += joules() - before if joules else 0.0
         for sequence in sequences:
             engine.close(sequence)
@@ -108,7 +109,7 @@ def bench(engine: Engine, workload: Workload, *, repeats: int = 3, seed: int = 0
         tpot_p05=float(np.quantile(each, 0.05)),
         prefill_tokens_per_second=together * prompt / ttft,
         tokens_per_second=together / tpot,
-        bytes_per_step=engine.bytes_read_per_token + together * engine.cache_bytes_of(workload.mean_length),
+        bytes_per_step=int(np.mean(moved)),
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         joules_per_token=spent / (repeats * new * together) if joules else None,
         energy=energy,

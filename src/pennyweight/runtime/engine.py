@@ -91,8 +91,16 @@ class Engine:
 
     @property
     def kept_share(self) -> float:
-        """Share of the columns that the sparse rows of the last step read."""
-        return self._native.kept_share
+        """Share of the columns that the sparse rows of the last step read; 1 if there were none."""
+        kept, columns, _, _ = self._native.sparse
+        return kept / columns if columns else 1.0
+
+    def bytes_read(self, lengths: Sequence[int]) -> int:
+        """Bytes that the last step read, if its rows were the next tokens of sequences of these lengths: matrices once
+        for all rows, those that leave columns out again for each, and everybody's keys and values."""
+        _, _, read, whole = self._native.sparse
+        cached = sum(self.cache_bytes_of(length + 1) for length in lengths)
+        return self.bytes_read_per_token - whole // max(1, len(lengths)) + read + cached
 
     @property
     def spent(self) -> tuple[float, float, float]:
