@@ -91,41 +91,76 @@ void to_half(const float* x, int n, std::uint16_t* out) {
     for (; i < n; i++) out[i] = to_float16(x[i]);
 }
 
-// One row of weights times `kTokens` tokens in float32.
-template <class V, Wide::Type kType, int kTokens>
-inline void wide_row(const std::uint8_t* row, int cols, const float* const* x, float* y, std::ptrdiff_t stride) {
+// Rows of weights times tokens in float32. Two sums per row and token, of even and odd vectors, whatever is done beside.
+template <class V, Wide::Type kType, int kRows, int kTokens>
+inline void wide_block(const std::uint8_t* rows, std::size_t row_bytes, int cols, const float* const* x, float* y,
+                       std::ptrdiff_t stride) {
     constexpr int kBytes = kType == Wide::Type::float32 ? 4 : 2;
     const auto load = [](const std::uint8_t* at) {
         if constexpr (kType == Wide::Type::float32) return V::load(reinterpret_cast<const float*>(at));
         else if constexpr (kType == Wide::Type::float16) return V::load_half(reinterpret_cast<const std::uint16_t*>(at));
         else return V::load_brain(reinterpret_cast<const std::uint16_t*>(at));
     };
-    V total[kTokens][2];
-    for (auto& token : total) token[0] = token[1] = V::broadcast(0);
+    V total[kRows][kTokens][2];
+    for (auto& row : total)
+        for (auto& token : row) token[0] = token[1] = V::broadcast(0);
     int i = 0;
     for (; i + 2 * V::kWidth <= cols; i += 2 * V::kWidth)
+#pragma GCC unroll 2
         for (int side = 0; side < 2; side++) {
-            const V w = load(row + kBytes * (i + side * V::kWidth));
-            for (int t = 0; t < kTokens; t++)
-                total[t][side] = V::fma(w, V::load(x[t] + i + side * V::kWidth), total[t][side]);
+            const int at = i + side * V::kWidth;
+            V w[kRows];
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; r++) w[r] = load(rows + r * row_bytes + kBytes * at);
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; t++) {
+                const V value = V::load(x[t] + at);
+#pragma GCC unroll 4
+                for (int r = 0; r < kRows; r++) total[r][t][side] = V::fma(w[r], value, total[r][t][side]);
+            }
         }
     for (; i < cols; i += V::kWidth) {
         const int few = std::min(V::kWidth, cols - i);
-        alignas(64) std::uint8_t last[4 * V::kWidth] = {};
-        std::memcpy(last, row + kBytes * i, kBytes * few);
-        for (int t = 0; t < kTokens; t++) total[t][0] = V::fma(load(last), load_some<V>(x[t] + i, few), total[t][0]);
+        for (int r = 0; r < kRows; r++) {
+            alignas(64) std::uint8_t last[4 * V::kWidth] = {};
+            std::memcpy(last, rows + r * row_bytes + kBytes * i, kBytes * few);
+            for (int t = 0; t < kTokens; t++)
+                total[r][t][0] = V::fma(load(last), load_some<V>(x[t] + i, few), total[r][t][0]);
+        }
     }
-    for (int t = 0; t < kTokens; t++) y[t * stride] = V::add(total[t][0], total[t][1]).sum();
+    for (int r = 0; r < kRows; r++)
+        for (int t = 0; t < kTokens; t++) y[t * stride + r] = V::add(total[r][t][0], total[r][t][1]).sum();
 }
 
+// One token takes row after row, as memory is read fastest. Apart from what many tokens need, for the registers' sake.
+template <class V, Wide::Type kType>
+[[gnu::noinline]] void wide_one(const Wide& w, const float* x, float* y, int first, int last) {
+    for (int r = first; r < last; r++) wide_block<V, kType, 1, 1>(w.data + r * w.row_bytes(), 0, w.cols, &x, y + r, 0);
+}
+
+// Some rows and tokens at a time, as many as registers hold.
+template <class V, Wide::Type kType, int kRows, int kTokens>
+[[gnu::noinline]] void wide_many(const Wide& w, const float* const* x, int count, float* y, std::ptrdiff_t stride,
+                                 int first) {
+    const std::uint8_t* rows = w.data + first * w.row_bytes();
+    int t = 0;
+    for (; t + kTokens <= count; t += kTokens)
+        wide_block<V, kType, kRows, kTokens>(rows, w.row_bytes(), w.cols, x + t, y + t * stride + first, stride);
+    for (; t < count; t++) wide_block<V, kType, kRows, 1>(rows, w.row_bytes(), w.cols, x + t, y + t * stride + first, stride);
+}
+
+// Many tokens go in blocks that stay in the second level of cache while all rows pass by.
 template <class V, Wide::Type kType>
 void wide_times_as(const Wide& w, const float* const* x, int count, float* y, std::ptrdiff_t stride, int first,
                    int last) {
-    for (int r = first; r < last; r++) {
-        const std::uint8_t* row = w.data + r * w.row_bytes();
-        int t = 0;
-        for (; t + 4 <= count; t += 4) wide_row<V, kType, 4>(row, w.cols, x + t, y + t * stride + r, stride);
-        for (; t < count; t++) wide_row<V, kType, 1>(row, w.cols, x + t, y + t * stride + r, stride);
+    constexpr int kRows = V::kWidth == 16 ? 4 : 2, kTokens = V::kWidth == 16 ? 3 : 2;
+    const int together = std::max(kTokens, (1 << 17) / w.cols / kTokens * kTokens);
+    for (int from = 0; from < count; from += together) {
+        const int n = std::min(together, count - from);
+        float* to = y + from * stride;
+        int r = first;
+        for (; n > 1 && r + kRows <= last; r += kRows) wide_many<V, kType, kRows, kTokens>(w, x + from, n, to, stride, r);
+        for (int t = 0; t < n; t++) wide_one<V, kType>(w, x[from + t], to + t * stride, r, last);
     }
 }
 
