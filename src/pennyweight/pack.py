@@ -44,7 +44,7 @@ def pack(
     if store.get("pack/embed") is None:
         slot = Slot("embed")
         parts = Parts(child.embedding(), "embed", child.shapes[slot])
-        store.put_tensors("pack/embed", _packed(slot, parts, layout.get(slot, PARENT), SlotStats({})))
+        store.put_tensors("pack/embed", _packed(slot, parts, layout.get(slot, PARENT), SlotStats({}), leave=False))
         del parts  # the largest matrix of all; layers need room
     hidden = None
     for index in range(child.layers):
@@ -64,9 +64,8 @@ def pack(
         tensors = {"model.norm.weight": child.norm().get_parameter("weight").detach().bfloat16()}
         if not child.tied:
             slot = Slot("head")
-            tensors |= _packed(
-                slot, Parts(child.head(), "head", child.shapes[slot]), layout.get(slot, PARENT), SlotStats({})
-            )
+            parts = Parts(child.head(), "head", child.shapes[slot])
+            tensors |= _packed(slot, parts, layout.get(slot, PARENT), SlotStats({}), leave=False)
         store.put_tensors("pack/head", tensors)
     listen.end()
     writer = Writer(out)
@@ -134,8 +133,10 @@ def _thinned(
     }
 
 
-def _packed(slot: Slot, parts: Parts, choice: Choice, stats: SlotStats) -> dict[str, torch.Tensor]:
-    """One slot's tensors as stored, by full name; matrices in `parts` are left dequantised."""
+def _packed(
+    slot: Slot, parts: Parts, choice: Choice, stats: SlotStats, *, leave: bool = True
+) -> dict[str, torch.Tensor]:
+    """One slot's tensors as stored, by full name; matrices in `parts` are left dequantised, if anybody looks at them."""
     names = tensor_names(slot, parts.shape)
     tensors: dict[str, torch.Tensor] = {}
     modules = parts.linears()
@@ -144,7 +145,8 @@ def _packed(slot: Slot, parts: Parts, choice: Choice, stats: SlotStats) -> dict[
         name = names[weight.name]
         if weight.name in modules and axis is not None:
             packed = kinds.load("variants", axis).pack(weight.name, modules[weight.name].weight, stats, choice[axis])
-            set_linear(modules[weight.name], _matrix.unpack(packed), getattr(modules[weight.name], "bias", None))
+            if leave:
+                set_linear(modules[weight.name], _matrix.unpack(packed), getattr(modules[weight.name], "bias", None))
             tensors |= {name.removesuffix("weight") + suffix: part for suffix, part in packed.items()}
         elif weight.name in modules:
             tensors[name] = modules[weight.name].weight.detach().bfloat16()

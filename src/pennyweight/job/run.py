@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pennyweight import report, verify
+from pennyweight import allocator, report, verify
 from pennyweight.checkpoint import Checkpoint
 from pennyweight.job import Job
 from pennyweight.job.children import build, heal, measure_unhealed
@@ -33,6 +33,8 @@ def run_job(job: Job) -> dict[str, Any]:
 
     def stage(name: str, work: Any) -> Any:
         started = time.perf_counter()
+        if not job.fits_whole:
+            allocator.give_back_freed_memory()  # what the last stage held; the next one needs its room
         result = work()
         timings[name] = round(timings.get(name, 0.0) + time.perf_counter() - started, 2)
         job.store.put("timings", timings)
