@@ -136,7 +136,7 @@ def _thinned(
 def _packed(
     slot: Slot, parts: Parts, choice: Choice, stats: SlotStats, *, leave: bool = True
 ) -> dict[str, torch.Tensor]:
-    """One slot's tensors as stored, by full name; matrices in `parts` are left dequantised, if anybody looks at them."""
+    """One slot's tensors as stored, by full name; matrices in `parts` are left dequantised, if anybody will look."""
     names = tensor_names(slot, parts.shape)
     tensors: dict[str, torch.Tensor] = {}
     modules = parts.linears()
