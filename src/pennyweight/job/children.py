@@ -32,6 +32,7 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
         apply(Parts(embedding, "embed", job.shapes[embed]), layout.get(embed, PARENT), stats.SlotStats({}))
         child = embedding(ids[:, :-1]).float()
         del embedding
+        layer, tensors = None, {}
         job.listen.begin("measure child", total=walk.layers, unit="layers")
         for index in range(walk.layers):
             layer = walk.layer(index)
@@ -42,6 +43,7 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
             child = torch.cat([run_layer(layer, part, positions) for part in child.split(4)])
             job.listen.advance(index + 1)
         job.listen.end()
+        del layer, tensors  # the last layer's moments and what was prepared from them: logits need the room
         last = embed if walk.tied else Slot("head")
         sums = score.compare(walk, parent, [(last, layout.get(last, PARENT), child)], ids[:, 1:], scored)
     return score.mean(next(iter(sums[str(last)].values())))
