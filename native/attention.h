@@ -18,8 +18,8 @@ enum class Cache : int { float16 = 0, fp8 = 1, float32 = 2 };
 constexpr std::size_t bytes_of(Cache cache) { return cache == Cache::fp8 ? 1 : cache == Cache::float16 ? 2 : 4; }
 
 // What the queries of one key-value head look at: up to kSegment positions [first, last) of a cache of `blocks` blocks of
-// 16 positions, used as a ring. Keys lie block by block transposed (head_dim, 16), so that 16 dot products need no sums across lanes;
-// values lie position by position (16, padded_dim).
+// 16 positions, used as a ring. Keys lie block by block transposed (head_dim, 16), so that 16 dot products need no sums
+// across lanes; values lie position by position (16, padded_dim).
 struct Attention {
     static constexpr int kBlock = 16;
     static constexpr int kSegment = 512;  // positions that are looked at in one go
@@ -44,7 +44,7 @@ struct Share {
 };
 
 // out (n) = the softmax over all positions times values, from that over `count` segments: share[s * stride] and
-// mixed + s * mixed_stride. `sink`, if not null, is a logit that takes part and has no value. In place for mixed == out.
+// mixed + s * mixed_stride. `sink`, if not null, is a logit that takes part and has no value.
 inline void merge(const Share* share, std::ptrdiff_t stride, const float* mixed, std::ptrdiff_t mixed_stride, int count,
                   const float* sink, int n, float* out) {
     float most = sink ? *sink : -INFINITY, total = 0;

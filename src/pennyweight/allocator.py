@@ -26,8 +26,8 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Ask glibc for what its heaps hold and nobody uses: blocks below 32 MB stay there when they are freed, hundreds of
-    megabytes after a pass over a large model. Does nothing where the C library is not glibc."""
+    """Ask glibc for what its heaps hold and nobody uses: blocks below 32 MB may stay there when they are freed. Does
+    nothing where the C library is not glibc."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

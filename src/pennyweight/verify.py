@@ -122,17 +122,18 @@ def check_engine(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> Check
     """The native engine computes these logits (tokens, vocab_size) float32 after `ids` (tokens,), as far as no channels
     are left out. Where it cannot run the folder the check says why."""
     from pennyweight.runtime.engine import Engine
+    from pennyweight.runtime.lower import NotRun
 
     name = "logits in the native engine, relative error"
     try:
         engine = Engine(folder, context=len(ids), cache="float32")
-    except (RuntimeError, ValueError) as err:  # no native module, or a rotary scaling it does not run
+    except (RuntimeError, NotRun) as err:  # no native module, or for instance a rotary scaling it does not run
         return Check(name, True, "not run", str(err))
     shapes = Walk(Checkpoint(folder)).shapes.values()
     dense = DENSE_TOKENS if any(getattr(shape, "sparsity", None) for shape in shapes) else len(ids)
     found = torch.from_numpy(engine.logits([int(i) for i in ids[:dense]]))
     error = float((found - logits[:dense]).norm() / logits[:dense].norm())
-    packed = any(name.endswith(_matrix.SUFFIXES) for name in Checkpoint(folder).entries)
+    packed = any(tensor.endswith(_matrix.SUFFIXES) for tensor in Checkpoint(folder).entries)
     limit = _ENGINE_ERROR["packed" if packed else "16 bits"]
     return Check(name, error <= limit, f"at most {limit}", round(error, 6))
 

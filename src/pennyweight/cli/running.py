@@ -26,7 +26,7 @@ Mapped = Annotated[
     bool,
     typer.Option(
         "--mmap",
-        help="Leave weights in their file where that lies in the order of the kernels: starts at once, is slower.",
+        help="Leave weights in their file where that lies in the order of the kernels: starts sooner, is slower.",
     ),
 ]
 

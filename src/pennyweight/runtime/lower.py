@@ -22,13 +22,17 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
 
 
+class NotRun(ValueError):
+    """A sound model that asks for something the engine does not do."""
+
+
 def lower(source: Source, *, context: int | None = None, cache: str = "float16", sparsity: float | None = None) -> Any:
     """The native model of a source, for sequences of up to `context` tokens (default: what the config allows), keys and
     values kept in `cache`: float16, fp8 (E4M3) or float32. `sparsity`: the share of their input channels that blocks
     which can leave some out do leave out, instead of what the config says of each.
 
-    Raises ValueError for a rotary scaling or a shape the engine does not run, for damaged weights, and for a `sparsity`
-    that no block of the model can follow.
+    Raises NotRun for a rotary scaling or a shape the engine does not run, ValueError for damaged weights and for a
+    `sparsity` that no block of the model can follow.
     """
     from pennyweight import _native
 
@@ -90,7 +94,7 @@ def _layer(source: Source, index: int, sparsity: float | None) -> Any:
             layer.gate_up = _stack(source, names, _GATE_UP, share=entering)
             layer.down = _stack(source, names, ("down_proj",), share=inner, which="inner_")
         else:
-            raise ValueError(f"{slot}: the engine has no {type(shape).__name__} yet")
+            raise NotRun(f"{slot}: the engine has no {type(shape).__name__} yet")
     return layer
 
 
@@ -126,7 +130,7 @@ def _rotary(source: Source, context: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines (context, head_dim / 2), scaled as attention wants them."""
     kind = (source.config.get("rope_parameters") or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
-        raise ValueError(f"rope_type {kind!r} changes with the length of the text; the engine does not run it")
+        raise NotRun(f"rope_type {kind!r} changes with the length of the text; the engine does not run it")
     rotary = rotary_embedding(source.config)
     if source.rotary_divisors is not None:
         rotary.inv_freq = rotary.inv_freq / torch.from_numpy(source.rotary_divisors)
