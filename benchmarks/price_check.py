@@ -2,7 +2,8 @@
 
 Block times come from the slope method (measure.py); a model's TPOT is predicted as their sum plus the rest. Then whole
 heterogeneous children, random layouts over all axes (widths, heads, windows, blocks taken out, 4 and 8 bits, sparsity),
-are run in the same native engine. Weights are random: time does not depend on them.
+are run in the same native engine. Weights are random: time does not depend on them. Blocks and models are timed in turn
+with the same yardstick, so that a machine that is slower for some minutes does not look like a wrong price.
 
 Twice: at the reference model's shapes, which caches hold, and at those of a model of 0.2 B, where a token's time is
 reading weights. `without_prices` is the error of whoever says the middle of all measured times for every model: prices
@@ -24,15 +25,11 @@ from pennyweight.checkpoint import read_config
 from pennyweight.cost import Workload, total
 from pennyweight.offers import ORDER, combinations, single_choices
 from pennyweight.progress import Terminal
-from pennyweight.runtime.bench import Stepper
-from pennyweight.runtime.engine import Engine
-from pennyweight.runtime.random_weights import RandomWeights
-from pennyweight.slots import Shape, Slot
+from pennyweight.slots import Shape
 
 WORKLOAD = Workload(prompt=192, new=128)
 MODELS = {"quick": 7, "full": 14}  # at each set of shapes
 POOL = {"quick": 4, "full": 24}  # shapes drawn for each kind of slot: each takes seconds to be measured
-STEPS = 60
 LARGER = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -76,11 +73,11 @@ def check(name: str, config: dict[str, Any], *, quick: bool) -> dict[str, Any]:
     shapes = kinds.family_of(config["model_type"]).slots(config)
     rng, size = np.random.default_rng(0), "quick" if quick else "full"
     pools = {shape: _drawn(shape, rng, POOL[size]) for shape in dict.fromkeys(shapes.values())}
-    choices, models = {slot: pools[shape] for slot, shape in shapes.items()}, MODELS[size]
+    choices, count = {slot: pools[shape] for slot, shape in shapes.items()}, MODELS[size]
     children = []
-    for number in range(models):
+    for number in range(count):
         # From nearly the parent to nearly nothing: each model changes a share of its slots.
-        share = (number + 1) / models
+        share = (number + 1) / count
         children.append(
             {s: row[rng.integers(len(row))] if rng.random() < share else shapes[s] for s, row in choices.items()}
         )
@@ -88,10 +85,11 @@ def check(name: str, config: dict[str, Any], *, quick: bool) -> dict[str, Any]:
     if not quick:
         cache.unlink(missing_ok=True)
     wanted = {shape for child in children for shape in child.values()}
-    seconds = measure.latencies(config, shapes, wanted, WORKLOAD, cache=cache, listen=Terminal()).seconds()
+    models = measure.Models(config, shapes, WORKLOAD, cache=cache)
+    seconds = models.latencies(wanted, listen=Terminal()).seconds()
     pairs = []
     for number, child in enumerate(children):
-        pairs.append((1e3 * total(child, WORKLOAD, seconds).decode_seconds, 1e3 * _tpot(config, child)))
+        pairs.append((1e3 * total(child, WORKLOAD, seconds).decode_seconds, 1e3 * models.step_seconds(child)))
         predicted, measured = pairs[-1]
         error = abs(predicted - measured) / measured
         print(
@@ -111,14 +109,6 @@ def _drawn(shape: Shape, rng: np.random.Generator, count: int) -> list[Shape]:
     free = {c.key(): 0.0 for c in single_choices(shape, ORDER, scored_tokens=512)}
     found = list(dict.fromkeys(resulting for _, resulting, _ in combinations(shape, free)))
     return [shape, *(found[i] for i in rng.permutation(len(found))[:count])]
-
-
-def _tpot(config: dict[str, Any], shapes: dict[Slot, Shape]) -> float:
-    """Median seconds of one decode step of a model with these shapes."""
-    stepper = Stepper(Engine(RandomWeights(config, shapes), context=WORKLOAD.context), WORKLOAD)
-    for _ in range(5):
-        stepper.step()
-    return statistics.median(stepper.step() for _ in range(STEPS))
 
 
 if __name__ == "__main__":

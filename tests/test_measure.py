@@ -32,17 +32,24 @@ CONFIG = {
 }
 SHAPES = planning.slots(CONFIG)
 HEAD = SHAPES[Slot("head")]
-MODELS = measure._Models(CONFIG, SHAPES, LOAD)
+MODELS = measure.Models(CONFIG, SHAPES, LOAD)
+
+
+REST = (pytest.approx(7), pytest.approx(0.5))
 
 
 class Clock:
-    """Stands in for timed engines: a stack of n blocks takes 7 + 3 n to prefill and 0.5 + 0.25 n to decode."""
+    """Stands in for timed engines: a stack of n blocks takes 7 + 3 n to prefill and 0.5 + 0.25 n to decode, times what
+    other work slows them down by."""
+
+    slowness = 1.0
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, rising: bool = True) -> None:
         self.engines: list[Any] = []
+        clock = self
         sign = 1 if rising else -1
 
-        def engine(_self: Any, _config: Any, shapes: Any) -> int:
+        def engine(_self: Any, shapes: Any) -> int:
             blocks = [shape for slot, shape in shapes.items() if slot.layer is not None and not isinstance(shape, Noop)]
             self.engines.append(blocks[0] if blocks else shapes[Slot("head")])
             return len(blocks)
@@ -52,21 +59,22 @@ class Clock:
                 self.copies = copies
 
             def step(self) -> float:
-                return 0.5 + sign * 0.25 * self.copies
+                return clock.slowness * (0.5 + sign * 0.25 * self.copies)
 
             def close(self) -> None:
                 pass
 
-        monkeypatch.setattr(measure._Models, "engine", engine)
-        monkeypatch.setattr(measure, "prefill_seconds", lambda copies, _workload: 7 + sign * 3 * copies)
+        monkeypatch.setattr(measure.Models, "engine", engine)
+        monkeypatch.setattr(measure, "prefill_seconds", lambda copies, _: clock.slowness * (7 + sign * 3 * copies))
         monkeypatch.setattr(measure, "Stepper", Stepper)
+        monkeypatch.setattr(measure, "_ROUND_SECONDS", 0)
 
 
 def test_a_block_is_the_slope_and_the_rest_what_a_model_without_blocks_takes(monkeypatch):
     Clock(monkeypatch)
-    found = measure.latencies(CONFIG, SHAPES, [FFN, HEAD], LOAD)
+    found = measure.Models(CONFIG, SHAPES, LOAD).latencies([FFN, HEAD])
     assert found.blocks == {FFN: (pytest.approx(3), pytest.approx(0.25))}
-    assert found.rest == {BFLOAT16: (pytest.approx(7), pytest.approx(0.5))}
+    assert found.rest == {BFLOAT16: REST}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -74,12 +82,12 @@ def test_prices_look_shapes_up_and_charge_the_rest_to_the_matrix_of_the_logits(m
     Clock(monkeypatch)
     shapes = planning.slots({**CONFIG, "tie_word_embeddings": tied})
     packed = dataclasses.replace(shapes[Slot("embed" if tied else "head")], stored=Stored(8, 64))
-    seconds = measure.latencies(CONFIG, shapes, [FFN, ATTENTION, packed, *shapes.values()], LOAD).seconds()
+    seconds = measure.Models(CONFIG, shapes, LOAD).latencies([FFN, ATTENTION, packed, *shapes.values()]).seconds()
     assert seconds(FFN, LOAD) == (pytest.approx(3), pytest.approx(0.25))
     assert seconds(Noop(hidden_size=64), LOAD) == (0, 0)
     charged = seconds(shapes[Slot("embed")], LOAD), seconds(shapes[Slot("head")], LOAD)
-    assert charged == (((7, 0.5), (0, 0)) if tied else ((0, 0), (7, 0.5)))
-    assert seconds(packed, LOAD) == (7, 0.5)
+    assert charged == ((REST, (0, 0)) if tied else ((0, 0), REST))
+    assert seconds(packed, LOAD) == REST
 
 
 def test_shapes_that_run_the_same_code_are_measured_once(monkeypatch):
@@ -91,26 +99,36 @@ def test_shapes_that_run_the_same_code_are_measured_once(monkeypatch):
     )
     packed = dataclasses.replace(FFN, stored=Stored(4, 64))
     wanted = [ATTENTION, narrow, wide, FFN, packed, sparse, weighted]
-    seconds = measure.latencies(CONFIG, SHAPES, wanted, LOAD).seconds()
+    seconds = measure.Models(CONFIG, SHAPES, LOAD).latencies(wanted).seconds()
     assert set(clock.engines) == {ATTENTION, narrow, FFN, packed, sparse}  # a window of the whole context is none
     assert seconds(wide, LOAD) == seconds(ATTENTION, LOAD)
     assert seconds(weighted, LOAD) == seconds(sparse, LOAD)
 
 
+def test_prices_are_those_of_one_moment_however_slow_the_machine_was_when_each_was_measured(monkeypatch):
+    clock, models = Clock(monkeypatch), measure.Models(CONFIG, SHAPES, LOAD)
+    quiet = models.latencies([FFN])
+    clock.slowness = 3.0
+    busy = models.latencies([FFN, ATTENTION, HEAD])
+    assert busy.blocks[ATTENTION] == quiet.blocks[FFN] == busy.blocks[FFN]
+    assert busy.rest == {BFLOAT16: REST}
+    assert models.step_seconds(SHAPES) == pytest.approx(0.5 + 0.25 * 6)
+
+
 def test_what_is_in_the_cache_is_not_measured_again(monkeypatch, tmp_path: Path):
     clock, cache = Clock(monkeypatch), tmp_path / "deep" / "latencies.json"
-    first = measure.latencies(CONFIG, SHAPES, [FFN], LOAD, cache=cache)
+    first = measure.Models(CONFIG, SHAPES, LOAD, cache=cache).latencies([FFN])
     measured = len(clock.engines)
-    assert measure.latencies(CONFIG, SHAPES, [FFN], LOAD, cache=cache) == first
+    assert measure.Models(CONFIG, SHAPES, LOAD, cache=cache).latencies([FFN]) == first
     assert len(clock.engines) == measured
-    measure.latencies(CONFIG, SHAPES, [FFN], dataclasses.replace(LOAD, prompt=33), cache=cache)
+    measure.Models(CONFIG, SHAPES, dataclasses.replace(LOAD, prompt=33), cache=cache).latencies([FFN])
     assert len(clock.engines) > measured
 
 
 def test_a_machine_too_busy_to_measure_is_refused(monkeypatch):
     Clock(monkeypatch, rising=False)
     with pytest.raises(RuntimeError, match="other work is running"):
-        measure.latencies(CONFIG, SHAPES, [FFN], LOAD)
+        measure.Models(CONFIG, SHAPES, LOAD).latencies([FFN])
 
 
 def test_this_machine_is_measured_once(monkeypatch, tmp_path: Path):
@@ -134,8 +152,7 @@ def test_measured_peaks_are_those_of_a_computer():
 
 @pytest.mark.parametrize("shape", [ATTENTION, FFN])
 def test_stacks_hold_copies_of_one_block_alone(shape):
-    config, row = MODELS.stack(shape, 5)
-    assert config["num_hidden_layers"] == 5
+    row = MODELS.stack(shape, 5, BFLOAT16)
     assert [slot.layer for slot, own in row.items() if own == shape] == [0, 1, 2, 3, 4]
     assert sum(isinstance(own, Noop) for own in row.values()) == 5
     assert {str(slot) for slot in row if slot.layer is None} == {"embed", "norm", "head"}
@@ -149,7 +166,7 @@ def test_random_models_of_any_shape_run_in_the_engine(stored):
     sparsity = SPARSE if stored.down else None
     for shape in (ATTENTION, FFN):
         shape = dataclasses.replace(shape, stored=stored, sparsity=sparsity)
-        engine = MODELS.engine(*MODELS.stack(shape, 2))
+        engine = MODELS.engine(MODELS.stack(shape, 2, BFLOAT16))
         assert prefill_seconds(engine, LOAD) > 0
         assert Stepper(engine, LOAD).step() > 0
         matrices = sum(weight.nbytes for weight in shape.weights() if len(weight.shape) > 1)
@@ -159,14 +176,14 @@ def test_random_models_of_any_shape_run_in_the_engine(stored):
 
 def test_the_rest_is_measured_for_every_way_to_store_the_logits():
     packed = dataclasses.replace(HEAD, stored=Stored(8, 64))
-    found = measure.latencies(CONFIG, SHAPES, [HEAD, packed], LOAD)
+    found = measure.Models(CONFIG, SHAPES, LOAD).latencies([HEAD, packed])
     assert set(found.rest) == {BFLOAT16, Stored(8, 64)}
     assert min(min(times) for times in found.rest.values()) > 0
 
 
 def test_random_models_leave_out_exactly_the_share_of_their_shape():
     shape = dataclasses.replace(FFN, intermediate_size=256, stored=Stored(4, 64, down=True), sparsity=SPARSE)
-    engine = MODELS.engine(*MODELS.stack(shape, 2))
+    engine = MODELS.engine(MODELS.stack(shape, 2, BFLOAT16))
     Stepper(engine, LOAD).step()
     assert engine.kept_share == pytest.approx((0.5 * 64 + 0.75 * 256) / (64 + 256))  # one list for gate and up
     column = {
@@ -181,7 +198,7 @@ def test_random_models_leave_out_exactly_the_share_of_their_shape():
 
 
 def test_several_sequences_are_stepped_together():
-    engine = MODELS.engine(CONFIG, SHAPES)
+    engine = MODELS.engine(SHAPES)
     found = bench(engine, Workload(prompt=6, new=3, concurrency=4, context=64), repeats=1)
     assert found.bytes_per_step > engine.bytes_read_per_token
     assert found.tokens_per_second == pytest.approx(4 / found.tpot)

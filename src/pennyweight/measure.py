@@ -1,8 +1,8 @@
 """Measure this computer: memory bandwidth, matrix arithmetic, and what single blocks really cost.
 
-Block times come from the slope method: a model of N copies of a block and one of 2N in the native engine, steps
-interleaved; the difference of their medians over N is one copy. Measuring a block on its own would miss what a running
-model does to caches, and include the clock's overhead. A model without blocks tells the cost of the rest.
+Block times come from the slope method: a model of N copies of a block and one of 2N in the native engine, run in turn;
+their difference over N is one copy. Measuring a block on its own would miss what a running model does to caches, and
+include the clock's overhead. What a model takes beyond its blocks is the cost of the rest.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ from pennyweight.runtime.random_weights import RandomWeights, tensors
 from pennyweight.slots import Attention, Embedding, GatedMLP, Head, Linear, Noop, Shape, Shapes, Slot, Stored
 
 _STACK_BYTES = 2**26  # a stack need not be larger to be read from memory; a smaller one has as many blocks as the model
-_STEPS = 40
-_PREFILLS = 5
+_ROUNDS = 5
+_ROUND_SECONDS = 0.1
+_BURST_SECONDS = 0.01
+_CAREFULLY = 10  # times as long, for what everything else is told in
 
 
 def cache_folder() -> Path:
@@ -133,117 +135,179 @@ def _timed_as(shape: Shape, workload: Workload) -> Shape:
     return shape
 
 
-def latencies(
-    config: Mapping[str, Any],
-    shapes: Shapes,
-    wanted: Iterable[Shape],
-    workload: Workload,
-    *,
-    cache: Path | None = None,
-    listen: Listener | None = None,
-) -> Latencies:
-    """Measure every distinct shape of `wanted` inside models of the config's family.
+class Models:
+    """Models of one config with random weights, timed for one workload to tell what their blocks cost.
 
-    `cache`: a JSON file of earlier measurements on this machine, extended with what is new. Raises RuntimeError if a
-    slope stays negative after three tries (the machine is too busy to measure), or without the native module.
+    Everything is timed in turn with a yardstick, layers as the config has them, and told in its seconds, which are
+    measured once: other work that slows the machine for a minute does not make dear what is measured in that minute.
     """
-    listen, wanted = listen or Silent(), list(wanted)
-    blocks = sorted({_timed_as(s, workload) for s in wanted if isinstance(s, Attention | GatedMLP | Linear)}, key=repr)
-    heads = sorted({s.stored for s in wanted if isinstance(s, Embedding | Head) and makes_logits(s)}, key=repr)
-    known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
-    model = [config[key] for key in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")]
-    where = f"{platform.node()}|{physical_cores()}|{_native_digest()}|{model}|{workload}"
-    models = _Models(config, shapes, workload)
-    listen.begin("measure", total=len(blocks) + len(heads), unit="shapes")
 
-    def once(done: int, what: Any, measured: Callable[[Any], tuple[float, float]]) -> tuple[float, float]:
-        key = f"{where}|{what}"
-        if key not in known:
-            known[key] = measured(what)
-            if cache is not None:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(cache, json.dumps(known, indent=1).encode())
-        listen.advance(done)
-        prefill, decode = known[key]
+    def __init__(
+        self, config: Mapping[str, Any], shapes: Shapes, workload: Workload, *, cache: Path | None = None
+    ) -> None:
+        """`shapes`: the config's own; `cache`: a JSON file of earlier measurements on this machine, extended with what
+        is new. Raises RuntimeError without the native module."""
+        self._config, self._shapes, self._workload, self._cache = config, shapes, workload, cache
+        self._known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
+        model = [config[key] for key in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")]
+        own = hashlib.blake2b(repr(list(shapes.values())).encode(), digest_size=8).hexdigest()
+        self._where = f"{platform.node()}|{physical_cores()}|{_native_digest()}|{model}|{own}|{workload}"
+        self._make = lru_cache(maxsize=8)(tensors)
+        self._head_slot, self._head = next(
+            (slot, own) for slot, own in shapes.items() if isinstance(own, Embedding | Head) and makes_logits(own)
+        )
+
+    def latencies(self, wanted: Iterable[Shape], *, listen: Listener | None = None) -> Latencies:
+        """What every distinct shape of `wanted` takes. Raises RuntimeError if a block's time stays negative after three
+        tries: the machine is too busy to measure."""
+        listen, wanted = listen or Silent(), list(wanted)
+        blocks = {_timed_as(s, self._workload) for s in wanted if isinstance(s, Attention | GatedMLP | Linear)}
+        heads = {s.stored for s in wanted if isinstance(s, Embedding | Head) and makes_logits(s)}
+        listen.begin("measure", total=len(blocks) + len(heads), unit="shapes")
+        times: dict[Shape, tuple[float, float]] = {}
+        rest: dict[Stored, tuple[float, float]] = {}
+        for shape in sorted(blocks, key=repr):
+            times[shape] = self._once(shape, lambda shape=shape: self._block(shape))
+            listen.advance(len(times))
+        for stored in sorted(heads, key=repr):
+            rest[stored] = self._once(stored, lambda stored=stored: self._rest(stored))
+            listen.advance(len(times) + len(rest))
+        listen.end()
+        return Latencies(times, rest)
+
+    def step_seconds(self, shapes: Shapes) -> float:
+        """Seconds of a decode step of a whole model with these shapes."""
+        (found,) = self._steps(self.engine(shapes))
+        return found
+
+    def engine(self, shapes: Shapes) -> Engine:
+        """A model with these shapes, of as many layers as they name."""
+        layers = {slot.layer for slot in shapes if slot.layer is not None}
+        longest = max(self._workload.context, self._workload.mean_length + 1)
+        config = {**self._config, "num_hidden_layers": len(layers), "max_position_embeddings": longest}
+        return Engine(RandomWeights(config, shapes, self._make))
+
+    def stack(self, shape: Shape | None, copies: int, stored: Stored) -> dict[Slot, Shape]:
+        """Shapes of a model whose only blocks are so many of this shape; the logits' matrix is stored this way."""
+        kind = "ffn" if isinstance(shape, GatedMLP) else "mixer"
+        row: dict[Slot, Shape] = {slot: own for slot, own in self._shapes.items() if slot.layer is None}
+        row[self._head_slot] = dataclasses.replace(self._head, stored=stored)
+        for slot in (Slot(each, layer) for layer in range(copies) for each in ("mixer", "ffn")):
+            row[slot] = Noop(hidden_size=self._config["hidden_size"]) if shape is None or slot.kind != kind else shape
+        return row
+
+    def _once(self, what: object, measured: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+        key = f"{self._where}|{what}"
+        if key not in self._known:
+            self._known[key] = measured()
+            if self._cache is not None:
+                self._cache.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(self._cache, json.dumps(self._known, indent=1).encode())
+        prefill, decode = self._known[key]
         return prefill, decode
 
-    times = {shape: once(done, shape, models.slope) for done, shape in enumerate(blocks, 1)}
-    rest = {stored: once(done, stored, models.rest) for done, stored in enumerate(heads, len(blocks) + 1)}
-    listen.end()
-    return Latencies(times, rest)
-
-
-def _native_digest() -> str:
-    """Of the engine's machine code: another build has other times."""
-    return hashlib.blake2b(Path(native_module().__file__).read_bytes(), digest_size=8).hexdigest()
-
-
-class _Models:
-    """Models with random weights to be timed: stacks of one block, and none at all."""
-
-    def __init__(self, config: Mapping[str, Any], shapes: Shapes, workload: Workload) -> None:
-        self._config, self._shapes, self._workload = config, shapes, workload
-        self._make = lru_cache(maxsize=8)(tensors)
-
-    def slope(self, shape: Shape) -> tuple[float, float]:
-        """Prefill and decode seconds of one block."""
-        nbytes = sum(weight.nbytes for weight in shape.weights())
-        copies = max(2, min(self._config["num_hidden_layers"], _STACK_BYTES // nbytes))
-        few, many = (self.engine(*self.stack(shape, count)) for count in (copies, 2 * copies))
+    def _block(self, shape: Shape) -> tuple[float, float]:
+        """Prefill and decode seconds of one block: what a copy more adds to a model."""
+        few, many, copies = self._stacks(shape, self._head.stored)
         for more in (1, 4, 16):  # a slope that noise has made negative is measured again, longer
-            prefills = [partial(prefill_seconds, engine, self._workload) for engine in (few, many)]
-            prefill = _interleaved(*prefills, repeats=_PREFILLS * more, seconds=more, pick=min)
-            steppers = [Stepper(engine, self._workload) for engine in (few, many)]
-            steps = [stepper.step for stepper in steppers]
-            decode = _interleaved(*steps, repeats=_STEPS * more, seconds=more, pick=statistics.median)
-            for stepper in steppers:
-                stepper.close()
-            if prefill[1] > prefill[0] and decode[1] > decode[0]:
-                return (prefill[1] - prefill[0]) / copies, (decode[1] - decode[0]) / copies
+            short, long = self._prefills(few, many, more=more)
+            without, with_more = self._steps(few, many, more=more)
+            if long > short and with_more > without:
+                return (long - short) / copies, (with_more - without) / copies
         raise RuntimeError(
             f"measuring {shape} gave a negative time three times: other work is running. "
             "Measure when the machine is idle, or plan with --machine and computed prices"
         )
 
-    def rest(self, stored: Stored) -> tuple[float, float]:
-        """Prefill and decode seconds of a model without blocks whose logits come from a matrix stored this way."""
-        config, row = self.stack(None, 1)
-        for slot, shape in row.items():
-            if isinstance(shape, Embedding | Head) and makes_logits(shape):
-                row[slot] = dataclasses.replace(shape, stored=stored)
-        engine = self.engine(config, row)
-        prefill = min(prefill_seconds(engine, self._workload) for _ in range(_PREFILLS))
-        stepper = Stepper(engine, self._workload)
-        return prefill, statistics.median(stepper.step() for _ in range(_STEPS))
+    def _rest(self, stored: Stored) -> tuple[float, float]:
+        """Prefill and decode seconds of everything but blocks, logits from a matrix stored this way.
 
-    def stack(self, shape: Shape | None, copies: int) -> tuple[dict[str, Any], dict[Slot, Shape]]:
-        """Config and shapes of a model of `copies` layers whose only blocks are of this shape."""
-        kind = "ffn" if isinstance(shape, GatedMLP) else "mixer"
-        row: dict[Slot, Shape] = {slot: own for slot, own in self._shapes.items() if slot.layer is None}
-        for slot in (Slot(each, layer) for layer in range(copies) for each in ("mixer", "ffn")):
-            row[slot] = Noop(hidden_size=self._config["hidden_size"]) if shape is None or slot.kind != kind else shape
-        return {**self._config, "num_hidden_layers": copies}, row
+        A decode step is what remains of a model when its blocks are subtracted: they throw the matrix out of caches
+        that would keep it in a model without any. Such a model is a lower bound, should noise subtract too much.
+        """
+        block = next(own for own in self._shapes.values() if isinstance(own, GatedMLP | Attention | Linear))
+        few, many, _ = self._stacks(block, stored)
+        without, with_more = self._steps(few, many)
+        alone = self.engine(self.stack(None, 1, stored))
+        (prefill,), (decode,) = self._prefills(alone), self._steps(alone)
+        return prefill, max(decode, 2 * without - with_more)
 
-    def engine(self, config: Mapping[str, Any], shapes: Shapes) -> Engine:
-        longest = max(self._workload.context, self._workload.mean_length + 1)
-        return Engine(RandomWeights({**config, "max_position_embeddings": longest}, shapes, self._make))
+    def _stacks(self, shape: Shape, stored: Stored) -> tuple[Engine, Engine, int]:
+        """Two models, the second with so many blocks more. A block of a model that caches hold must be timed in a model
+        that caches hold, so the larger one has no more of them than the model to be priced, if they are small."""
+        nbytes = sum(weight.nbytes for weight in shape.weights())
+        copies = max(1, min(self._config["num_hidden_layers"] // 2, _STACK_BYTES // nbytes))
+        few, many = (self.engine(self.stack(shape, count, stored)) for count in (copies, 2 * copies))
+        return few, many, copies
+
+    @cached_property
+    def _yardstick(self) -> Engine:
+        layer = [own for slot, own in self._shapes.items() if slot.layer == 0]
+        nbytes = sum(weight.nbytes for own in layer for weight in own.weights())
+        layers = max(1, min(self._config["num_hidden_layers"], 2 * _STACK_BYTES // max(1, nbytes)))
+        return self.engine(
+            {slot: own for slot, own in self._shapes.items() if slot.layer is None or slot.layer < layers}
+        )
+
+    @cached_property
+    def _unit(self) -> tuple[float, float]:
+        """Prefill and decode seconds of the yardstick."""
+
+        def measured() -> tuple[float, float]:
+            stepper = Stepper(self._yardstick, self._workload)
+            (decode,) = _medians(_rounds([stepper.step], more=_CAREFULLY, burst=_BURST_SECONDS))
+            stepper.close()
+            (prefill,) = _medians(_rounds([self._prefill_of(self._yardstick)], more=_CAREFULLY, burst=0))
+            return prefill, decode
+
+        return self._once("yardstick", measured)
+
+    def _prefill_of(self, engine: Engine) -> Callable[[], float]:
+        return lambda: prefill_seconds(engine, self._workload)
+
+    def _prefills(self, *engines: Engine, more: int = 1) -> list[float]:
+        rounds = _rounds([self._prefill_of(engine) for engine in (self._yardstick, *engines)], more=more, burst=0)
+        return [self._unit[0] * share for share in _against_the_first(rounds)]
+
+    def _steps(self, *engines: Engine, more: int = 1) -> list[float]:
+        steppers = [Stepper(engine, self._workload) for engine in (self._yardstick, *engines)]
+        rounds = _rounds([stepper.step for stepper in steppers], more=more, burst=_BURST_SECONDS)
+        for stepper in steppers:
+            stepper.close()
+        return [self._unit[1] * share for share in _against_the_first(rounds)]
 
 
-def _interleaved(
-    first: Callable[[], float],
-    second: Callable[[], float],
-    *,
-    repeats: int,
-    seconds: float,
-    pick: Callable[[Iterable[float]], float],
-) -> tuple[float, float]:
-    """Typical times of two calls made in turn, so that a drifting machine drifts for both; fewer than `repeats` times
-    if that takes more than so many seconds, but three times at least."""
-    first()
-    second()
+def _rounds(calls: Sequence[Callable[[], float]], *, more: int, burst: float) -> list[list[float]]:
+    """What calls that return the seconds they took usually take, for every round (rounds, calls).
+
+    A round is turns, for `more` times _ROUND_SECONDS; in a turn each is called for `burst` seconds. The first call of a
+    burst does not count unless it is the only one: it finds caches full of what was the others'.
+    """
     gc.collect()
-    pairs: list[tuple[float, float]] = []
-    started = time.perf_counter()
-    while len(pairs) < repeats and (len(pairs) < 3 or time.perf_counter() - started < seconds):
-        pairs.append((first(), second()))
-    return pick(p[0] for p in pairs), pick(p[1] for p in pairs)
+    rounds = []
+    for _ in range(_ROUNDS):
+        times: list[list[float]] = [[] for _ in calls]
+        started = time.perf_counter()
+        while not times[0] or time.perf_counter() - started < more * _ROUND_SECONDS:
+            for call, row in zip(calls, times, strict=True):
+                found = [call()]
+                begun = time.perf_counter()
+                while time.perf_counter() - begun < burst:
+                    found.append(call())
+                row += found[1:] or found
+        rounds.append([statistics.median(row) for row in times])
+    return rounds
+
+
+def _medians(rounds: Iterable[Sequence[float]]) -> list[float]:
+    """Over rounds, of which other work may spoil less than half."""
+    return [statistics.median(each) for each in zip(*rounds, strict=True)]
+
+
+def _against_the_first(rounds: Iterable[Sequence[float]]) -> list[float]:
+    return _medians([each / first for each in others] for first, *others in rounds)
+
+
+def _native_digest() -> str:
+    """Of the engine's machine code: another build has other times."""
+    return hashlib.blake2b(Path(native_module().__file__).read_bytes(), digest_size=8).hexdigest()

@@ -129,7 +129,7 @@ def machine(
             if again:
                 cache.unlink(missing_ok=True)
             wanted = offers.all_shapes(shapes, axes.split(","), scored_tokens=context_tokens)
-            times = measure.latencies(config, shapes, wanted, load, cache=cache, listen=Terminal())
+            times = measure.Models(config, shapes, load, cache=cache).latencies(wanted, listen=Terminal())
             result["blocks"] = [
                 {"shape": str(shape), "prefill_seconds": prefill, "decode_seconds": decode}
                 for shape, (prefill, decode) in times.blocks.items()

@@ -85,5 +85,5 @@ def measured_prices(job: Job) -> Seconds:
 
     wanted = offers.all_shapes(job.shapes, job.config.axes, scored_tokens=job.config.data.context)
     cache = measure.cache_folder() / "latencies.json"
-    found = measure.latencies(job.checkpoint.config, job.shapes, wanted, job.workload, cache=cache, listen=job.listen)
-    return found.seconds()
+    models = measure.Models(job.checkpoint.config, job.shapes, job.workload, cache=cache)
+    return models.latencies(wanted, listen=job.listen).seconds()
