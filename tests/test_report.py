@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pennyweight.report import card, charts, html, write
+from pennyweight.report import card, charts, html, summary, write
 
 VOID = {"meta", "br"}
 
@@ -149,8 +149,8 @@ def report() -> dict[str, Any]:
                 "child": ["hello & goodbye"],
             },
             "speed": {
-                "parent": {"ttft": 0.039, "tpot": 0.0118, "tpot_p05": 0.008},
-                "child": {"ttft": 0.037, "tpot": 0.0131, "tpot_p05": 0.009},
+                "parent": {"ttft": 0.039, "tpot": 0.0118, "tokens_per_second": 84.7},
+                "child": {"ttft": 0.037, "tpot": 0.0131, "tokens_per_second": 76.3},
             },
             "speed_how": "measured in the native engine, avx512 kernels on 2 threads",
         },
@@ -374,3 +374,27 @@ def test_what_the_choices_do_together_before_healing_is_shown(report):
     page = html.render(report)
     assert "Before healing, on the scored text" in page
     assert "0.0271" in page
+
+
+def test_a_bound_on_time_is_told_as_predicted_and_as_measured(report, bare):
+    for one in (report, bare):
+        one["budget"]["tpot_seconds"] = 0.015
+        one["config"]["budget"]["tpot"] = "15ms"
+    for render in (html.render, card.render, summary.render):
+        assert "predicted; 13.10 ms measured in the native engine" in render(report)
+        assert "predicted, not measured" in render(bare)
+
+
+def test_the_terminal_gets_the_outcome_in_a_few_lines(report, bare):
+    lines = summary.render(report).splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "budget",
+        "budget",
+        "size",
+        "quality",
+        "agreement",
+        "speed",
+        "checks",
+    ]
+    assert "0.90 x as fast" in lines[5]
+    assert "speed" not in summary.render(bare)

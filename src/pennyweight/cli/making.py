@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import pennyweight
-from pennyweight.cli._common import Json, Model, app, errors, quiet_libraries
+from pennyweight.cli._common import DEFAULT_AXES, Json, Model, app, errors, quiet_libraries
 
 if TYPE_CHECKING:
     from pennyweight.config import FitConfig
@@ -33,7 +32,8 @@ def fit(
     concurrency: Annotated[int | None, typer.Option(help="Sequences at once.")] = None,
     context: Annotated[str | None, typer.Option(help="Tokens that memory is reserved for, per sequence.")] = None,
     axes: Annotated[
-        str | None, typer.Option(help="Comma-separated: noop, linear, kv_heads, ffn_width, window, bits.")
+        str | None,
+        typer.Option(help=f"Comma-separated: {DEFAULT_AXES.replace(',', ', ')}, and, if asked for, sparsity."),
     ] = None,
     text: Annotated[str | None, typer.Option(help='"builtin", "parent", or a text file or folder.')] = None,
     context_tokens: Annotated[int | None, typer.Option(help="Tokens per row of calibration text.")] = None,
@@ -118,6 +118,7 @@ def _fit(
     from pennyweight.job.plan import plan as job_plan
     from pennyweight.job.run import run_job
     from pennyweight.progress import Terminal
+    from pennyweight.report import summary
 
     if not any(config.budget.model_dump().values()):
         raise ValueError("a budget is needed: at least one of --memory, --weights, --ttft, --tpot, --throughput")
@@ -131,21 +132,8 @@ def _fit(
     if as_json:
         print(json.dumps(report))
     else:
-        _summary(report)
+        print(summary.render(report))
     print(out)
-
-
-def _summary(report: dict[str, Any]) -> None:
-    from pennyweight.units import show_bytes
-
-    quality = report["verified"]["quality"]
-    parent, child = (quality[name]["nats"] / math.log(2) / quality[name]["nbytes"] for name in ("parent", "child"))
-    agreement = quality["agreement"]
-    size, whole, checks = report["file_bytes"], report["parent"]["bytes"], report["verified"]["checks"]
-    print(f"size       {show_bytes(size)}, {size / whole:.1%} of the parent's {show_bytes(whole)}")
-    print(f"quality    {child:.4f} bits per byte on held-out text, parent {parent:.4f} ({child / parent - 1:+.2%})")
-    print(f"agreement  KL {agreement['kl']:.4f} nats per token, same first choice {agreement['top1']:.1%}")
-    print(f"checks     {sum(check['ok'] for check in checks)} of {len(checks)} passed")
 
 
 @app.command()

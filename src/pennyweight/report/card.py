@@ -76,8 +76,7 @@ Scores are {_facts.METRICS[report["metric"]]}, of each choice alone, before heal
 def _budget(report: Mapping[str, Any]) -> str:
     lines = [f"The budget was {'kept' if _facts.kept(report) else '**not kept**'}:", ""]
     for promise in _facts.promises(report):
-        how = "measured on the files" if promise.measured else "computed, not measured"
-        lines.append(f"- {promise.asked}: {promise.came} ({how}{'' if promise.kept else '; **not kept**'})")
+        lines.append(f"- {promise.asked}: {promise.came} ({promise.how}{'' if promise.kept else '; **not kept**'})")
     return "\n".join(lines)
 
 
