@@ -278,10 +278,6 @@ NB_MODULE(_native, module) {
         .def_rw("head", &Model::head)
         .def_rw("attention_scale", &Model::attention_scale)
         .def("set_final_norm", [](Model& m, In<float, 1> v) { m.final_norm = floats(v); })
-        .def_prop_ro("has_windows",
-                     [](const Model& m) {
-                         return std::any_of(m.layers.begin(), m.layers.end(), [](const Layer& l) { return l.window > 0; });
-                     })
         .def_ro("max_positions", &Model::max_positions)
         .def("set_rotary",
              [](Model& m, In<float, 2> cosine, In<float, 2> sine) {
@@ -302,6 +298,7 @@ NB_MODULE(_native, module) {
             "model"_a, "threads"_a, "kernels"_a = "best")
         .def("open", &Engine::open, "capacity"_a)
         .def("close", &Engine::close)
+        .def("can_go_back", &Engine::can_go_back, "sequence"_a, "tokens"_a)
         .def("copy", &Engine::copy, "source"_a, "target"_a, "tokens"_a)
         .def("fill", &Engine::fill, "sequence"_a, "tokens"_a)
         .def(
@@ -324,6 +321,7 @@ NB_MODULE(_native, module) {
         .def_prop_ro("threads", &Engine::threads)
         .def_prop_ro("kernels", [](const Engine& e) { return std::string(e.kernels().name); })
         .def_prop_ro("weight_bytes", &Engine::weight_bytes)
+        .def_prop_ro("is_sparse", &Engine::is_sparse)
         .def_prop_ro("bytes_read_per_token", &Engine::bytes_read_per_token)
         .def_prop_ro("cache_bytes", &Engine::cache_bytes)
         .def("cache_bytes_of", &Engine::cache_bytes_of)

@@ -21,18 +21,74 @@ float* floats(const Buffer& buffer) { return reinterpret_cast<float*>(buffer.dat
 
 Engine::Engine(Model model, int threads, const Kernels& kernels)
     : model_(std::move(model)), kernels_(kernels), pool_(threads), products_(pool_, kernels), own_(pool_.threads()) {
-    for (const Layer& layer : model_.layers) {
-        if (!layer.qkv.empty() && (layer.kv_heads < 1 || layer.heads % layer.kv_heads || layer.heads / layer.kv_heads > kMaxQueries))
-            throw std::invalid_argument(std::to_string(layer.heads) + " heads on " + std::to_string(layer.kv_heads) +
-                                        " key-value heads; a whole number of them, up to " + std::to_string(kMaxQueries) +
-                                        ", share one");
+    check();
+    for (const Layer& layer : model_.layers)
         for (const Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) products_.expect(*linear);
-    }
     products_.expect(model_.head, false);  // logits go to the caller's memory
     products_.reserve();
     stride_ = std::max(products_.stride(), round_up(model_.hidden_size, 16));
     for (Buffer* buffer : {&hidden_, &wide_, &mixed_, &out_})
         *buffer = Buffer(sizeof(float) * std::size_t(kMaxRows) * stride_, false);
+}
+
+void Engine::check() const {
+    const int hidden = model_.hidden_size;
+    const auto fail = [](const std::string& what) { throw std::invalid_argument("the model's parts do not fit: " + what); };
+    const auto sized = [&](const std::string& name, const Linear& linear, int out, int in) {
+        if (linear.empty()) fail(name + " is missing");
+        if (linear.out() != out || linear.in() != in)
+            fail(name + " is " + std::to_string(linear.out()) + " x " + std::to_string(linear.in()) + ", expected " +
+                 std::to_string(out) + " x " + std::to_string(in));
+    };
+    const auto long_as = [&](const std::string& name, const std::vector<float>& values, int n, bool optional) {
+        if (int(values.size()) != n && !(optional && values.empty()))
+            fail(name + " has " + std::to_string(values.size()) + " values, expected " + std::to_string(n));
+    };
+    if (hidden < 1 || model_.vocab_size < 1) fail("hidden_size and vocab_size have to be positive");
+    if (!model_.embedding) fail("the embedding is missing");
+    if (model_.embedding->layout == Matrix::Layout::zigzag) fail("the embedding is zigzag, which has no rows to read");
+    Linear embedding;
+    embedding.parts.push_back(model_.embedding);
+    sized("the embedding", embedding, model_.vocab_size, hidden);
+    sized("the head", model_.head, model_.vocab_size, hidden);
+    long_as("the last norm", model_.final_norm, hidden, false);
+    for (std::size_t i = 0; i < model_.layers.size(); i++) {
+        const Layer& layer = model_.layers[i];
+        const std::string of = " of layer " + std::to_string(i);
+        if (!layer.o.empty()) long_as("the mixer's norm" + of, layer.mixer_norm, hidden, false);
+        if (!layer.down.empty()) long_as("the FFN's norm" + of, layer.ffn_norm, hidden, false);
+        if (!layer.qkv.empty()) {
+            if (layer.kv_heads < 1 || layer.heads % layer.kv_heads || layer.heads / layer.kv_heads > kMaxQueries)
+                fail(std::to_string(layer.heads) + " heads on " + std::to_string(layer.kv_heads) + " key-value heads" + of +
+                     "; a whole number of them, up to " + std::to_string(kMaxQueries) + ", share one");
+            if (layer.head_dim < 2 || 2 * model_.rotary_half > layer.head_dim || model_.max_positions < 1)
+                fail("rotary tables of " + std::to_string(model_.max_positions) + " x " + std::to_string(model_.rotary_half) +
+                     " for heads of " + std::to_string(layer.head_dim) + of);
+            if (layer.window < 0) fail("a window of " + std::to_string(layer.window) + of);
+            sized("q, k and v" + of, layer.qkv, (layer.heads + 2 * layer.kv_heads) * layer.head_dim, hidden);
+            sized("o" + of, layer.o, hidden, layer.heads * layer.head_dim);
+            long_as("the norm of queries" + of, layer.q_norm, layer.head_dim, true);
+            long_as("the norm of keys" + of, layer.k_norm, layer.head_dim, true);
+            long_as("the sinks" + of, layer.sinks, layer.heads, true);
+        } else if (!layer.o.empty()) {
+            sized("the mixer's matrix" + of, layer.o, hidden, hidden);
+        }
+        if (!layer.gate_up.empty()) {
+            sized("gate and up" + of, layer.gate_up, layer.gate_up.out() / 2 * 2, hidden);
+            sized("down" + of, layer.down, hidden, layer.gate_up.out() / 2);
+        } else if (!layer.down.empty()) {
+            sized("the FFN's matrix" + of, layer.down, hidden, hidden);
+        }
+    }
+}
+
+bool Engine::is_sparse() const {
+    const auto sparse = [](const Linear& linear) {
+        return std::any_of(linear.parts.begin(), linear.parts.end(), [](const auto& part) { return part->threshold >= 0; });
+    };
+    return sparse(model_.head) || std::any_of(model_.layers.begin(), model_.layers.end(), [&](const Layer& layer) {
+               return sparse(layer.qkv) || sparse(layer.o) || sparse(layer.gate_up) || sparse(layer.down);
+           });
 }
 
 std::size_t Engine::weight_bytes() const {
@@ -98,30 +154,56 @@ int Engine::open(int capacity) {
     return int(sequences_.size()) - 1;
 }
 
-void Engine::close(int sequence) { sequences_.at(sequence) = Sequence(); }
+void Engine::close(int sequence) {
+    used(sequence);
+    sequences_[sequence] = Sequence();
+}
+
+const Engine::Sequence& Engine::used(int sequence) const {
+    if (sequence < 0 || sequence >= int(sequences_.size()) || !sequences_[sequence].used)
+        throw std::invalid_argument("sequence " + std::to_string(sequence) + " is not open");
+    return sequences_[sequence];
+}
+
+const Layer* Engine::forgetful(const Sequence& sequence, int tokens) const {
+    for (std::size_t l = 0; l < model_.layers.size(); l++) {
+        const Layer& layer = model_.layers[l];
+        const int first = layer.window ? std::max(0, tokens + 1 - layer.window) : 0;
+        if (!layer.qkv.empty() && first < tokens && first < sequence.layers[l].oldest) return &layer;
+    }
+    return nullptr;
+}
+
+bool Engine::can_go_back(int number, int tokens) const {
+    const Sequence& sequence = used(number);
+    return tokens >= 0 && tokens <= sequence.length && !forgetful(sequence, tokens);
+}
 
 void Engine::copy(int from, int to, int tokens) {
-    Sequence &source = sequences_.at(from), &target = sequences_.at(to);
-    if (!source.used || !target.used || tokens > source.length || tokens > target.capacity)
-        throw std::invalid_argument("sequence " + std::to_string(from) + " has no " + std::to_string(tokens) +
-                                    " tokens to give, or sequence " + std::to_string(to) + " no room for them");
+    if (!can_go_back(from, tokens) || tokens > used(to).capacity)
+        throw std::invalid_argument("sequence " + std::to_string(from) + " does not hold its first " + std::to_string(tokens) +
+                                    " tokens, or sequence " + std::to_string(to) + " has no room for them");
+    if (from == to) return;
+    Sequence &source = sequences_[from], &target = sequences_[to];
     for (std::size_t l = 0; l < model_.layers.size(); l++) {
         const Layer& layer = model_.layers[l];
         if (layer.qkv.empty()) continue;
-        const Kept &a = source.layers[l], &b = target.layers[l];
+        const Kept& a = source.layers[l];
+        Kept& b = target.layers[l];
         const std::size_t each = bytes_of(model_.cache);
         const std::size_t key = Attention::kBlock * layer.head_dim * each;
         const std::size_t value = Attention::kBlock * Attention::padded(layer.head_dim) * each;
-        // Blocks of positions that are still there; a ring has lost the oldest.
+        // Whole blocks, of positions that are there and as many as the target has places for.
         const int last = (tokens + Attention::kBlock - 1) / Attention::kBlock;
-        const int first = std::max(0, (source.length + Attention::kBlock - 1) / Attention::kBlock - a.blocks);
+        const int first = std::max(a.oldest / Attention::kBlock, last - b.blocks);
         for (int head = 0; head < layer.kv_heads; head++)
-            for (int block = std::max(first, last - b.blocks); block < last; block++) {
+            for (int block = first; block < last; block++) {
                 std::memcpy(b.keys.data() + (std::size_t(head) * b.blocks + block % b.blocks) * key,
                             a.keys.data() + (std::size_t(head) * a.blocks + block % a.blocks) * key, key);
                 std::memcpy(b.values.data() + (std::size_t(head) * b.blocks + block % b.blocks) * value,
                             a.values.data() + (std::size_t(head) * a.blocks + block % a.blocks) * value, value);
             }
+        b.oldest = std::min(tokens, std::max(a.oldest, first * Attention::kBlock));
     }
     target.length = tokens;
 }
@@ -132,9 +214,10 @@ void Engine::fill(int number, int tokens) {
         throw std::invalid_argument("sequence " + std::to_string(number) + " has no room for " + std::to_string(tokens) +
                                     " tokens");
     constexpr int kSmall = 0x2c;  // a small positive number as float16, E4M3 and float32 alike, whatever byte it starts at
-    for (const Kept& cache : sequence.layers) {
+    for (Kept& cache : sequence.layers) {
         std::memset(cache.keys.data(), kSmall, cache.keys.size());
         std::memset(cache.values.data(), kSmall, cache.values.size());
+        cache.oldest = std::max(0, tokens - cache.blocks * Attention::kBlock);
     }
     sequence.length = tokens;
 }
@@ -144,17 +227,22 @@ void Engine::step(const std::vector<Row>& rows, float* logits) {
         throw std::invalid_argument(std::to_string(rows.size()) + " rows; a step takes 1 to " + std::to_string(kMaxRows));
     std::vector<int> length;
     for (const Sequence& sequence : sequences_) length.push_back(sequence.length);
-    std::vector<bool> seen(sequences_.size());
+    std::vector<int> begin(sequences_.size(), -1);  // where a sequence goes on
     for (const Row& row : rows) {
-        if (row.sequence < 0 || row.sequence >= int(sequences_.size()) || !sequences_[row.sequence].used)
-            throw std::invalid_argument("sequence " + std::to_string(row.sequence) + " is not open");
+        used(row.sequence);
         if (row.token < 0 || row.token >= model_.vocab_size)
             throw std::invalid_argument("token " + std::to_string(row.token) + " is outside the vocabulary of " +
                                         std::to_string(model_.vocab_size));
         // A sequence may go back: tokens that were guessed wrong are written over.
         int& next = length[row.sequence];
-        if (!seen[row.sequence] && row.position < next) next = row.position;
-        seen[row.sequence] = true;
+        if (begin[row.sequence] < 0) {
+            if (row.position >= 0 && row.position < next) next = row.position;
+            begin[row.sequence] = next;
+            if (const Layer* layer = forgetful(sequences_[row.sequence], next))
+                throw std::invalid_argument("sequence " + std::to_string(row.sequence) + " cannot go back to position " +
+                                            std::to_string(next) + ": a layer with a window of " +
+                                            std::to_string(layer->window) + " positions has forgotten what came before");
+        }
         if (row.position != next || row.position >= sequences_[row.sequence].capacity)
             throw std::invalid_argument("position " + std::to_string(row.position) + " of sequence " +
                                         std::to_string(row.sequence) + "; the next is " + std::to_string(next) + " of " +
@@ -181,7 +269,12 @@ void Engine::step(const std::vector<Row>& rows, float* logits) {
     const double started = now();
     pool_.run([this](int t) { run(t); });
     spent_.all += now() - started;
-    for (std::size_t i = 0; i < sequences_.size(); i++) sequences_[i].length = length[i];
+    for (std::size_t i = 0; i < sequences_.size(); i++) {
+        if (begin[i] < 0) continue;
+        sequences_[i].length = length[i];
+        for (Kept& cache : sequences_[i].layers)
+            cache.oldest = std::max(std::min(cache.oldest, begin[i]), length[i] - cache.blocks * Attention::kBlock);
+    }
 }
 
 void Engine::run(int t) {

@@ -55,18 +55,22 @@ public:
     // Room for the keys and values of one more sequence of up to `capacity` tokens; its number. Or one given back.
     int open(int capacity);
     void close(int sequence);
-    // Make the first `tokens` positions of `to` those of `from`.
+    // Whether a sequence still holds all that a token after its first `tokens` looks at: a layer with a window keeps its
+    // last positions only, and those that were written over do not come back when a text goes back.
+    bool can_go_back(int sequence, int tokens) const;
+    // Make the first `tokens` positions of `to` those of `from`, which must be able to go back there.
     void copy(int from, int to, int tokens);
     // As if so many tokens had been run, with the same key and value everywhere: to time what comes after a long text.
     void fill(int sequence, int tokens);
 
     // Run rows; writes logits (vocab_size) of those that want them, in order. Positions of a sequence must come in
-    // order, without gaps. Throws std::invalid_argument.
+    // order, without gaps; the first may lie before the end, where can_go_back. Throws std::invalid_argument.
     void step(const std::vector<Row>& rows, float* logits);
 
     int threads() const { return pool_.threads(); }
     const Model& model() const { return model_; }
     const Kernels& kernels() const { return kernels_; }
+    bool is_sparse() const;  // whether any matrix leaves columns out for rows that are `sparse`
     std::size_t weight_bytes() const;
     std::size_t bytes_read_per_token() const;  // of weights
     std::size_t cache_bytes() const;
@@ -86,6 +90,7 @@ private:
     struct Kept {  // keys and values of one layer and sequence
         Buffer keys, values;
         int blocks = 0;
+        int oldest = 0;  // positions from here to the sequence's length are there
     };
     struct Sequence {
         bool used = false;
@@ -96,6 +101,10 @@ private:
         std::vector<float> scores = std::vector<float>(Attention::kScratch), head, parts;
     };
 
+    void check() const;  // that the model's parts fit; throws std::invalid_argument
+    const Sequence& used(int sequence) const;
+    // The layer that has lost what a token after the first `tokens` looks at; null if all is there.
+    const Layer* forgetful(const Sequence& sequence, int tokens) const;
     void run(int t);
     void attention(int t, int index);
     void store(Kept& cache, const Layer& layer, int head, int position, const float* key, const float* value, Thread& own);

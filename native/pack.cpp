@@ -85,7 +85,7 @@ std::shared_ptr<Matrix> make_zigzag(const std::uint8_t* chunks, std::size_t byte
     w = {rows, cols, tile_rows, group, scales, nullptr};
     const bool super = scales == Scales::super;
     if ((group != 32 && (super || (group != 64 && group != 128))) || tile_rows < 1 ||
-        tile_rows % (Zigzag::kUnitRows * w.whole_units()) || w.groups() > 1024 || bytes != w.bytes())
+        tile_rows % (Zigzag::kUnitRows * w.whole_units()) || bytes != w.bytes())
         throw std::invalid_argument("a zigzag matrix of " + std::to_string(rows) + " x " + std::to_string(cols) +
                                     " in tiles of " + std::to_string(tile_rows) + " rows, groups of " +
                                     std::to_string(group) + ", does not have " + std::to_string(bytes) + " bytes");

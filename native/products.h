@@ -107,7 +107,7 @@ private:
         std::vector<const float*> dense;
         std::vector<int> dense_row;
         Input input;
-        int zigzags = 0;  // done in this step
+        unsigned zigzags = 0;  // done so far; may wrap around
         Sparse sparse;  // counted by the first thread alone
     };
 

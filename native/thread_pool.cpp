@@ -34,10 +34,17 @@ constexpr int kSpins = 3000;
 }  // namespace
 
 ThreadPool::ThreadPool(int threads) : threads_(threads < 1 ? 1 : threads) {
-    for (int t = 1; t < threads_; t++) workers_.emplace_back([this, t] { work(t); });
+    try {
+        for (int t = 1; t < threads_; t++) workers_.emplace_back([this, t] { work(t); });
+    } catch (...) {  // the system gave no more: those that run must end before they are forgotten
+        stop();
+        throw;
+    }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
     stop_ = true;
     started_.fetch_add(1, std::memory_order_release);
     started_.notify_all();

@@ -14,7 +14,8 @@ namespace pennyweight {
 
 class ThreadPool {
 public:
-    explicit ThreadPool(int threads);  // at least 1; thread 0 is whoever calls run
+    // At least 1; thread 0 is whoever calls run. Throws std::system_error where the system gives no thread.
+    explicit ThreadPool(int threads);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
@@ -29,6 +30,7 @@ public:
 
 private:
     void work(int thread);
+    void stop();
 
     const int threads_;
     std::vector<std::thread> workers_;

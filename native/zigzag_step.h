@@ -11,7 +11,7 @@ namespace pennyweight {
 namespace {
 
 constexpr int kStep = 16;         // columns at a time, in four quads
-constexpr int kMaxGroups = 1024;  // of a tile; pack.cpp refuses more
+constexpr int kMaxGroups = 1024;  // of a slice: taller tiles are worked on in several
 constexpr int kMaxTokens = 32;    // that share one look at a column
 
 // Activations times scales in 8 bits, with one float for every group of rows: of so many tokens that kMaxGroups groups

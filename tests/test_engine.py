@@ -175,6 +175,73 @@ def test_a_window_longer_text_runs_in_a_ring(pico, tmp_path):
     assert relative(Engine(folder, threads=1, cache="float32").logits(ids), wanted(folder, ids)) < 1e-4
 
 
+@pytest.fixture(scope="module")
+def ring(pico, tmp_path_factory):
+    """A model with a window of 8, and texts longer than the ring of 528 positions that keeps it."""
+    folder = pico("qwen3", max_position_embeddings=2048)
+    return Engine(build(folder, tmp_path_factory.mktemp("ring") / "child", LAYOUT), threads=1)
+
+
+def read_on(engine, sequence: int, tokens: list[int], position: int) -> np.ndarray:
+    """Logits after the last of these tokens, from this position on."""
+    for start in range(0, len(tokens) - 1, 512):
+        part = tokens[start : min(start + 512, len(tokens) - 1)]
+        engine.step([Row(sequence, position + start + i, token, False) for i, token in enumerate(part)])
+    return engine.step([Row(sequence, position + len(tokens) - 1, tokens[-1])])[0]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_a_ring_has_lost_is_never_looked_at(ring, seed):
+    """Two texts read on, gone back in and copied at random: logits are those of a text read in one go, or it is refused."""
+    rng = np.random.default_rng(seed)
+    capacity = [2000, 1200]
+    texts: list[list[int]] = [[], []]
+    sequences = [ring.open(size) for size in capacity]
+    refused = 0
+    for _ in range(24):
+        which = int(rng.integers(2))
+        text, sequence = texts[which], sequences[which]
+        to = int(rng.integers(max(0, len(text) - rng.choice([20, 600, 2000])), len(text) + 1))
+        if rng.random() < 0.3:  # from the other text
+            other, to = 1 - which, min(int(rng.integers(len(texts[1 - which]) + 1)), capacity[which] - 1)
+            if not ring.can_go_back(sequences[other], to):
+                refused += 1
+                with pytest.raises(ValueError, match="does not hold"):
+                    ring.copy(sequences[other], sequence, to)
+                continue
+            ring.copy(sequences[other], sequence, to)
+            text = texts[other]
+        elif not ring.can_go_back(sequence, to):
+            refused += 1
+            with pytest.raises(ValueError, match="window of 8"):
+                ring.step([Row(sequence, to, 1)])
+            continue
+        new = rng.integers(0, 300, min(int(rng.choice([1, 500, 900])), capacity[which] - to)).tolist()
+        if not new:
+            texts[which] = text[:to]
+            continue
+        texts[which] = text[:to] + new
+        found = read_on(ring, sequence, new, to)
+        fresh = ring.open(2000)
+        np.testing.assert_array_equal(found, read_on(ring, fresh, texts[which], 0))
+        ring.close(fresh)
+    for sequence in sequences:
+        ring.close(sequence)
+    assert refused  # else these moves show nothing
+
+
+def test_going_back_twice_is_refused_where_the_ring_went_round(ring):
+    sequence = ring.open(1200)
+    read_on(ring, sequence, [1] * 1000, 0)
+    assert ring.can_go_back(sequence, 600) and not ring.can_go_back(sequence, 400)
+    ring.step([Row(sequence, 600, 2)])
+    assert not ring.can_go_back(sequence, 400)  # the text is short now; what it lost before has not come back
+    with pytest.raises(ValueError, match="position 400: a layer with a window of 8"):
+        ring.step([Row(sequence, 400, 2)])
+    assert ring.can_go_back(sequence, 0)
+    ring.close(sequence)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_threads_that_share_a_head_change_no_bit(pico, tmp_path, kv_heads):
     """A text of three segments: alone a row's heads are shared between threads, in a long prompt they are not."""
@@ -238,6 +305,17 @@ def test_too_many_heads_on_one_are_refused(pico):
         Engine(folder, threads=1)
 
 
+def test_parts_that_do_not_fit_are_refused(pico, tmp_path):
+    """Before anything runs: a kernel would read past the end."""
+    folder = tmp_path / "model"
+    shutil.copytree(pico("llama"), folder)
+    source = Folder(folder)
+    plain = source.vector
+    source.vector = lambda name: plain(name)[:-1] if name == "model.layers.1.post_attention_layernorm.weight" else plain(name)
+    with pytest.raises(ValueError, match="the FFN's norm of layer 1 has 63 values, expected 64"):
+        Engine(source, threads=1)
+
+
 def test_memory_of_a_closed_sequence_is_given_back(folder):
     engine = Engine(folder, threads=1)
     before = engine.cache_bytes
@@ -292,8 +370,10 @@ def zigzag_model(pico, tmp_path_factory):
 def test_zigzag_layers_run(zigzag_model, monkeypatch):
     folder, engine = zigzag_model
     one, two = (engine(monkeypatch, threads).logits(IDS) for threads in (1, 2))
-    assert relative(one, wanted(folder)) < 0.03  # folded activations in 8 bits
-    assert relative(two, one) < 1e-3  # sums end in other last bits, which moves a few activations to the next code
+    error = relative(one, wanted(folder))
+    assert error < 0.03  # folded activations in 8 bits
+    # Sums end in other last bits, which moves a few activations to the next code: some of the error that codes make.
+    assert relative(two, one) < error / 2
     np.testing.assert_array_equal(two, engine(monkeypatch, 2).logits(IDS))
 
 

@@ -127,6 +127,54 @@ def test_stops_and_ends(engine, alone):
         batch.submit(Request([1] * 40, 5))
 
 
+def test_one_text_that_fails_leaves_the_others_alone(engine, alone, monkeypatch):
+    """Numbers that are none end the text they belong to, and what its cache holds begins no other."""
+    batch = Batch(engine, places=3)
+    good, bad = batch.submit(Request(PROMPTS[0], 24)), batch.submit(Request(PROMPTS[4], 24))
+    step = engine.step
+
+    def broken(rows):
+        logits = step(rows)
+        logits[[row.sequence == bad.sequence for row in rows if row.wants_logits]] = np.nan
+        return logits
+
+    monkeypatch.setattr(engine, "step", broken)
+    finish(batch)
+    monkeypatch.undo()
+    assert bad.finish == "failed" and "no number" in str(bad.error) and not bad.answer
+    assert good.finish == "length" and good.answer == alone[0]
+    again = batch.submit(Request(PROMPTS[4], 24))
+    finish(batch)
+    assert again.shared == 0 and again.answer == alone[4]
+
+
+def test_texts_being_written_do_not_wait_for_prompts(engine):
+    """However long the prompts beside it are, a text gets its token in every step."""
+    batch = Batch(engine, places=4, chunk=256, capacity=250)
+    writer = batch.submit(Request([5], 30))
+    batch.step()
+    for i in range(3):
+        batch.submit(Request([i + 10] * 240, 2))
+    batch.waiting.reverse()
+    written = len(writer.answer)
+    while batch.busy and writer.finish is None:
+        batch.step()
+        written += 1
+        assert len(writer.answer) == written
+
+
+def test_a_draft_model_that_forgets_reads_again(pico, tmp_path, engine):
+    """A draft with a window, whose ring went round further than the text goes back."""
+    folder = build(pico("qwen3", max_position_embeddings=2048), tmp_path / "child", LAYOUT)
+    forgetful = Engine(folder, threads=1)
+    draft = DraftModel(forgetful, 2000)
+    long = [int(i) for i in np.arange(1500) * 7919 % 300]
+    draft.guess(long, 4)
+    assert draft.guess([*long[:300], 5], 4) == DraftModel(forgetful, 2000).guess([*long[:300], 5], 4)
+    assert draft.guess(long[:100], 0) == []
+    assert draft.guess([*long[:200], 5], 4) == DraftModel(forgetful, 2000).guess([*long[:200], 5], 4)
+
+
 def test_drawing_follows_the_probabilities():
     logits = np.log(np.asarray([0.5, 0.3, 0.15, 0.05], np.float32))
     rng = np.random.default_rng(0)
@@ -143,6 +191,8 @@ def test_drawing_follows_the_probabilities():
         (Sampling(temperature=1, top_p=0.55), [0, 1]),
         (Sampling(temperature=1, min_p=0.2), [0, 1, 2]),
         (Sampling(temperature=0.1), [0, 1, 2, 3]),
+        (Sampling(temperature=1e-300), [0]),
+        (Sampling(temperature=5e-324, top_p=0.9), [0]),
         (Sampling(temperature=1, top_p=0.0), [0]),
     ],
 )

@@ -28,6 +28,44 @@ def test_pieces_make_the_whole(tokenizer, text, step):
     assert "".join(parts) == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A vocabulary as SentencePiece makes them: words begin with the space before, what is not in it is spelt in bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    words = ["▁", "▁on", "▁two", "on", "a", "b", "n"]
+    vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    replaced = decoders.Replace("▁", " ")
+    tokenizer.decoder = decoders.Sequence(
+        [replaced, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    path = tmp_path_factory.mktemp("pieces") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text("ab ñ🦊漢", min_size=1, max_size=20), step=st.integers(1, 5))
+def test_characters_spelt_in_bytes(pieces, text, step):
+    tokens = pieces.encode(text, add_special_tokens=False)
+    assert "".join(streamed(Words(pieces), tokens, step)) == pieces.decode(tokens) == text
+
+
+def test_each_character_spelt_in_bytes_comes_when_it_is_whole(pieces):
+    tokens = pieces.encode("🦊漢ñ漢🦊", add_special_tokens=False)
+    assert [part for part in streamed(Words(pieces), tokens) if part] == ["🦊", "漢", "ñ", "漢", "🦊"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text("ab ñ🦊漢", min_size=1, max_size=60), new=st.text("ab ñ🦊漢", max_size=9), step=st.integers(1, 5))
+def test_what_continues_a_text_is_what_the_whole_text_has(pieces, text, new, step):
+    before, after = (pieces.encode(part, add_special_tokens=False) for part in (text, new))
+    whole = pieces.decode(before + after)
+    assert "".join(streamed(Words(pieces, after=before), after, step)) == whole[len(pieces.decode(before)) :]
+
+
 def test_special_tokens_are_not_text(tokenizer):
     tokens = tokenizer.encode("on<|endoftext|>ward")
     assert tokenizer.convert_tokens_to_ids("<|endoftext|>") in tokens

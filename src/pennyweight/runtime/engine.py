@@ -74,7 +74,7 @@ class Engine:
         self.vocab_size: int = self._model.vocab_size
         self.context: int = self._model.max_positions
         self.max_rows: int = self._native.max_rows
-        self._windows: bool = self._model.has_windows
+        self.is_sparse: bool = self._native.is_sparse  # whether sparse rows are computed in another way than others
 
     @property
     def threads(self) -> int:
@@ -131,22 +131,23 @@ class Engine:
         self._native.close(sequence)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Make the first `tokens` tokens of `target` those of `source`, without running them."""
+        """Make the first `tokens` tokens of `target` those of `source`, without running them. Raises ValueError where
+        `source` cannot go back there or `target` has no room."""
         self._native.copy(source, target, tokens)
 
     def fill(self, sequence: int, tokens: int) -> None:
         """As if `tokens` tokens had been run, keys and values alike for all: to time what comes after a long text."""
         self._native.fill(sequence, tokens)
 
-    def can_go_back(self, length: int, to: int) -> bool:
-        """Whether a sequence of `length` tokens may go on after its first `to`: layers with a window forget."""
-        return not self._windows or length - to <= self.max_rows
+    def can_go_back(self, sequence: int, tokens: int) -> bool:
+        """Whether a sequence may go on after its first `tokens`: what layers with a window wrote over is gone."""
+        return self._native.can_go_back(sequence, tokens)
 
     def step(self, rows: Sequence[Row]) -> np.ndarray:
         """Run rows; returns the wanted logits (n, vocab_size) float32.
 
         Positions of a sequence come in order and without gaps; going back writes over what was there. Raises ValueError
-        for a sequence, position or token that is not there.
+        for a sequence, position or token that is not there, and where the sequence cannot go back.
         """
         table = np.asarray(rows, np.int32).reshape(-1, 5)
         logits = np.empty((int((table[:, 3] != 0).sum()), self.vocab_size), np.float32)

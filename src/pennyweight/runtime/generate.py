@@ -30,7 +30,8 @@ class Request:
 
 @dataclass
 class Text:
-    """A request on its way. `tokens` is prompt and answer; `finish` is None, "stop" or "length"."""
+    """A request on its way. `tokens` is prompt and answer; `finish` is None until the end, then "stop", "length",
+    "cancelled", or "failed", of which `error` says why."""
 
     request: Request
     tokens: list[int]
@@ -38,6 +39,7 @@ class Text:
     read: int = 0  # tokens whose keys and values are in the cache
     shared: int = 0  # of them, those that were there before
     finish: str | None = None
+    error: Exception | None = None
     rng: np.random.Generator = field(default_factory=np.random.default_rng)
 
     @property
@@ -47,11 +49,18 @@ class Text:
 
 @dataclass
 class _Place:
-    """A sequence of the engine and what its cache holds."""
+    """A sequence of the engine and what its cache holds. `dense`: tokens of it that were read with all columns, which
+    alone may begin another text: its answers must not depend on what happened to be in the cache."""
 
     sequence: int
     held: list[int] = field(default_factory=list)
+    dense: int = 0
     text: Text | None = None
+
+
+def _writes(text: Text) -> bool:
+    """Whether all of a text but its last token has been read."""
+    return text.read >= len(text.tokens) - 1
 
 
 class Batch:
@@ -117,17 +126,19 @@ class Batch:
         rows: list[Row] = []
         plans: list[tuple[_Place, Text, list[int]]] = []  # what each text has in this step, and its guesses
         room = self.engine.max_rows
-        writing = any(text.read >= len(text.tokens) - 1 for text in self.running)
-        for place in self._places:
+        writing = any(_writes(text) for text in self.running)
+        # Texts that are being written come first: a token of each always has room.
+        for place in sorted(self._places, key=lambda place: place.text is None or not _writes(place.text)):
             text = place.text
             if text is None or room == 0:
                 continue
             new = text.tokens[text.read :]
             guesses: list[int] = []
-            if len(new) > 1:
+            if not _writes(text):
                 new = new[: min(room, self.chunk if writing else room)]
             elif self.guesser is not None:
-                most = min(self.guesses, room - 1, self.capacity - len(text.tokens) - 1)
+                others = sum(_writes(other) for other in self.running) - len(plans) - 1  # who still need a row each
+                most = min(self.guesses, room - 1 - others, self.capacity - len(text.tokens) - 1)
                 guesses = self._guesser(text).guess(text.tokens, most) if most > 0 else []
             done = text.read + len(new) == len(text.tokens)
             prompt = len(text.request.prompt)
@@ -138,6 +149,7 @@ class Batch:
             text.read += len(new)
             room -= len(new) + len(guesses)
             place.held = text.tokens[: text.read]
+            place.dense = min(text.read, prompt) if self.engine.is_sparse else self.capacity
             if done:
                 plans.append((place, text, guesses))
         if not rows:
@@ -153,7 +165,7 @@ class Batch:
             mine = logits[at : at + 1 + len(guesses)]
             at += 1 + len(guesses)
             out.append((text, self._take(text, mine, guesses)))
-            place.held = text.tokens[: text.read]
+            place.held = text.tokens[: text.read] if text.error is None else []  # broken numbers may be in the cache
         self._clear()
         return out
 
@@ -162,7 +174,11 @@ class Batch:
         new: list[int] = []
         for i, row in enumerate(logits):
             seen: Collection[int] = text.tokens if text.request.sampling.repetition_penalty != 1.0 else ()
-            token = pick(row, text.request.sampling, seen, text.rng)
+            try:
+                token = pick(row, text.request.sampling, seen, text.rng)
+            except FloatingPointError as err:  # of this text alone
+                text.finish, text.error = "failed", err
+                break
             if token in text.request.stop:
                 text.finish = "stop"
                 break
@@ -186,23 +202,27 @@ class Batch:
         """Give waiting texts free places, each the one that holds most of its beginning."""
         while self.waiting and any(place.text is None for place in self._places):
             text = self.waiting.pop(0)
-            limit = len(text.tokens) - 1  # the last token is run: its logits are wanted
             best, shared, source = None, -1, None
             for place in self._places:
                 if place.text is None:
-                    kept = min(limit, common_prefix(place.held, text.tokens))
-                    kept = kept if self.engine.can_go_back(len(place.held), kept) else 0
+                    kept = self._common(place, text)
                     if kept > shared:
                         best, shared, source = place, kept, None
             assert best is not None
             for place in self._places:
-                kept = min(limit, common_prefix(place.held, text.tokens))
-                if place is not best and kept > shared and self.engine.can_go_back(len(place.held), kept):
+                kept = self._common(place, text)
+                if place is not best and kept > shared:
                     shared, source = kept, place
             if source is not None:
                 self.engine.copy(source.sequence, best.sequence, shared)
             text.sequence, text.read, text.shared, best.text = best.sequence, shared, shared, text
             best.held = text.tokens[:shared]
+
+    def _common(self, place: _Place, text: Text) -> int:
+        """Tokens of a text's beginning that a place holds as the text would compute them."""
+        limit = min(len(text.tokens) - 1, place.dense)  # the last token is run: its logits are wanted
+        kept = min(limit, common_prefix(place.held, text.tokens))
+        return kept if self.engine.can_go_back(place.sequence, kept) else 0
 
     def _clear(self) -> None:
         for place in self._places:

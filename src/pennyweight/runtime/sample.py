@@ -71,8 +71,9 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     tokens = np.flatnonzero(logits >= logits.max() - _NEGLIGIBLE * sampling.temperature)
     if sampling.top_k and len(tokens) > sampling.top_k:
         tokens = _largest(tokens, logits, sampling.top_k)
-    scaled = logits[tokens].astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max())
+    likely = logits[tokens].astype(np.float64)
+    with np.errstate(over="ignore"):  # next to a tiny temperature any difference is infinite, and its weight 0
+        weights = np.exp((likely - likely.max()) / sampling.temperature)
     total = weights.sum()
     keep = weights >= sampling.min_p  # the likeliest token's weight is 1
     tokens, weights = tokens[keep], weights[keep]

@@ -52,13 +52,14 @@ class DraftModel:
         """Greedy tokens of the draft model; it keeps what it has read and reads only what is new."""
         known = common_prefix(self._held, tokens)
         known = min(known, len(tokens) - 1)  # the last token is read again: its logits are wanted
+        known = known if self.engine.can_go_back(self._sequence, known) else 0
         guessed: list[int] = []
         new = tokens[known:]
         while len(guessed) < most and known + len(new) < self.engine.context:
             guessed.append(int(self._read(new, known).argmax()))
             known += len(new)
             new = guessed[-1:]
-        self._held = tokens + guessed[:-1]
+        self._held = tokens + guessed[:-1] if guessed else self._held[:known]
         return guessed
 
     def _read(self, tokens: list[int], position: int) -> np.ndarray:

@@ -13,13 +13,17 @@ class Words:
     is not certain waits. `stopped` says that a stop string came; the text ends before it.
     """
 
-    def __init__(self, tokenizer: Any, *, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, *, stop: Sequence[str] = (), after: Sequence[int] = ()) -> None:
+        """`after`: tokens of the text that is continued. Vocabularies that mark words by the space before them decode
+        the first token of a text without it; what continues a text keeps it."""
         self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
         self.text = ""  # what was given out
         self.stopped = False
-        self._tokens: list[int] = []
-        self._settled = 0  # tokens whose characters are all in `_known`
-        self._known = ""
+        self._known = ""  # of new tokens whose characters are all whole
+        # Tokens from the last place but one where all characters were whole; before `_settled` they are in `_known`.
+        # Only from such a place may decoding start: amid the bytes of a character all that follow would be garbage.
+        self._tokens = self._tail(list(after))
+        self._settled = len(self._tokens)
 
     def push(self, tokens: Sequence[int]) -> str:
         """The new text; "" if nothing is certain yet or a stop string has come."""
@@ -31,15 +35,22 @@ class Words:
         return self._give(self._decoded(), last=True)
 
     def _decoded(self) -> str:
-        """All text so far. Decoded from a few tokens back: what a token looks like may depend on those before it."""
-        start = max(0, self._settled - 4)
-        before = self._decode(self._tokens[start : self._settled])
-        now = self._decode(self._tokens[start:])
-        if not now.endswith("�"):  # else a character is not complete
-            self._known += now[len(before) :]
-            self._settled = len(self._tokens)
-            return self._known
-        return self._known + now[len(before) :]
+        """All text so far."""
+        before = self._decode(self._tokens[: self._settled])
+        new = self._decode(self._tokens)[len(before) :]
+        if new.endswith("�") or self._settled == len(self._tokens):  # a character is not complete, or nothing is new
+            return self._known + new
+        self._known += new
+        self._tokens = self._tokens[self._settled :]
+        self._settled = len(self._tokens)
+        return self._known
+
+    def _tail(self, tokens: list[int]) -> list[int]:
+        """The last few tokens, from where decoding makes no broken character, or all."""
+        count = 8
+        while count < len(tokens) and self._decode(tokens[-count:]).startswith("�"):
+            count *= 2
+        return tokens[-count:]
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
