@@ -247,24 +247,48 @@ inline Eight eight(const Zigzag& w, const std::uint8_t* chunk, int g) {
     return made;
 }
 
+// What activations times scales become, as PMADDUBSW wants it: it multiplies two columns at a time, so codes come in pairs
+// of columns, and sums of a step's sixteen fit 16 bits: 16 products of at most 15 * 127 while offsets are in, and of at
+// most 8 * 127 without.
+struct Pairs {
+    static constexpr int kPairs = kStep / 2;
+    int groups = 0;  // of each token
+    // Of a group: every token's codes, each pair of columns twice. So one address does for all that a product needs.
+    alignas(64) std::int32_t codes[kPairs * kMaxGroups];
+    // Of a token: for every group the scale divided by 2^16, -8 times the sum of the codes in 16 bits, twice, and what
+    // minima add.
+    alignas(64) std::int32_t rest[3 * kMaxGroups];
+
+    float* scale(int t) { return reinterpret_cast<float*>(rest + 3 * t * groups); }
+    std::int32_t* minus8(int t) { return rest + (3 * t + 1) * groups; }
+    float* bias(int t) { return reinterpret_cast<float*>(rest + (3 * t + 2) * groups); }
+};
+
 // Codes of x[c] * scale[c][g] in 8 bits, with one float a group; eight groups at a time.
 template <Scales kScales>
-inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start, int tokens,
-                 Folded& out) {
+[[gnu::noinline]] void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start,
+                            int tokens, Pairs& out) {
     float room[kStep];
-    for (int i = 0; i < slice.groups; i += 8) {
+    for (int i = 0; i < out.groups; i += 8) {
         constexpr bool kMinima = kScales != Scales::symmetric;
         __m256 scales[kStep], minima[kMinima ? kStep : 1];
-        for (int c = 0; c < kStep; c++) {
-            const Eight of = eight<kScales>(w, step.chunk[c], slice.first_group + i);
-            scales[c] = of.scale;
-            if constexpr (kMinima) minima[c] = of.minimum;
-        }
+        if (tokens > 1)  // widened once for all
+            for (int c = 0; c < kStep; c++) {
+                const Eight of = eight<kScales>(w, step.chunk[c], slice.first_group + i);
+                scales[c] = of.scale;
+                if constexpr (kMinima) minima[c] = of.minimum;
+            }
         for (int t = 0; t < tokens; t++) {
             const float* x = step.of(value[t] + start, room);
             __m256 e[kStep], most = _mm256_setzero_ps();
             for (int c = 0; c < kStep; c++) {
-                e[c] = _mm256_mul_ps(scales[c], _mm256_set1_ps(x[c]));
+                if (tokens > 1) {
+                    e[c] = _mm256_mul_ps(scales[c], _mm256_set1_ps(x[c]));
+                } else {
+                    const Eight of = eight<kScales>(w, step.chunk[c], slice.first_group + i);
+                    e[c] = _mm256_mul_ps(of.scale, _mm256_set1_ps(x[c]));
+                    if constexpr (kMinima) minima[c] = of.minimum;
+                }
                 most = _mm256_max_ps(most, magnitude(e[c]));
             }
             if constexpr (kMinima) {
@@ -276,96 +300,182 @@ inline void fold(const Zigzag& w, const Step& step, const Slice& slice, const fl
             }
             const __m256 some = _mm256_cmp_ps(most, _mm256_setzero_ps(), _CMP_GT_OQ);
             const __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(127.0f), most));
-            _mm256_store_ps(out.scale(t) + i, _mm256_mul_ps(most, _mm256_set1_ps(1.0f / 127.0f)));
-            __m256i total = _mm256_setzero_si256();
-            const __m256i byte = _mm256_set1_epi32(255);
+            const __m256 scale = _mm256_mul_ps(most, _mm256_set1_ps(1.0f / 127.0f));
+            _mm256_store_ps(out.scale(t) + i, _mm256_mul_ps(scale, _mm256_set1_ps(1.0f / 65536)));
+            // Each lane of 128 bits has four of the groups: their codes of four columns, dword by dword.
+            const __m256i transpose = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+            __m256i quad[kStep / 4], sums = _mm256_setzero_si256();
             for (int q = 0; q < kStep / 4; q++) {
-                __m256i four = _mm256_setzero_si256();
-                for (int c = 3; c >= 0; c--) {
-                    const __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(e[4 * q + c], inverse));
-                    total = _mm256_add_epi32(total, code);
-                    four = _mm256_or_si256(_mm256_slli_epi32(four, 8), _mm256_and_si256(code, byte));
-                }
-                _mm256_store_si256(reinterpret_cast<__m256i*>(out.quad(t, q) + i), four);
+                __m256i code[4];
+                for (int c = 0; c < 4; c++) code[c] = _mm256_cvtps_epi32(_mm256_mul_ps(e[4 * q + c], inverse));
+                const __m256i packed =
+                    _mm256_packs_epi16(_mm256_packs_epi32(code[0], code[1]), _mm256_packs_epi32(code[2], code[3]));
+                quad[q] = _mm256_shuffle_epi8(packed, transpose);
+                sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_set1_epi8(8), quad[q]));
             }
+            const __m256i minus8 = _mm256_madd_epi16(sums, _mm256_set1_epi16(-1));
             _mm256_store_si256(reinterpret_cast<__m256i*>(out.minus8(t) + i),
-                               _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(total, 3)));
+                               _mm256_blend_epi16(minus8, _mm256_slli_epi32(minus8, 16), 0b10101010));
+            // All sixteen columns of a group side by side, then every pair twice.
+            const __m256i a = _mm256_unpacklo_epi32(quad[0], quad[1]), b = _mm256_unpackhi_epi32(quad[0], quad[1]);
+            const __m256i c = _mm256_unpacklo_epi32(quad[2], quad[3]), d = _mm256_unpackhi_epi32(quad[2], quad[3]);
+            const __m256i sixteen[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c),
+                                        _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)};
+            for (int g = 0; g < 4; g++) {
+                const __m256i low = _mm256_unpacklo_epi16(sixteen[g], sixteen[g]);
+                const __m256i high = _mm256_unpackhi_epi16(sixteen[g], sixteen[g]);
+                auto* to = reinterpret_cast<__m128i*>(out.codes + Pairs::kPairs * ((i + g) * tokens + t));
+                _mm_store_si128(to, _mm256_castsi256_si128(low));
+                _mm_store_si128(to + 1, _mm256_castsi256_si128(high));
+                to += Pairs::kPairs * tokens;  // four groups further: 4 * 8 dwords of 4 to a register
+                _mm_store_si128(to, _mm256_extracti128_si256(low, 1));
+                _mm_store_si128(to + 1, _mm256_extracti128_si256(high, 1));
+            }
         }
     }
 }
 
-// One step's columns of a slice, for all tokens. Sums of nibbles times codes stay in 16 bits: four quads of two products
-// of at most 15 * 127.
-template <bool kOne>
-inline void slice_times(const Step& step, const Slice& slice, int group, std::size_t scale_bytes, Folded& folded,
-                        int tokens, float* y, std::ptrdiff_t stride) {
-    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    for (int unit = slice.first; unit < slice.last; unit++)
-        for (int half = 0; half < 2; half++) {  // lanes 2 half and 2 half + 1: rows 8 half .. 8 half + 7 of 16
-            const std::size_t at = scale_bytes + 64 * unit + 32 * half;
-            __m256i rows[kStep / 4][4];
-            for (int q = 0; q < kStep / 4; q++) {
-                __m256i column[4];
-                for (int c = 0; c < 4; c++) {
-                    if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(step.next[4 * q + c] + at), _MM_HINT_T1);
-                    column[c] = load(step.chunk[4 * q + c] + at);
+// What each of the 16 rows of 16 bits in half a register of bytes takes of a table with `stride` dwords from group to
+// group: of a unit, rows r to r + 31 and the 32 that follow lie side by side in every quarter.
+template <int kGroup>
+inline __m256i entry(const std::int32_t* at, int stride) {
+    const __m256i one = _mm256_set1_epi32(*at);
+    return kGroup > 32 ? one : _mm256_blend_epi32(one, _mm256_set1_epi32(at[stride]), 0b11001100);
+}
+
+// Adds the sums of 16 rows to those of y: rows r to r + 7, and 32 further down.
+template <int kGroup>
+inline void add_sums(__m256i sums, const float* scale, float* y) {
+    // Into the upper halves of 32 bits, which the scale makes up for: exact, and cheaper than widening them.
+    const __m256 first = _mm256_cvtepi32_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), sums));
+    const __m256 second = _mm256_cvtepi32_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), sums));
+    _mm256_storeu_ps(y, _mm256_fmadd_ps(first, _mm256_set1_ps(scale[0]), _mm256_loadu_ps(y)));
+    _mm256_storeu_ps(y + 32, _mm256_fmadd_ps(second, _mm256_set1_ps(scale[kGroup > 32 ? 0 : 1]), _mm256_loadu_ps(y + 32)));
+}
+
+// One step's columns of a slice for one token.
+template <int kGroup>
+[[gnu::noinline]] void slice_times_one(const Step& step, std::size_t at, int units, Pairs& folded, float* y) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    for (int i = 0; i < units; i++, at += 64, y += Zigzag::kUnitRows) {
+        const int g = Zigzag::kUnitRows * i / kGroup, next = kGroup < 128 ? 64 / kGroup : 0;  // of the last 64 rows
+        const std::int32_t *codes = folded.codes + Pairs::kPairs * g, *minus8 = folded.minus8(0) + g;
+        // Sums of low nibbles and of high ones, 16 rows further down, of the first 64 rows and of the last.
+        __m256i low[2][2], high[2][2];
+#pragma GCC unroll 2
+        for (int side = 0; side < 2; side++)
+            low[0][side] = high[0][side] = low[1][side] = high[1][side] = entry<kGroup>(minus8 + side * next, 1);
+#pragma GCC unroll 8
+        for (int p = 0; p < Pairs::kPairs; p++) {
+            for (int c = 0; c < 2; c++) _mm_prefetch(reinterpret_cast<const char*>(step.next[2 * p + c] + at), _MM_HINT_T1);
+            const std::uint8_t *one = step.chunk[2 * p] + at, *two = step.chunk[2 * p + 1] + at;
+#pragma GCC unroll 2
+            for (int side = 0; side < 2; side++) {
+                const __m256i pair = entry<kGroup>(codes + Pairs::kPairs * side * next + p, Pairs::kPairs);
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++) {
+                    const __m256i first = load(one + 32 * half), second = load(two + 32 * half);
+                    const __m256i rows = side ? _mm256_unpackhi_epi8(first, second) : _mm256_unpacklo_epi8(first, second);
+                    const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(rows, 4), nibble);
+                    low[half][side] = _mm256_add_epi16(low[half][side], _mm256_maddubs_epi16(_mm256_and_si256(rows, nibble), pair));
+                    high[half][side] = _mm256_add_epi16(high[half][side], _mm256_maddubs_epi16(upper, pair));
                 }
-                const __m256i a = _mm256_unpacklo_epi8(column[0], column[1]);
-                const __m256i b = _mm256_unpackhi_epi8(column[0], column[1]);
-                const __m256i c = _mm256_unpacklo_epi8(column[2], column[3]);
-                const __m256i d = _mm256_unpackhi_epi8(column[2], column[3]);
-                rows[q][0] = _mm256_unpacklo_epi16(a, c);
-                rows[q][1] = _mm256_unpackhi_epi16(a, c);
-                rows[q][2] = _mm256_unpacklo_epi16(b, d);
-                rows[q][3] = _mm256_unpackhi_epi16(b, d);
             }
-            for (int u = 0; u < 4; u++) {
-                const int g = (128 * (unit - slice.first) + 32 * u) / group;
-                __m256i lower[kStep / 4], upper[kStep / 4];
-                for (int q = 0; q < kStep / 4; q++) {
-                    lower[q] = _mm256_and_si256(rows[q][u], nibble);
-                    upper[q] = _mm256_and_si256(_mm256_srli_epi16(rows[q][u], 4), nibble);
+        }
+        const float* scale = folded.scale(0) + g;
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++)
+#pragma GCC unroll 2
+            for (int side = 0; side < 2; side++) {
+                add_sums<kGroup>(low[half][side], scale + side * next, y + 64 * side + 8 * half);
+                add_sums<kGroup>(high[half][side], scale + side * next, y + 64 * side + 8 * half + 16);
+            }
+    }
+}
+
+// Half of 64 rows times kTokens tokens, whose tables begin at token t.
+template <int kGroup, int kTokens>
+[[gnu::noinline]] void rows_times_tokens(const __m256i (&rows)[Pairs::kPairs][2], Pairs& folded, int tokens, int t, int g, float* y,
+                              std::ptrdiff_t stride) {
+    const std::int32_t* codes = folded.codes + Pairs::kPairs * (g * tokens + t);
+    __m256i low[kTokens], high[kTokens];
+#pragma GCC unroll 6
+    for (int i = 0; i < kTokens; i++) low[i] = high[i] = entry<kGroup>(folded.minus8(t + i) + g, 1);
+#pragma GCC unroll 8
+    for (int p = 0; p < Pairs::kPairs; p++) {
+        const __m256i lower = rows[p][0], upper = rows[p][1];
+#pragma GCC unroll 6
+        for (int i = 0; i < kTokens; i++) {
+            const __m256i pair = entry<kGroup>(codes + Pairs::kPairs * i + p, Pairs::kPairs * tokens);
+            low[i] = _mm256_add_epi16(low[i], _mm256_maddubs_epi16(lower, pair));
+            high[i] = _mm256_add_epi16(high[i], _mm256_maddubs_epi16(upper, pair));
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kTokens; i++) {
+        add_sums<kGroup>(low[i], folded.scale(t + i) + g, y + i * stride);
+        add_sums<kGroup>(high[i], folded.scale(t + i) + g, y + i * stride + 16);
+    }
+}
+
+// One step's columns of a slice for a few tokens, which all use half a unit's rows before the next are looked at.
+template <int kGroup>
+[[gnu::noinline]] void slice_times(const Step& step, std::size_t at, int units, Pairs& folded, int tokens, float* y,
+                                   std::ptrdiff_t stride) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    for (int i = 0; i < units; i++, at += 64, y += Zigzag::kUnitRows)
+        for (int half = 0; half < 2; half++) {
+            __m256i rows[2][Pairs::kPairs][2];
+            for (int p = 0; p < Pairs::kPairs; p++) {
+                if (half == 0)
+                    for (int c = 0; c < 2; c++)
+                        _mm_prefetch(reinterpret_cast<const char*>(step.next[2 * p + c] + at), _MM_HINT_T1);
+                const __m256i first = load(step.chunk[2 * p] + at + 32 * half);
+                const __m256i second = load(step.chunk[2 * p + 1] + at + 32 * half);
+                for (int side = 0; side < 2; side++) {
+                    const __m256i both = side ? _mm256_unpackhi_epi8(first, second) : _mm256_unpacklo_epi8(first, second);
+                    rows[side][p][0] = _mm256_and_si256(both, nibble);
+                    rows[side][p][1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
                 }
-                float* row = y + 128 * (unit - slice.first) + 32 * u + 8 * half;
-                for (int t = 0; t < (kOne ? 1 : tokens); t++, row += stride) {
-                    __m256i low = _mm256_setzero_si256(), high = low;
-                    for (int q = 0; q < kStep / 4; q++) {
-                        const __m256i codes = _mm256_set1_epi32(folded.quad(t, q)[g]);
-                        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(lower[q], codes));
-                        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(upper[q], codes));
-                    }
-                    const __m256i minus8 = _mm256_set1_epi32(folded.minus8(t)[g]);
-                    const __m256 scale = _mm256_set1_ps(folded.scale(t)[g]);
-                    for (int up = 0; up < 2; up++) {
-                        const __m256i sum = _mm256_madd_epi16(up ? high : low, ones);
-                        const __m256 exact = _mm256_cvtepi32_ps(_mm256_add_epi32(sum, minus8));
-                        float* to = row + 16 * up;
-                        _mm256_storeu_ps(to, _mm256_fmadd_ps(exact, scale, _mm256_loadu_ps(to)));
-                    }
-                }
+            }
+            for (int side = 0; side < 2; side++) {
+                const int g = (Zigzag::kUnitRows * i + 64 * side) / kGroup;
+                float* to = y + 64 * side + 8 * half;
+                int t = 0;
+                for (; t + 6 <= tokens; t += 6)
+                    rows_times_tokens<kGroup, 6>(rows[side], folded, tokens, t, g, to + t * stride, stride);
+                for (; t + 3 <= tokens; t += 3)
+                    rows_times_tokens<kGroup, 3>(rows[side], folded, tokens, t, g, to + t * stride, stride);
+                for (; t < tokens; t++)
+                    rows_times_tokens<kGroup, 1>(rows[side], folded, tokens, t, g, to + t * stride, stride);
             }
         }
 }
 
-template <Scales kScales>
+template <Scales kScales, int kGroup>
 void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::int32_t* index,
                      const float* const* value, int tokens, int count, float* y, std::ptrdiff_t stride) {
-    each_step<kScales>(
+    each_step<kScales, Pairs>(
         w, tile, first, last, index, value, tokens, count, y, stride,
-        [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Folded& folded, Ahead&) {
+        [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Pairs& folded, Ahead&) {
             fold<kScales>(w, step, slice, x, start, n, folded);
         },
-        [&](const Step& step, const Slice& slice, Folded& folded, int n, float* out, const Ahead&) {
-            auto* run = n == 1 ? slice_times<true> : slice_times<false>;
-            run(step, slice, w.group, w.scale_bytes(), folded, n, out, stride);
+        [&](const Step& step, const Slice& slice, Pairs& folded, int n, float* out, const Ahead&) {
+            const std::size_t at = w.scale_bytes() + 64 * slice.first;
+            const int units = slice.last - slice.first;
+            if (n == 1) slice_times_one<kGroup>(step, at, units, folded, out);
+            else slice_times<kGroup>(step, at, units, folded, n, out, stride);
         });
 }
 
 void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
                   int tokens, int count, float* y, std::ptrdiff_t stride) {
-    auto* run = w.scales == Scales::super    ? zigzag_times_as<Scales::super>
-                : w.scales == Scales::affine ? zigzag_times_as<Scales::affine>
-                                             : zigzag_times_as<Scales::symmetric>;
+    constexpr auto symmetric = Scales::symmetric, affine = Scales::affine;
+    const bool plain = w.scales == symmetric;
+    auto* run = w.scales == Scales::super ? zigzag_times_as<Scales::super, 32>
+                : w.group == 32           ? (plain ? zigzag_times_as<symmetric, 32> : zigzag_times_as<affine, 32>)
+                : w.group == 64           ? (plain ? zigzag_times_as<symmetric, 64> : zigzag_times_as<affine, 64>)
+                                          : (plain ? zigzag_times_as<symmetric, 128> : zigzag_times_as<affine, 128>);
     run(w, tile, first, last, index, value, tokens, count, y, stride);
 }
 

@@ -297,7 +297,7 @@ inline void slice_times(const Step& step, const Slice& slice, int group, std::si
 template <Scales kScales>
 void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::int32_t* index,
                      const float* const* value, int tokens, int count, float* y, std::ptrdiff_t stride) {
-    each_step<kScales>(
+    each_step<kScales, Folded>(
         w, tile, first, last, index, value, tokens, count, y, stride,
         [&](const Step& step, const Slice& slice, const float* const* x, int start, int n, Folded& folded, Ahead&) {
             fold<kScales>(w, step, slice, x, start, n, folded);

@@ -108,10 +108,11 @@ private:
 };
 
 // The loops around what an instruction set does itself: `fold` makes the tables of a step, `times` adds its products.
-template <Scales kScales, class Fold, class Times>
+// `Table` is Folded, or what an instruction set prefers: it has `groups` and `bias`.
+template <Scales kScales, class Table, class Fold, class Times>
 void each_step(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
                int tokens, int count, float* y, std::ptrdiff_t stride, Fold&& fold, Times&& times) {
-    static thread_local Folded folded;
+    static thread_local Table folded;
     const std::uint8_t* base = w.data + tile * w.tile_bytes();
     const std::size_t chunk_bytes = w.chunk_bytes();
     for (int from = 0; from < tokens; from += kMaxTokens) {
