@@ -102,91 +102,106 @@ void quantise(const float* x, int n, std::int8_t* codes, float* scale, std::int3
     }
 }
 
-// Rows 8 half to 8 half + 7 of a tile times `kTokens` tokens.
-template <int kBits, bool kAffine, int kTokens>
-inline void half_tile_times(const Rows& w, const std::uint8_t* at, int half, const Activations* x, float* y,
-                            std::ptrdiff_t stride) {
+// Rows 8 half to 8 (half + kHalves) - 1 of a tile times `kTokens` tokens.
+template <int kBits, bool kAffine, int kTokens, int kHalves>
+inline void tile_times(const Rows& w, const std::uint8_t* at, int half, const Activations* x, float* y,
+                       std::ptrdiff_t stride) {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     const int blocks = w.group / Rows::kBlock, groups = w.groups();
     const std::size_t block_bytes = w.block_bytes();
-    __m256 out[kTokens];
-    for (auto& o : out) o = _mm256_setzero_ps();
+    __m256 out[kTokens][kHalves];
+    for (auto& token : out)
+        for (auto& o : token) o = _mm256_setzero_ps();
     int b = 0;
     for (int g = 0; g < groups; g++) {
-        __m256 part[kTokens];
+        __m256 part[kTokens][kHalves];
         float sum[kTokens] = {};
-        for (auto& p : part) p = _mm256_setzero_ps();
+        for (auto& token : part)
+            for (auto& p : token) p = _mm256_setzero_ps();
         for (int end = b + blocks; b < end; b++, at += block_bytes) {
-            __m256i exact[kTokens];
+            __m256i exact[kTokens][kHalves];
             if constexpr (kBits == 4) {
                 // Products of nibbles and bytes: eight times two of them stay below 2^15, so 16 bits hold a block.
-                __m256i words[kTokens];
-                for (auto& word : words) word = _mm256_setzero_si256();
+                __m256i words[kTokens][kHalves];
+                for (auto& token : words)
+                    for (auto& word : token) word = _mm256_setzero_si256();
 #pragma GCC unroll 4
                 for (int v = 0; v < 4; v++) {
-                    const __m256i unit = load(at + 64 * v + 32 * half);
-                    const __m256i low = _mm256_and_si256(unit, nibble);
-                    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(unit, 4), nibble);
+                    // The same stream 4 KiB ahead: the hardware prefetcher stops at every page.
+                    if (kHalves == 2) _mm_prefetch(reinterpret_cast<const char*>(at + 64 * v + 4096), _MM_HINT_T0);
+#pragma GCC unroll 2
+                    for (int h = 0; h < kHalves; h++) {
+                        const __m256i unit = load(at + 64 * v + 32 * (half + h));
+                        const __m256i low = _mm256_and_si256(unit, nibble);
+                        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(unit, 4), nibble);
 #pragma GCC unroll 4
-                    for (int t = 0; t < kTokens; t++) {
-                        const auto* quad = reinterpret_cast<const std::int32_t*>(x[t].codes + 32 * b);
-                        const __m256i even = _mm256_maddubs_epi16(low, _mm256_set1_epi32(quad[2 * v]));
-                        const __m256i odd = _mm256_maddubs_epi16(high, _mm256_set1_epi32(quad[2 * v + 1]));
-                        words[t] = _mm256_add_epi16(words[t], _mm256_add_epi16(even, odd));
+                        for (int t = 0; t < kTokens; t++) {
+                            const auto* quad = reinterpret_cast<const std::int32_t*>(x[t].codes + 32 * b);
+                            const __m256i even = _mm256_maddubs_epi16(low, _mm256_set1_epi32(quad[2 * v]));
+                            const __m256i odd = _mm256_maddubs_epi16(high, _mm256_set1_epi32(quad[2 * v + 1]));
+                            words[t][h] = _mm256_add_epi16(words[t][h], _mm256_add_epi16(even, odd));
+                        }
                     }
                 }
                 for (int t = 0; t < kTokens; t++)
-                    exact[t] = _mm256_add_epi32(_mm256_madd_epi16(words[t], ones),
-                                                _mm256_set1_epi32(kAffine ? 0 : x[t].minus8[b]));
+                    for (int h = 0; h < kHalves; h++)
+                        exact[t][h] = _mm256_add_epi32(_mm256_madd_epi16(words[t][h], ones),
+                                                       _mm256_set1_epi32(kAffine ? 0 : x[t].minus8[b]));
             } else {
-                // Products of whole bytes need 32 bits for two of them: words of 16 bits, four rows at a time.
-                __m256i front[kTokens], back[kTokens];
-                for (int t = 0; t < kTokens; t++) front[t] = back[t] = _mm256_setzero_si256();
+                // Codes less their offset, at most 128 in size: two products with at most 127 each stay below 2^15.
+                for (int t = 0; t < kTokens; t++)
+                    for (int h = 0; h < kHalves; h++) exact[t][h] = _mm256_set1_epi32(kAffine ? -16 * x[t].minus8[b] : 0);
 #pragma GCC unroll 8
                 for (int v = 0; v < 8; v++) {
-                    const __m256i unit = load(at + 64 * v + 32 * half);
-                    const __m256i first = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(unit));
-                    const __m256i second = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(unit, 1));
-                    for (int t = 0; t < kTokens; t++) {
-                        const auto* quad = reinterpret_cast<const std::int32_t*>(x[t].codes + 32 * b);
-                        const __m256i four = _mm256_cvtepi8_epi16(_mm_set1_epi32(quad[v]));
-                        front[t] = _mm256_add_epi32(front[t], _mm256_madd_epi16(first, four));
-                        back[t] = _mm256_add_epi32(back[t], _mm256_madd_epi16(second, four));
+                    if (kHalves == 2) _mm_prefetch(reinterpret_cast<const char*>(at + 64 * v + 4096), _MM_HINT_T0);
+#pragma GCC unroll 2
+                    for (int h = 0; h < kHalves; h++) {
+                        const __m256i unit = _mm256_xor_si256(load(at + 64 * v + 32 * (half + h)), _mm256_set1_epi8(-128));
+                        const __m256i size = _mm256_abs_epi8(unit);
+#pragma GCC unroll 4
+                        for (int t = 0; t < kTokens; t++) {
+                            const auto* quad = reinterpret_cast<const std::int32_t*>(x[t].codes + 32 * b);
+                            const __m256i two = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(quad[v]), unit));
+                            exact[t][h] = _mm256_add_epi32(exact[t][h], _mm256_madd_epi16(two, ones));
+                        }
                     }
                 }
-                for (int t = 0; t < kTokens; t++)
-                    exact[t] = _mm256_add_epi32(
-                        _mm256_permute4x64_epi64(_mm256_hadd_epi32(front[t], back[t]), 0xd8),
-                        _mm256_set1_epi32(kAffine ? 0 : 16 * x[t].minus8[b]));
             }
             for (int t = 0; t < kTokens; t++) {
-                part[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact[t]), _mm256_set1_ps(x[t].scale[b]), part[t]);
+                for (int h = 0; h < kHalves; h++)
+                    part[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact[t][h]), _mm256_set1_ps(x[t].scale[b]), part[t][h]);
                 if constexpr (kAffine) sum[t] += x[t].sum[b];
             }
         }
-        const __m256 scale = halves(at + 16 * half, w.half);
-        for (int t = 0; t < kTokens; t++) out[t] = _mm256_fmadd_ps(part[t], scale, out[t]);
+        for (int h = 0; h < kHalves; h++) {
+            const __m256 scale = halves(at + 16 * (half + h), w.half);
+            for (int t = 0; t < kTokens; t++) out[t][h] = _mm256_fmadd_ps(part[t][h], scale, out[t][h]);
+        }
         at += 2 * Rows::kTile;
         if constexpr (kAffine) {
-            const __m256 minimum = halves(at + 16 * half, w.half);
-            for (int t = 0; t < kTokens; t++) out[t] = _mm256_fmadd_ps(_mm256_set1_ps(sum[t]), minimum, out[t]);
+            for (int h = 0; h < kHalves; h++) {
+                const __m256 minimum = halves(at + 16 * (half + h), w.half);
+                for (int t = 0; t < kTokens; t++) out[t][h] = _mm256_fmadd_ps(_mm256_set1_ps(sum[t]), minimum, out[t][h]);
+            }
             at += 2 * Rows::kTile;
         }
     }
-    for (int t = 0; t < kTokens; t++) _mm256_storeu_ps(y + t * stride, out[t]);
+    for (int t = 0; t < kTokens; t++)
+        for (int h = 0; h < kHalves; h++) _mm256_storeu_ps(y + t * stride + 8 * h, out[t][h]);
 }
 
+// One token takes tiles whole, as memory is read fastest; four take half of one, for the registers' sake.
 template <int kBits, bool kAffine>
 void rows_times_as(const Rows& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first,
                    int last) {
     for (int tile = first; tile < last; tile++) {
         const std::uint8_t* at = w.data + tile * w.tile_bytes();
-        for (int half = 0; half < 2; half++) {
-            float* to = y + (tile - first) * Rows::kTile + 8 * half;
-            int t = 0;
-            for (; t + 4 <= count; t += 4) half_tile_times<kBits, kAffine, 4>(w, at, half, x + t, to + t * stride, stride);
-            for (; t < count; t++) half_tile_times<kBits, kAffine, 1>(w, at, half, x + t, to + t * stride, stride);
-        }
+        float* to = y + (tile - first) * Rows::kTile;
+        const int fours = count / 4 * 4;
+        for (int half = 0; half < 2; half++)
+            for (int t = 0; t < fours; t += 4)
+                tile_times<kBits, kAffine, 4, 1>(w, at, half, x + t, to + t * stride + 8 * half, stride);
+        for (int t = fours; t < count; t++) tile_times<kBits, kAffine, 1, 2>(w, at, 0, x + t, to + t * stride, stride);
     }
 }
 

@@ -43,6 +43,8 @@ std::uint64_t read_sum(const std::uint8_t* at, std::size_t n) {
     constexpr std::size_t kBlock = 256;
     std::uint64_t sum[kBlock / 8] = {}, word[kBlock / 8];
     for (std::size_t i = 0; i < n; i += kBlock) {
+        // 4 KiB ahead, as the products ask: the hardware prefetcher stops at every page.
+        for (std::size_t line = 0; line < kBlock; line += 64) __builtin_prefetch(at + i + line + 4096, 0, 3);
         std::memcpy(word, at + i, kBlock);
         for (std::size_t k = 0; k < kBlock / 8; k++) sum[k] += word[k];
     }
