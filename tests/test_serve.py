@@ -15,11 +15,10 @@ import pytest
 pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 import httpx2 as httpx
 import openai
-import uvicorn
 
 from pennyweight.runtime.generate import Batch, Request
 from pennyweight.runtime.model import open_model
-from pennyweight.runtime.serve import Limits, create_app
+from pennyweight.runtime.serve import Limits, Server, create_app
 from pennyweight.runtime.worker import Worker
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[say]"
@@ -38,8 +37,7 @@ def serving(model, *, places=4, most_waiting=64, limits=Limits()):  # noqa: B008
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = uvicorn.Config(create_app(model, worker, limits), port=port, log_level="warning", lifespan="on")
-    server = uvicorn.Server(config)
+    server = Server(create_app(model, worker, limits), port=port)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20

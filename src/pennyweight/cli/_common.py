@@ -21,8 +21,9 @@ Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder.")]
 
 
 @contextlib.contextmanager
-def errors() -> Iterator[None]:
-    """Turn what users can cause into one screen and an exit code; bugs keep their traceback."""
+def errors(*, resumes: bool = True) -> Iterator[None]:
+    """Turn what users can cause into one screen and an exit code; bugs keep their traceback. `resumes`: whether an
+    interrupted command goes on where it stopped when it is called again."""
     from pennyweight.search._problem import Infeasible
 
     try:
@@ -31,6 +32,8 @@ def errors() -> Iterator[None]:
         say(f"infeasible budget: {err}")
         raise typer.Exit(3) from err
     except KeyboardInterrupt as err:
+        if not resumes:
+            raise typer.Exit(130) from err
         say("interrupted; the same command goes on where it stopped")
         raise typer.Exit(75) from err
     except OSError as err:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import sys
 import time
 from collections.abc import Iterable
@@ -57,7 +59,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Continue a text, streaming."""
-    with errors():
+    with errors(resumes=False):
         quiet_libraries()
         from pennyweight.runtime.engine import Engine
         from pennyweight.runtime.generate import Batch, Request
@@ -90,7 +92,7 @@ def run(
         elif lookup:
             guesser = PromptLookup
         batch = Batch(opened.engine, places=1, capacity=capacity, guesser=guesser)
-        words = Words(opened.tokenizer, stop=stop or ())
+        words = Words(opened.tokenizer, stop=stop or (), after=() if converses else ids)
         request = batch.submit(Request(ids, max_tokens, sampling, opened.stop))
         started, first, steps = time.perf_counter(), 0.0, 0
         while batch.busy and not words.stopped:
@@ -99,6 +101,8 @@ def run(
                 steps += 1
                 _stream(words.push(tokens), as_json)
         _stream(words.end(), as_json)
+        if request.error is not None:
+            raise request.error
         seconds = time.perf_counter() - started - first
         written = len(request.answer)
         figures = {
@@ -142,7 +146,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time to first token, time per token, and how much of this machine's memory bandwidth that is."""
-    with errors():
+    with errors(resumes=False):
         quiet_libraries()
         from pennyweight import measure
         from pennyweight.cost import Workload
@@ -193,18 +197,22 @@ def serve(
     sparsity: Sparsity = None,
     mapped: Mapped = False,
 ) -> None:
-    """Serve a model as OpenAI's API does, with a chat page at /."""
-    with errors():
+    """Serve a model as OpenAI's API does, with a chat page at /. Ctrl-C lets answers end for a few seconds, then stops."""
+    with errors(resumes=False), contextlib.suppress(KeyboardInterrupt), socket.socket() as listening:
         quiet_libraries()
-        import uvicorn
-
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:  # before the model is read: that takes a while
+            listening.bind((host, port))
+        except OSError as err:
+            raise ValueError(f"cannot listen on {host}:{port}: {err.strerror}; --port picks another") from err
         from pennyweight.runtime.generate import Batch
         from pennyweight.runtime.model import open_model
-        from pennyweight.runtime.serve import Limits, create_app
+        from pennyweight.runtime.serve import Limits, Server, create_app
         from pennyweight.runtime.speculate import PromptLookup
         from pennyweight.runtime.worker import Worker
         from pennyweight.units import parse_bytes
 
+        limits = Limits(key=key, body_bytes=parse_bytes(max_body))
         opened = open_model(
             model,
             mapped=mapped,
@@ -216,9 +224,7 @@ def serve(
         )
         _tell(opened.notes)
         batch = Batch(opened.engine, places=places, guesser=PromptLookup if lookup else None)
-        limits = Limits(key=key, body_bytes=parse_bytes(max_body))
-        application = create_app(opened, Worker(batch, most_waiting=most_waiting), limits)
-        config = uvicorn.Config(application, host=host, port=port, log_level="warning", timeout_graceful_shutdown=10)
-        server = uvicorn.Server(config)
+        server = Server(create_app(opened, Worker(batch, most_waiting=most_waiting), limits))
+        host, port = listening.getsockname()
         print(f"{opened.name} at http://{host}:{port}/v1, chat page at http://{host}:{port}/", flush=True)
-        server.run()
+        server.run(sockets=[listening])

@@ -15,11 +15,16 @@ from pennyweight.slots import Stored
 
 _PARTS = ("packed", "scale", "zigzag", "layout", "row_scale", "order", "shape")
 SUFFIXES = tuple(f"weight_{part}" for part in _PARTS)
+_NOT_READ = {"zero_point": "scales with zero points", "g_idx": "groups of reordered columns"}
 
 
 def parts(name: str, there: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parts of the matrix `name` among the tensors called `there`, by suffix; none if it is not packed."""
+    """The parts of the matrix `name` among the tensors called `there`, by suffix; none if it is not packed. Raises
+    ValueError for parts that compressed-tensors has and we do not read: without them the weights would be others."""
     known = there if isinstance(there, Mapping | set | frozenset) else set(there)
+    for part, meaning in _NOT_READ.items():
+        if f"{name}_{part}" in known:
+            raise ValueError(f"{name} is stored with {meaning} ({name}_{part}), which pennyweight does not read")
     return {f"weight_{part}": read(f"{name}_{part}") for part in _PARTS if f"{name}_{part}" in known}
 
 

@@ -2,7 +2,7 @@
 
 A matrix W (rows, columns) becomes
     <name>.weight_packed  int32 (rows, ceil(columns * bits / 32)): codes + 2**(bits-1), lowest bits first
-    <name>.weight_scale   bfloat16 (rows, columns / group)
+    <name>.weight_scale   bfloat16 (rows, columns / group); float16 where others wrote it so
     <name>.weight_shape   int64 (2,): rows, columns
 and W is code * scale with codes in [-2**(bits-1), 2**(bits-1) - 1]. vLLM and transformers read this layout; packing
 is ours because the library packs whole models, and we go matrix by matrix.
@@ -57,19 +57,21 @@ def pack(codes: torch.Tensor, grid: Grid, spec: Spec) -> dict[str, torch.Tensor]
 
 
 def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
-    """Bits and group, read off the shapes of the three tensors. Raises ValueError if these leave the bits open: up to 4
-    columns fit one word in 4 bits and in 8."""
+    """Bits and group, read off the shapes of the three tensors. Raises ValueError if these leave the bits open (up to 4
+    columns fit one word in 4 bits and in 8), and for scales in other than 16 bits."""
     rows, columns = (int(n) for n in parts["weight_shape"])
     bits = [b for b in BITS if parts["weight_packed"].shape == (rows, -(-columns // (32 // b)))]
     groups = parts["weight_scale"].shape[-1]
     if len(bits) != 1 or not groups or columns % groups or parts["weight_scale"].shape != (rows, groups):
         shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
         raise ValueError(f"{shapes} is no packed matrix of {rows} x {columns} in {BITS} bits")
+    if parts["weight_scale"].dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"scales are stored as {parts['weight_scale'].dtype}; bfloat16 and float16 are read")
     return Spec(bits[0], columns // groups)
 
 
 def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The matrix in bfloat16, exactly what compressed-tensors and vLLM compute: code * scale rounded once.
+    """The matrix in the type of its scales, exactly what compressed-tensors and vLLM compute: code * scale rounded once.
 
     Raises ValueError if the three tensors do not belong together.
     """
@@ -77,24 +79,28 @@ def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     rows, columns = (int(n) for n in parts["weight_shape"])
     low, _ = limits(spec.bits)
     mask = (1 << spec.bits) - 1
-    out = torch.empty(rows, columns, dtype=torch.bfloat16)
+    out = torch.empty(rows, columns, dtype=parts["weight_scale"].dtype)
     step = max(1, BLOCK_VALUES // columns)
     for start in range(0, rows, step):
         words = parts["weight_packed"][start : start + step]
         codes = torch.stack([(words >> (spec.bits * i)) & mask for i in range(32 // spec.bits)], dim=-1)
         codes = codes.view(len(words), -1)[:, :columns] + low
-        out[start : start + step] = dequantize(codes, parts["weight_scale"][start : start + step])
+        out[start : start + step] = _times(codes, parts["weight_scale"][start : start + step])
     return out
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """code * scale in bfloat16; codes (rows, columns), scale (rows, groups)."""
+    return _times(codes, scale.to(torch.bfloat16))
+
+
+def _times(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     rows, columns = codes.shape
-    out = torch.empty(rows, columns, dtype=torch.bfloat16)
+    out = torch.empty(rows, columns, dtype=scale.dtype)
     step = max(1, BLOCK_VALUES // columns)
     for start in range(0, rows, step):
-        block, factor = codes[start : start + step], scale[start : start + step].to(torch.bfloat16)
-        grouped = block.to(torch.bfloat16).view(len(block), scale.shape[1], columns // scale.shape[1])
+        block, factor = codes[start : start + step], scale[start : start + step]
+        grouped = block.to(scale.dtype).view(len(block), scale.shape[1], columns // scale.shape[1])
         out[start : start + step] = (grouped * factor.unsqueeze(-1)).view(len(block), columns)
     return out
 

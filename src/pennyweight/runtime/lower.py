@@ -31,7 +31,7 @@ def lower(source: Source, *, context: int | None = None, cache: str = "float16",
     values kept in `cache`: float16, fp8 (E4M3) or float32. `sparsity`: the share of their input channels that blocks
     which can leave some out do leave out, instead of what the config says of each.
 
-    Raises NotRun for a rotary scaling or a shape the engine does not run, ValueError for damaged weights and for a
+    Raises NotRun for a rotary scaling, a gate or a shape the engine does not run, ValueError for damaged weights and for a
     `sparsity` that no block of the model can follow.
     """
     from pennyweight import _native
@@ -39,6 +39,9 @@ def lower(source: Source, *, context: int | None = None, cache: str = "float16",
     if cache not in CACHES:
         raise ValueError(f"keys and values cannot be kept in {cache!r}; float16, fp8 or float32")
     config = source.config
+    gate = config.get("hidden_act", "silu")
+    if gate not in ("silu", "swish"):
+        raise NotRun(f"hidden_act {gate!r}: the engine's FFN has silu gates alone")
     context = min(context or 2**62, config.get("max_position_embeddings", 2**62))
     model = _native.Model()
     model.hidden_size, model.vocab_size = config["hidden_size"], config["vocab_size"]
@@ -128,10 +131,9 @@ def _shares(shape: Attention | GatedMLP, sparsity: float | None) -> tuple[float,
 
 def _rotary(source: Source, context: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines (context, head_dim / 2), scaled as attention wants them."""
-    kind = (source.config.get("rope_parameters") or {}).get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        raise NotRun(f"rope_type {kind!r} changes with the length of the text; the engine does not run it")
-    rotary = rotary_embedding(source.config)
+    rotary = rotary_embedding(source.config)  # which knows the older names of the keys too
+    if rotary.rope_type in ("dynamic", "longrope"):
+        raise NotRun(f"rope_type {rotary.rope_type!r} changes with the length of the text; the engine does not run it")
     if source.rotary_divisors is not None:
         rotary.inv_freq = rotary.inv_freq / torch.from_numpy(source.rotary_divisors)
     cosine, sine = rotary(torch.zeros(1), torch.arange(context).unsqueeze(0))

@@ -7,6 +7,7 @@ ignored. One thread runs the engine; requests of many clients share its steps.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import time
@@ -17,20 +18,26 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Any, Literal
 
+import anyio
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pennyweight.runtime.generate import Request as Wanted
 from pennyweight.runtime.model import Model
 from pennyweight.runtime.sample import Sampling
 from pennyweight.runtime.words import Words
-from pennyweight.runtime.worker import Full, Worker
+from pennyweight.runtime.worker import Full, Stopping, Worker
 
 _NOT_DONE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "echo", "suffix", "best_of")
+_PATIENCE = 5.0
+"""Seconds that answers get to end once the server is told to stop."""
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
@@ -82,14 +89,31 @@ class Completion(_Ask):
 class Refused(Exception):
     """An error in OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, kind: str, *, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, headers
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
 
 
 def _invalid(message: str, param: str | None = None, code: str | None = None) -> Refused:
     return Refused(400, message, "invalid_request_error", param=param, code=code)
+
+
+def _stopping() -> Refused:
+    said = "the server is shutting down"
+    return Refused(503, said, "server_error", code="shutting_down", headers={"Retry-After": "10"})
 
 
 class _Metrics:
@@ -117,14 +141,15 @@ class _Answer:
             seed=(secrets.randbits(31) if ask.seed is None else ask.seed % 2**31) + number,
         )
         stop = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
-        self.words = Words(server.model.tokenizer, stop=stop)
+        self.words = Words(server.model.tokenizer, stop=stop, after=() if isinstance(ask, Chat) else prompt)
         self.queue: asyncio.Queue[tuple[list[int], str | Exception | None]] = asyncio.Queue()
         self.prompt, self.tokens, self.number, self.finish = prompt, 0, number, ""
         self._server, self._started = server, time.monotonic()
         loop = asyncio.get_running_loop()
 
         def hear(tokens: list[int], finish: str | Exception | None) -> None:
-            loop.call_soon_threadsafe(self.queue.put_nowait, (tokens, finish))
+            with contextlib.suppress(RuntimeError):  # the loop is gone, and with it whoever listened
+                loop.call_soon_threadsafe(self.queue.put_nowait, (tokens, finish))
 
         wanted = Wanted(prompt, most, sampling, server.model.stop)
         try:
@@ -133,15 +158,33 @@ class _Answer:
             raise _invalid(str(err), "prompt", "context_length_exceeded") from err
         except Full as err:
             server.metrics.requests.labels("refused").inc()
-            raise Refused(429, str(err), "rate_limit_error", code="queue_full") from err
+            retry = {"Retry-After": "1"}
+            raise Refused(429, str(err), "rate_limit_error", code="queue_full", headers=retry) from err
+        except Stopping as err:
+            raise _stopping() from err
+        server.live.add(self)
+
+    def leave(self) -> None:
+        """Nobody listens any more, or there is nothing more to hear: the place goes to someone else."""
+        self._server.live.discard(self)
+        self._server.worker.cancel(self._ticket)
+
+    def give_up(self) -> None:
+        """The server stops before the answer has ended."""
+        self.queue.put_nowait(([], Stopping()))
+
+    async def text(self) -> str:
+        return "".join([piece async for piece in self.pieces()])
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Text as it comes; `finish` is set after the last. Leaving early gives the place to someone else."""
+        """Text as it comes; `finish` is set after the last. Raises Refused if the engine fails or the server stops."""
         metrics = self._server.metrics
         metrics.prompt.inc(len(self.prompt))
         try:
             while not self.finish:
                 tokens, finish = await self.queue.get()
+                if isinstance(finish, Stopping):
+                    raise _stopping()
                 if isinstance(finish, Exception):
                     raise Refused(500, f"the engine stopped: {finish}", "server_error") from finish
                 if tokens and not self.tokens:
@@ -161,7 +204,7 @@ class _Answer:
         finally:
             if not self.finish:
                 metrics.requests.labels("abandoned").inc()
-            self._server.worker.cancel(self._ticket)
+            self.leave()
 
 
 class _Server:
@@ -169,6 +212,17 @@ class _Server:
         self.model, self.worker, self.limits = model, worker, limits
         self.metrics = _Metrics(worker)
         self.created = int(time.time())
+        self.live: set[_Answer] = set()
+        self.closing = False
+
+    async def close(self) -> None:
+        """Take no more requests; answers get a while to end, and whoever waits then is told."""
+        self.closing = True
+        deadline = time.monotonic() + _PATIENCE
+        while self.live and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for answer in self.live:
+            answer.give_up()
 
     def check_name(self, name: str) -> None:
         if name and name != self.model.name:
@@ -176,6 +230,8 @@ class _Server:
             raise Refused(404, said, "invalid_request_error", param="model", code="model_not_found")
 
     def check(self, ask: _Ask) -> None:
+        if self.closing:
+            raise _stopping()
         self.check_name(ask.model)
         for name in _NOT_DONE:
             if (ask.model_extra or {}).get(name):
@@ -196,11 +252,11 @@ class _Server:
                     made.append(_Answer(self, prompt, ask, len(made), limit))
         except Refused:
             for answer in made:
-                self.worker.cancel(answer._ticket)
+                answer.leave()
             raise
         return made
 
-    async def respond(self, answers: list[_Answer], ask: _Ask, *, chat: bool) -> Response:
+    async def respond(self, answers: list[_Answer], ask: _Ask, request: Request, *, chat: bool) -> Response:
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",
@@ -211,13 +267,52 @@ class _Server:
             if chat:
                 head["object"] = "chat.completion.chunk"
             usage = bool((ask.stream_options or {}).get("include_usage"))
-            return EventSourceResponse(_events(head, answers, chat=chat, usage=usage), sep="\n")
-        texts = ["".join([piece async for piece in answer.pieces()]) for answer in answers]
+            return _Stream(_events(head, answers, chat=chat, usage=usage), answers)
+        texts = await _unless_gone(request, answers)
         choices: list[dict[str, Any]] = []
         for answer, text in zip(answers, texts, strict=True):
             said = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
             choices.append({"index": answer.number, **said, "logprobs": None, "finish_reason": answer.finish})
         return JSONResponse({**head, "choices": choices, "usage": _usage(answers)})
+
+
+class _Stream(EventSourceResponse):
+    """Server-sent events whose answers are left whatever becomes of the client, even before the first event."""
+
+    def __init__(self, events: AsyncIterator[str], answers: list[_Answer]) -> None:
+        # A stream ends with [DONE] or an error, also when the server stops: nobody cuts it before it is told to.
+        super().__init__(events, sep="\n", shutdown_event=anyio.Event(), shutdown_grace_period=_PATIENCE + 2)
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for answer in self._answers:
+                answer.leave()
+
+
+async def _unless_gone(request: Request, answers: list[_Answer]) -> list[str]:
+    """The texts of all answers; given up when the client hangs up. Raises Refused."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    texts = [asyncio.create_task(answer.text()) for answer in answers]
+    gone = asyncio.create_task(watch())
+    everything = asyncio.gather(*texts)
+    try:
+        await asyncio.wait((everything, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not everything.done():
+            raise Refused(499, "the client has closed the connection", "invalid_request_error")
+        return await everything
+    finally:
+        for task in (*texts, gone):
+            task.cancel()
+        await asyncio.gather(*texts, gone, everything, return_exceptions=True)
+        for answer in answers:
+            answer.leave()
 
 
 async def _events(head: dict[str, Any], answers: list[_Answer], *, chat: bool, usage: bool) -> AsyncIterator[str]:
@@ -266,11 +361,66 @@ def _usage(answers: list[_Answer]) -> dict[str, int]:
 
 
 def _plain(message: _Message) -> dict[str, str]:
+    role = "system" if message.role == "developer" else message.role  # its newer name; templates know the older one
     if isinstance(message.content, str):
-        return {"role": message.role, "content": message.content}
-    if any(part.get("type") != "text" for part in message.content):
+        return {"role": role, "content": message.content}
+    if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in message.content):
         raise _invalid("only text content is supported", "messages", "unsupported_content")
-    return {"role": message.role, "content": "".join(part["text"] for part in message.content)}
+    return {"role": role, "content": "".join(part["text"] for part in message.content)}
+
+
+class _Guard:
+    """Keys and sizes, before anything is parsed. A body is read to its end here, counted as it comes: what a client
+    says of its length may be missing or wrong."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        key, given = self.limits.key, headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        if key is not None and not secrets.compare_digest(given, key.encode()):
+            denied = Refused(401, "wrong or missing API key", "invalid_request_error", code="invalid_api_key")
+            return await denied.response()(scope, receive, send)
+        parts, size, more = [], 0, True
+        told = headers.get(b"content-length", b"0")
+        while more and size <= self.limits.body_bytes and not (told.isdigit() and int(told) > self.limits.body_bytes):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            more = message.get("more_body", False)
+        if more:
+            said = f"a request has at most {self.limits.body_bytes} bytes"
+            close = {"Connection": "close"}  # what is left of it is not read
+            large = Refused(413, said, "invalid_request_error", code="request_too_large", headers=close)
+            return await large.response()(scope, receive, send)
+        whole: Message | None = {"type": "http.request", "body": b"".join(parts), "more_body": False}
+
+        async def again() -> Message:
+            nonlocal whole
+            if whole is None:
+                return await receive()
+            first, whole = whole, None
+            return first
+
+        return await self.app(scope, again, send)
+
+
+class Server(uvicorn.Server):
+    """Lets answers end, or tells who waits for them, before connections are closed."""
+
+    def __init__(self, app: FastAPI, **settings: Any) -> None:
+        settings = {"log_level": "warning", "timeout_graceful_shutdown": int(_PATIENCE) + 4, **settings}
+        super().__init__(uvicorn.Config(app, **settings))
+        self._closing = app.state.close
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        await self._closing()
+        await super().shutdown(sockets)
 
 
 def create_app(model: Model, worker: Worker, limits: Limits | None = None) -> FastAPI:
@@ -284,39 +434,28 @@ def create_app(model: Model, worker: Worker, limits: Limits | None = None) -> Fa
 
     app = FastAPI(title="pennyweight", lifespan=lifespan, docs_url=None, redoc_url=None)
 
+    app.state.close = server.close
+    app.add_middleware(_Guard, limits=server.limits)
+
     @app.exception_handler(Refused)
     async def refused(request: Request, err: Refused) -> JSONResponse:
-        return JSONResponse(err.body, err.status)
+        return err.response()
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, err: RequestValidationError) -> JSONResponse:
         first = err.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:]) or None
-        wrong = _invalid(f"{param or 'the body'}: {first['msg']}", param)
-        return JSONResponse(wrong.body, wrong.status)
+        return _invalid(f"{param or 'the body'}: {first['msg']}", param).response()
 
-    @app.exception_handler(404)
-    async def nowhere(request: Request, err: Exception) -> JSONResponse:
-        gone = Refused(404, f"there is no {request.method} {request.url.path} here", "invalid_request_error")
-        return JSONResponse(gone.body, 404)
+    @app.exception_handler(HTTPException)
+    async def elsewhere(request: Request, err: HTTPException) -> JSONResponse:
+        said = {404: "there is no {} {} here", 405: "{} is not done at {}"}.get(err.status_code, str(err.detail))
+        asked = said.format(request.method, request.url.path)
+        return Refused(err.status_code, asked, "invalid_request_error", headers=dict(err.headers or {})).response()
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Any) -> Response:
-        if request.url.path.startswith("/v1/"):
-            key = server.limits.key
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if key is not None and not secrets.compare_digest(given.encode(), key.encode()):
-                denied = Refused(401, "wrong or missing API key", "invalid_request_error", code="invalid_api_key")
-                return JSONResponse(denied.body, 401)
-            size = request.headers.get("content-length")
-            told = size is not None and size.isdigit() and int(size) <= server.limits.body_bytes
-            if request.method == "POST" and not told:
-                large = Refused(
-                    413, f"a request has a content-length of at most {server.limits.body_bytes} bytes",
-                    "invalid_request_error", code="request_too_large",
-                )  # fmt: skip
-                return JSONResponse(large.body, 413)
-        return await call_next(request)
+    @app.exception_handler(Exception)
+    async def broken(request: Request, err: Exception) -> JSONResponse:
+        return Refused(500, f"the server has failed: {err}", "server_error").response()
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -332,17 +471,17 @@ def create_app(model: Model, worker: Worker, limits: Limits | None = None) -> Fa
         return {**known, "max_model_len": worker.batch.capacity, "chat": model.converses}
 
     @app.post("/v1/chat/completions")
-    async def chat(ask: Chat) -> Response:
+    async def chat(ask: Chat, request: Request) -> Response:
         server.check(ask)
         try:
             prompt = model.chat([_plain(message) for message in ask.messages])
         except ValueError as err:
             raise _invalid(str(err), "messages") from err
         answers = server.answers([prompt], ask, ask.max_completion_tokens or ask.max_tokens)
-        return await server.respond(answers, ask, chat=True)
+        return await server.respond(answers, ask, request, chat=True)
 
     @app.post("/v1/completions")
-    async def completions(ask: Completion) -> Response:
+    async def completions(ask: Completion, request: Request) -> Response:
         server.check(ask)
         given: list[Any] = ask.prompt if isinstance(ask.prompt, list) else [ask.prompt]
         if given and isinstance(given[0], int):
@@ -350,7 +489,7 @@ def create_app(model: Model, worker: Worker, limits: Limits | None = None) -> Fa
         if not given:
             raise _invalid("the prompt is empty", "prompt")
         prompts = [model.encode(one) if isinstance(one, str) else one for one in given]
-        return await server.respond(server.answers(prompts, ask, ask.max_tokens or 16), ask, chat=False)
+        return await server.respond(server.answers(prompts, ask, ask.max_tokens or 16), ask, request, chat=False)
 
     @app.get("/health")
     async def health() -> JSONResponse:

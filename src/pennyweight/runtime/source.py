@@ -166,8 +166,9 @@ def native(name: str, parts: Mapping[str, torch.Tensor], *, in_place: bool = Fal
         spec = packed_int.spec_of(parts)
         _refuse_damage(f"{name}_scale", parts["weight_scale"])
         codes = parts["weight_packed"].numpy().view(np.uint8)
-        scales = parts["weight_scale"].bfloat16().contiguous().view(torch.int16).numpy().view(np.uint16)
-        return _native.Matrix.rows(codes, scales, None, columns, spec.bits, spec.group, True)
+        brain = parts["weight_scale"].dtype == torch.bfloat16
+        scales = parts["weight_scale"].contiguous().view(torch.int16).numpy().view(np.uint16)
+        return _native.Matrix.rows(codes, scales, None, columns, spec.bits, spec.group, brain)
     spec = zigzag.spec_of(parts)
     grid = zigzag.grid_of(parts)
     for half in (grid.scale, grid.minimum):

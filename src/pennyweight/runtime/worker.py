@@ -16,6 +16,10 @@ class Full(RuntimeError):
     """More requests wait than the queue takes."""
 
 
+class Stopping(RuntimeError):
+    """No more requests are taken, and those that take too long are given up."""
+
+
 @dataclass
 class Ticket:
     """A request that was handed in. `on_tokens(tokens, finish)` is called from the worker's thread; finish is None
@@ -50,11 +54,11 @@ class Worker:
         return self._thread.is_alive()
 
     def submit(self, request: Request, on_tokens: Callable[[list[int], str | Exception | None], None]) -> Ticket:
-        """Raises Full if too many wait, ValueError if the batch could never answer it."""
+        """Raises Full if too many wait, Stopping after `stop`, ValueError if the batch could never answer it."""
         self.batch.check(request)
         with self._lock:
             if self._stopping:
-                raise Full("the server is shutting down")
+                raise Stopping("the server is shutting down")
             if self._pending >= self.most_waiting + self.batch.places:
                 raise Full(f"{self._pending} requests are being answered or wait; try again in a moment")
             self._pending += 1
@@ -98,7 +102,7 @@ class Worker:
             by_text = {id(ticket.text): ticket for ticket in self._open}
             for text, tokens in stepped:
                 ticket = by_text[id(text)]
-                ticket.on_tokens(tokens, text.finish)
+                ticket.on_tokens(tokens, text.error or text.finish)
                 if text.finish is not None:
                     self._done(ticket)
 
