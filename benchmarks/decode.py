@@ -53,7 +53,7 @@ def main() -> int:
     arguments = _bench.parser(__doc__).parse_args()
     if _llama.folder() is None:
         return _bench.skip("decode", arguments.quick, _llama.MISSING)
-    if arguments.quick and not (_bench.work_folder("decode") / f"1b-sparse-{SHARE}").exists():
+    if arguments.quick and not (_bench.work_folder("decode") / f"1b-sparse-{SHARE}-g64").exists():
         return _bench.skip("decode", True, "the 1 B models are made by a full run, in some minutes")
     ggml, keys, bars = _llama.Ggml(), {}, []
     for threads in sorted({1, min(2, os.cpu_count() or 1)}):

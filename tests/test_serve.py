@@ -21,6 +21,7 @@ from pennyweight.runtime.model import open_model
 from pennyweight.runtime.serve import Limits, Server, create_app
 from pennyweight.runtime.worker import Worker
 
+STARTED: dict[str, Server] = {}  # by address
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[say]"
 
 
@@ -38,6 +39,7 @@ def serving(model, *, places=4, most_waiting=64, limits=Limits()):  # noqa: B008
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = Server(create_app(model, worker, limits), port=port)
+    STARTED[f"http://127.0.0.1:{port}"] = server
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
@@ -175,10 +177,88 @@ def test_who_leaves_makes_room(running, model):
     body = {"prompt": "hello", "max_tokens": 200, "stream": True}
     with httpx.stream("POST", f"{address}/v1/completions", json=body) as response:
         next(response.iter_text())
-    deadline = time.monotonic() + 10
+    assert empties(worker)
+
+
+def empties(worker, seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
     while worker.pending and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert worker.pending == 0
+    return worker.pending == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_before_anything_came_makes_room(model, stream, monkeypatch):
+    """The answer would take minutes; the connection is closed while it is being written."""
+    with serving(model, places=1) as (address, worker):
+        step = worker.batch.engine.step
+        monkeypatch.setattr(worker.batch.engine, "step", lambda rows: (time.sleep(0.3), step(rows))[1])
+        host, port = address.removeprefix("http://").split(":")
+        body = json.dumps({"prompt": "hello", "max_tokens": 200, "n": 3, "stream": stream}).encode()
+        with socket.create_connection((host, int(port))) as client:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            client.sendall(head.encode() + b"\r\n\r\n" + body)
+            deadline = time.monotonic() + 10
+            while worker.pending < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert worker.pending == 3
+        assert empties(worker)
+
+
+def test_a_server_that_stops_tells_who_waits(model, monkeypatch):
+    """Streams end with an error, not as if the answer were complete; whole answers are 503; so are new requests."""
+    monkeypatch.setattr("pennyweight.runtime.serve._PATIENCE", 0.8)
+    with serving(model) as (address, worker):
+        step = worker.batch.engine.step
+        monkeypatch.setattr(worker.batch.engine, "step", lambda rows: (time.sleep(0.1), step(rows))[1])
+        url = f"{address}/v1/completions"
+        ask = lambda tokens, stream: httpx.post(  # noqa: E731
+            url, json={"prompt": "a", "max_tokens": tokens, "stream": stream}, timeout=60
+        )
+        with ThreadPoolExecutor(4) as pool:
+            short, streamed, whole = pool.submit(ask, 2, True), pool.submit(ask, 200, True), pool.submit(ask, 200, False)
+            while worker.pending < 3:
+                time.sleep(0.01)
+            stop_soon(address)
+            time.sleep(0.2)
+            late = ask(2, False)
+            ended = [event for event in short.result().text.split("\n\n") if event]
+            cut = [event for event in streamed.result().text.split("\n\n") if event]
+        assert ended[-1] == "data: [DONE]"
+        assert json.loads(cut[-1][6:])["error"]["code"] == "shutting_down" and "[DONE]" not in streamed.result().text
+        assert whole.result().status_code == late.status_code == 503
+        assert late.headers["retry-after"]
+
+
+def stop_soon(address: str) -> None:
+    STARTED[address].should_exit = True
+
+
+def test_numbers_that_are_none_end_one_answer(model, monkeypatch):
+    with serving(model) as (address, worker):
+        step = worker.batch.engine.step
+        monkeypatch.setattr(worker.batch.engine, "step", lambda rows: step(rows) * float("nan"))
+        ask = {"prompt": "a", "max_tokens": 5}
+        whole = httpx.post(f"{address}/v1/completions", json=ask)
+        assert whole.status_code == 500 and "no number" in whole.json()["error"]["message"]
+        events = httpx.post(f"{address}/v1/completions", json={**ask, "stream": True}).text
+        assert "no number" in events and "[DONE]" not in events
+        monkeypatch.undo()
+        assert httpx.post(f"{address}/v1/completions", json=ask).status_code == 200
+
+
+def test_what_is_not_there_has_openais_shape_too(address):
+    for found in (httpx.get(f"{address}/v1/completions"), httpx.post(f"{address}/health"), httpx.get(f"{address}/v2")):
+        assert found.status_code in (404, 405) and set(found.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_developers_are_what_templates_call_system(client, model):
+    ask = {"model": model.name, "max_tokens": 8, "temperature": 0}
+    said = [
+        client.chat.completions.create(**ask, messages=[{"role": role, "content": "be brief"}]).choices[0].message.content
+        for role in ("developer", "system")
+    ]
+    assert said[0] == said[1] == alone(model, model.chat([{"role": "system", "content": "be brief"}]), 8)
 
 
 def test_keys_sizes_and_queues_are_limited(model):
@@ -191,10 +271,18 @@ def test_keys_sizes_and_queues_are_limited(model):
         headers = {"authorization": "Bearer secret"}
         assert httpx.post(url, json={"prompt": "a", "max_tokens": 2}, headers=headers).status_code == 200
         assert httpx.post(url, json={"prompt": "a" * 3000}, headers=headers).status_code == 413
+        # In chunks no length is told.
+        large = json.dumps({"prompt": "a" * 3000, "max_tokens": 2}).encode()
+        chunked = {**headers, "content-type": "application/json"}
+        pieces = lambda data: (data[i : i + 500] for i in range(0, len(data), 500))  # noqa: E731
+        assert httpx.post(url, content=pieces(large), headers=chunked).status_code == 413
+        small = json.dumps({"prompt": "a" * 200, "max_tokens": 2}).encode()
+        assert httpx.post(url, content=pieces(small), headers=chunked).status_code == 200
         body = {"prompt": "a", "max_tokens": 200}
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(httpx.post, url, json=body, headers=headers, timeout=60) for _ in range(8)]
         assert {one.result().status_code for one in asked} == {200, 429}
+        assert all(one.result().headers["retry-after"] for one in asked if one.result().status_code == 429)
 
 
 def test_a_broken_engine_tells_those_who_wait(model, monkeypatch):

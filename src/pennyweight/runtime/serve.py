@@ -393,7 +393,7 @@ class _Guard:
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             more = message.get("more_body", False)
-        if more:
+        if more or size > self.limits.body_bytes:
             said = f"a request has at most {self.limits.body_bytes} bytes"
             close = {"Connection": "close"}  # what is left of it is not read
             large = Refused(413, said, "invalid_request_error", code="request_too_large", headers=close)
