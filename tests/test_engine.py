@@ -283,6 +283,49 @@ def test_rotary_scalings(pico, scaling):
     assert relative(Engine(folder, threads=1, cache="float32").logits(IDS), wanted(folder)) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "rope_type 'dynamic'"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 12, "long_factor": [2.0] * 12, "factor": 2.0}},
+            "rope_type 'longrope'",  # the older key, and the oldest name in it
+        ),
+    ],
+)
+def test_what_the_engine_would_compute_differently_is_refused(pico, tmp_path, changes, said):
+    folder = tmp_path / "model"
+    shutil.copytree(pico("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    if "rope_scaling" in changes:
+        config.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=said):
+        Engine(folder, threads=1)
+
+
+def test_float16_scales_are_run_as_they_are(pico, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = quantised(pico("llama"), tmp_path / "child", Stored(4, 32))
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith("_scale"):
+            tensors[name] = (tensors[name].float() * 1.0007).half()
+    save_file(tensors, folder / "model.safetensors")
+    plain = {name: tensor for name, tensor in tensors.items() if "weight_" not in name}
+    for name in [name.removesuffix("_packed") for name in tensors if name.endswith("_packed")]:
+        plain[name] = packed_int.unpack({p: tensors[name.replace("weight", p)] for p in PARTS})
+    whole = shutil.copytree(pico("llama"), tmp_path / "whole")
+    save_file(plain, whole / "model.safetensors")
+    found, expected = (Engine(each, threads=1, cache="float32").logits(IDS) for each in (folder, whole))
+    assert relative(found, expected) < 1e-2
+
+
+PARTS = ("weight_packed", "weight_scale", "weight_shape")
+
+
 def test_bad_rows_are_refused(folder):
     engine = Engine(folder, threads=1)
     sequence = engine.open(10)

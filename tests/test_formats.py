@@ -12,7 +12,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize as libr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pennyweight.formats import packed_int
+from pennyweight.formats import _matrix, packed_int
 from pennyweight.formats._grid import Grid
 from pennyweight.formats.packed_int import Spec
 
@@ -125,7 +125,33 @@ def test_scales_are_kept_in_bfloat16():
     assert torch.equal(packed_int.pack(codes, Grid(exact), spec)["weight_scale"], exact.bfloat16())
 
 
+def test_float16_scales_of_others_stay_float16():
+    """Rounded to bfloat16 they would lose three bits."""
+    codes, scale, spec = random_matrix(5, 63, Spec(4, 9))
+    fine = (scale.float() * 1.0007).half()
+    parts = packed_int.pack(codes, Grid(scale), spec) | {"weight_scale": fine}
+    theirs = library_dequantize(
+        codes,
+        fine,
+        torch.zeros_like(fine, dtype=torch.int8),
+        args=QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=9, symmetric=True),
+    )
+    assert torch.equal(packed_int.unpack(parts), theirs.half())
+    with pytest.raises(ValueError, match=r"stored as torch\.float32"):
+        packed_int.unpack(parts | {"weight_scale": fine.float()})
+
+
 # --------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("part", ["zero_point", "g_idx"])
+def test_parts_that_we_do_not_read_are_refused_by_name(part):
+    """Weights without them would be others, and nobody would notice."""
+    codes, scale, spec = random_matrix(5, 64, Spec(4, 32))
+    tensors = {f"w.{name}": tensor for name, tensor in packed_int.pack(codes, Grid(scale), spec).items()}
+    assert _matrix.parts("w.weight", tensors, tensors.__getitem__)
+    with pytest.raises(ValueError, match=f"w.weight_{part}"):
+        _matrix.parts("w.weight", {**tensors, f"w.weight_{part}": scale}, tensors.__getitem__)
 
 
 @pytest.mark.parametrize(("bits", "code"), [(4, 8), (4, -9), (8, 128), (8, -129)])

@@ -214,6 +214,28 @@ def test_the_engine_runs_what_transformers_runs(finished):
     assert (none.logits(ids, sparse=True) == none.logits(ids)).all()
 
 
+def test_what_was_written_sparsely_begins_no_prompt(finished):
+    """An answer does not depend on what happens to be in the cache: prompts are read with all columns."""
+    from pennyweight.runtime.engine import Engine
+    from pennyweight.runtime.generate import Batch, Request
+
+    pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
+    engine = Engine(finished[1], threads=1)
+    prompt = [int(i) for i in torch.arange(20).mul(7919).remainder(300)]
+
+    def answered(batch, ids):
+        text = batch.submit(Request(ids, 30))
+        while batch.busy:
+            batch.step()
+        return text
+
+    batch = Batch(engine, places=2)
+    whole = answered(batch, prompt).tokens
+    again = answered(batch, [*whole, 7])
+    assert engine.is_sparse and again.shared == len(prompt)
+    assert again.answer == answered(Batch(engine, places=1), [*whole, 7]).answer
+
+
 def test_sparsity_of_a_model_without_tables_is_refused(pico):
     from pennyweight.runtime.engine import Engine
 

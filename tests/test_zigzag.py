@@ -275,6 +275,16 @@ def test_threads_do_not_change_a_product(scales, rows, tile_rows):
             np.testing.assert_array_equal(found, one)
 
 
+def test_tiles_taller_than_a_table_holds():
+    """A vocabulary's worth of rows: 1,040 groups of 32, worked on in slices."""
+    spec, x = Spec(32, tile_rows=33280), activations(2, 20)
+    parts = random_parts(33280, 20, spec)
+    dense = zigzag.dequantize(*parts, spec).double().numpy()
+    for kernels in _native.kernel_names():
+        assert relative(product(parts, spec, x, kernels=kernels), x, dense) < 0.01
+    np.testing.assert_array_equal(multiplied(linear_of(parts, spec), 2, x[:1], 33280)[0], product(parts, spec, x[:1])[0])
+
+
 def test_with_everything_left_out_a_product_is_its_bias():
     spec, bias = Spec(scales="affine", tile_rows=256), np.linspace(-1, 1, 200, dtype=np.float32)
     linear = linear_of(random_parts(200, 33, spec), spec, np.inf, bias)
