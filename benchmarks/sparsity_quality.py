@@ -270,11 +270,13 @@ def _left_out(model: Any, walk: Walk, ids: torch.Tensor) -> Shares:
     return {key: sum(values) / len(values) for key, values in sums.items()}
 
 
-def _tpot(children: dict[str, Any], texts: np.ndarray, repeats: int, prompt: int = 64, new: int = 64) -> dict[str, float]:
-    """Mean seconds a token in the native engine, one thread, over the text that quality was judged on: how many channels
-    a token leaves out is the text's doing. Children take turns text by text, and of each token the fastest time counts."""
+def _tpot(children: dict[str, Any], texts: np.ndarray, repeats: int) -> dict[str, float]:
+    """Mean seconds a token in the native engine, one thread, over the text that quality was judged on: how many
+    channels a token leaves out is the text's doing. Children take turns text by text, and of each token the fastest
+    time counts. A text is 64 tokens of prompt and as many that are timed."""
     from pennyweight.runtime.engine import Engine, Row
 
+    prompt = new = 64
     engines = {name: Engine(folder, context=prompt + new, threads=1) for name, folder in children.items()}
     best = {name: np.full((len(texts), new), np.inf) for name in children}
     for _ in range(repeats):

@@ -192,7 +192,7 @@ def read_on(engine, sequence: int, tokens: list[int], position: int) -> np.ndarr
 
 @pytest.mark.parametrize("seed", range(8))
 def test_what_a_ring_has_lost_is_never_looked_at(ring, seed):
-    """Two texts read on, gone back in and copied at random: logits are those of a text read in one go, or it is refused."""
+    """Two texts read on, gone back in, copied at random: logits are those of a text read at once, or it is refused."""
     rng = np.random.default_rng(seed)
     capacity = [2000, 1200]
     texts: list[list[int]] = [[], []]
@@ -289,7 +289,7 @@ def test_rotary_scalings(pico, scaling):
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "rope_type 'dynamic'"),
         (
-            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 12, "long_factor": [2.0] * 12, "factor": 2.0}},
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 12, "long_factor": [2.0] * 12, "factor": 2}},
             "rope_type 'longrope'",  # the older key, and the oldest name in it
         ),
     ],
@@ -353,8 +353,8 @@ def test_parts_that_do_not_fit_are_refused(pico, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(pico("llama"), folder)
     source = Folder(folder)
-    plain = source.vector
-    source.vector = lambda name: plain(name)[:-1] if name == "model.layers.1.post_attention_layernorm.weight" else plain(name)
+    plain, short = source.vector, "model.layers.1.post_attention_layernorm.weight"
+    source.vector = lambda name: plain(name)[:-1] if name == short else plain(name)
     with pytest.raises(ValueError, match="the FFN's norm of layer 1 has 63 values, expected 64"):
         Engine(source, threads=1)
 

@@ -158,6 +158,7 @@ def test_models_health_metrics_page(address, client, model):
     assert [m.id for m in client.models.list()] == [model.name]
     assert client.models.retrieve(model.name).owned_by == "pennyweight"
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    client.completions.create(model=model.name, prompt="a", max_tokens=1)
     metrics = httpx.get(f"{address}/metrics").text
     assert 'penny_requests_total{outcome="answered"}' in metrics and "penny_ttft_seconds_bucket" in metrics
     page = httpx.get(address + "/")
@@ -196,8 +197,8 @@ def test_who_hangs_up_before_anything_came_makes_room(model, stream, monkeypatch
         host, port = address.removeprefix("http://").split(":")
         body = json.dumps({"prompt": "hello", "max_tokens": 200, "n": 3, "stream": stream}).encode()
         with socket.create_connection((host, int(port))) as client:
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-            client.sendall(head.encode() + b"\r\n\r\n" + body)
+            head = ("POST /v1/completions HTTP/1.1", "Host: a", "Content-Type: application/json")
+            client.sendall("\r\n".join((*head, f"Content-Length: {len(body)}", "", "")).encode() + body)
             deadline = time.monotonic() + 10
             while worker.pending < 3 and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -216,7 +217,8 @@ def test_a_server_that_stops_tells_who_waits(model, monkeypatch):
             url, json={"prompt": "a", "max_tokens": tokens, "stream": stream}, timeout=60
         )
         with ThreadPoolExecutor(4) as pool:
-            short, streamed, whole = pool.submit(ask, 2, True), pool.submit(ask, 200, True), pool.submit(ask, 200, False)
+            short, streamed = pool.submit(ask, 2, True), pool.submit(ask, 200, True)
+            whole = pool.submit(ask, 200, False)
             while worker.pending < 3:
                 time.sleep(0.01)
             stop_soon(address)
@@ -253,11 +255,10 @@ def test_what_is_not_there_has_openais_shape_too(address):
 
 
 def test_developers_are_what_templates_call_system(client, model):
+    create = client.chat.completions.create
     ask = {"model": model.name, "max_tokens": 8, "temperature": 0}
-    said = [
-        client.chat.completions.create(**ask, messages=[{"role": role, "content": "be brief"}]).choices[0].message.content
-        for role in ("developer", "system")
-    ]
+    replies = [create(**ask, messages=[{"role": role, "content": "be brief"}]) for role in ("developer", "system")]
+    said = [reply.choices[0].message.content for reply in replies]
     assert said[0] == said[1] == alone(model, model.chat([{"role": "system", "content": "be brief"}]), 8)
 
 

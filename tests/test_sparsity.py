@@ -224,10 +224,10 @@ def test_what_was_written_sparsely_begins_no_prompt(finished):
     prompt = [int(i) for i in torch.arange(20).mul(7919).remainder(300)]
 
     def answered(batch, ids):
-        text = batch.submit(Request(ids, 30))
+        written = batch.submit(Request(ids, 30))
         while batch.busy:
             batch.step()
-        return text
+        return written
 
     batch = Batch(engine, places=2)
     whole = answered(batch, prompt).tokens

@@ -30,7 +30,7 @@ def test_pieces_make_the_whole(tokenizer, text, step):
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
-    """A vocabulary as SentencePiece makes them: words begin with the space before, what is not in it is spelt in bytes."""
+    """A vocabulary as SentencePiece makes them: words begin with the space before, the rest is spelt in bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     words = ["▁", "▁on", "▁two", "on", "a", "b", "n"]

@@ -72,7 +72,7 @@ def measured_machine(*, seconds: float = 2.0) -> Machine:
     few, size = 256, 2048
     short = {d: torch.randn(few, few, dtype=d) for d in (torch.bfloat16, torch.float32)}
     best = min(short, key=lambda d: _best(lambda: short[d] @ short[d], seconds / 20))
-    a, b = torch.randn(size, size, dtype=best), torch.randn(size, size, dtype=best)
+    a, b, kind = torch.randn(size, size, dtype=best), torch.randn(size, size, dtype=best), str(best).split(".")[1]
     return Machine(
         name=f"{processor()}, {torch.get_num_threads()} threads",
         memory_bytes=psutil.virtual_memory().total,
@@ -80,7 +80,7 @@ def measured_machine(*, seconds: float = 2.0) -> Machine:
         flops=2 * size**3 / _best(lambda: a @ b, seconds / 2),
         bandwidth_share=0.8,
         flops_share=0.8,
-        source=f"measured: best of repeated {_memory_is_told_by()} of 256 MiB and 2048-cubed products in {str(best).removeprefix('torch.')}",
+        source=f"measured: best of repeated {_memory_is_told_by()} of 256 MiB and 2048-cubed {kind} products",
     )
 
 

@@ -197,7 +197,7 @@ def serve(
     sparsity: Sparsity = None,
     mapped: Mapped = False,
 ) -> None:
-    """Serve a model as OpenAI's API does, with a chat page at /. Ctrl-C lets answers end for a few seconds, then stops."""
+    """Serve a model as OpenAI's API does, with a chat page at /. Ctrl-C gives answers a few seconds to end."""
     with errors(resumes=False), contextlib.suppress(KeyboardInterrupt), socket.socket() as listening:
         quiet_libraries()
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

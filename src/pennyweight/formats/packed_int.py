@@ -71,7 +71,8 @@ def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
 
 
 def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The matrix in the type of its scales, exactly what compressed-tensors and vLLM compute: code * scale rounded once.
+    """The matrix in the type of its scales, exactly what compressed-tensors and vLLM compute: code * scale, rounded
+    once.
 
     Raises ValueError if the three tensors do not belong together.
     """

@@ -31,8 +31,8 @@ def lower(source: Source, *, context: int | None = None, cache: str = "float16",
     values kept in `cache`: float16, fp8 (E4M3) or float32. `sparsity`: the share of their input channels that blocks
     which can leave some out do leave out, instead of what the config says of each.
 
-    Raises NotRun for a rotary scaling, a gate or a shape the engine does not run, ValueError for damaged weights and for a
-    `sparsity` that no block of the model can follow.
+    Raises NotRun for a rotary scaling, a gate or a shape the engine does not run, ValueError for damaged weights and
+    for a `sparsity` that no block of the model can follow.
     """
     from pennyweight import _native
 

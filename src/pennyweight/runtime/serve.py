@@ -299,18 +299,19 @@ async def _unless_gone(request: Request, answers: list[_Answer]) -> list[str]:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    texts = [asyncio.create_task(answer.text()) for answer in answers]
-    gone = asyncio.create_task(watch())
-    everything = asyncio.gather(*texts)
+    async def listen() -> list[str]:
+        return list(await asyncio.gather(*(answer.text() for answer in answers)))
+
+    texts, gone = asyncio.create_task(listen()), asyncio.create_task(watch())
     try:
-        await asyncio.wait((everything, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not everything.done():
+        await asyncio.wait((texts, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not texts.done():
             raise Refused(499, "the client has closed the connection", "invalid_request_error")
-        return await everything
+        return await texts
     finally:
-        for task in (*texts, gone):
-            task.cancel()
-        await asyncio.gather(*texts, gone, everything, return_exceptions=True)
+        texts.cancel()
+        gone.cancel()
+        await asyncio.gather(texts, gone, return_exceptions=True)
         for answer in answers:
             answer.leave()
 
