@@ -211,10 +211,35 @@ void rows_times(const Rows& w, const Activations* x, int count, float* y, std::p
     run(w, x, count, y, stride, first, last);
 }
 
-// Without a compress instruction: written always, the place moves on only if the column is kept.
+// What stands in for a compress instruction: for each set of lanes, their numbers from the lowest on.
+struct Lowest {
+    alignas(32) std::int32_t lane[256][8] = {};
+
+    constexpr Lowest() {
+        for (int set = 0; set < 256; set++)
+            for (int i = 0, at = 0; i < 8; i++)
+                if (set >> i & 1) lane[set][at++] = i;
+    }
+};
+
 int collect(const float* x, const float* weight, float threshold, int n, std::int32_t* index, float* value) {
-    int found = 0;
-    for (int j = 0; j < n; j++) {
+    static constexpr Lowest lowest;
+    const __m256 bound = _mm256_set1_ps(threshold);
+    __m256i here = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    int found = 0, j = 0;
+    for (; j + 8 <= n; j += 8) {
+        const __m256 v = _mm256_loadu_ps(x + j);
+        __m256 size = magnitude(v);
+        if (weight) size = _mm256_mul_ps(size, _mm256_loadu_ps(weight + j));
+        const int keep = _mm256_movemask_ps(_mm256_cmp_ps(size, bound, _CMP_GT_OQ));
+        const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(lowest.lane[keep]));
+        // Stored whole: hence the room for 16 more.
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + found), _mm256_permutevar8x32_epi32(here, order));
+        _mm256_storeu_ps(value + found, _mm256_permutevar8x32_ps(v, order));
+        found += __builtin_popcount(keep);
+        here = _mm256_add_epi32(here, _mm256_set1_epi32(8));
+    }
+    for (; j < n; j++) {
         const float size = weight ? std::fabs(x[j]) * weight[j] : std::fabs(x[j]);
         index[found] = j;
         value[found] = x[j];
