@@ -37,7 +37,7 @@ def main() -> int:
         for kind, path in files.items():
             variants[f"llama.cpp {kind}"] = _llama.Worker(path, context=_decoding.CONTEXT, threads=threads)
         ids = _decoding.prompt(variants["dense"].engine.vocab_size, TOKENS)
-        prompts, _ = _decoding.in_turn(variants, ids, rounds=2 if arguments.quick else 8, new=1)
+        prompts, _ = _decoding.in_turn(variants, ids, rounds=2 if arguments.quick else 4, new=1)
         print(f"\n{TOKENS} tokens, {threads} threads")
         best = {name: min(seconds) for name, seconds in prompts.items()}
         for name, seconds in prompts.items():
