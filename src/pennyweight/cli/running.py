@@ -102,7 +102,7 @@ def run(
                 _stream(words.push(tokens), as_json)
         _stream(words.end(), as_json)
         if request.error is not None:
-            raise request.error
+            raise RuntimeError(str(request.error)) from request.error
         seconds = time.perf_counter() - started - first
         written = len(request.answer)
         figures = {
@@ -198,7 +198,8 @@ def serve(
     mapped: Mapped = False,
 ) -> None:
     """Serve a model as OpenAI's API does, with a chat page at /. Ctrl-C gives answers a few seconds to end."""
-    with errors(resumes=False), contextlib.suppress(KeyboardInterrupt), socket.socket() as listening:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with errors(resumes=False), contextlib.suppress(KeyboardInterrupt), socket.socket(family) as listening:
         quiet_libraries()
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:  # before the model is read: that takes a while
@@ -225,6 +226,6 @@ def serve(
         _tell(opened.notes)
         batch = Batch(opened.engine, places=places, guesser=PromptLookup if lookup else None)
         server = Server(create_app(opened, Worker(batch, most_waiting=most_waiting), limits))
-        host, port = listening.getsockname()
-        print(f"{opened.name} at http://{host}:{port}/v1, chat page at http://{host}:{port}/", flush=True)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        print(f"{opened.name} at {address}/v1, chat page at {address}/", flush=True)
         server.run(sockets=[listening])
