@@ -17,8 +17,9 @@ import httpx2 as httpx
 import openai
 
 from pennyweight.runtime.generate import Batch, Request
+from pennyweight.runtime.guard import Limits
 from pennyweight.runtime.model import open_model
-from pennyweight.runtime.serve import Limits, Server, create_app
+from pennyweight.runtime.serve import Server, create_app
 from pennyweight.runtime.worker import Worker
 
 STARTED: dict[str, Server] = {}  # by address

@@ -207,8 +207,9 @@ def serve(
         except OSError as err:
             raise ValueError(f"cannot listen on {host}:{port}: {err.strerror}; --port picks another") from err
         from pennyweight.runtime.generate import Batch
+        from pennyweight.runtime.guard import Limits
         from pennyweight.runtime.model import open_model
-        from pennyweight.runtime.serve import Limits, Server, create_app
+        from pennyweight.runtime.serve import Server, create_app
         from pennyweight.runtime.speculate import PromptLookup
         from pennyweight.runtime.worker import Worker
         from pennyweight.units import parse_bytes

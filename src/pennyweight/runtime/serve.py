@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Any, Literal
 
@@ -27,9 +26,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from pennyweight.runtime.generate import Request as Wanted
+from pennyweight.runtime.guard import Guard, Limits, Refused, invalid, stopping
 from pennyweight.runtime.model import Model
 from pennyweight.runtime.sample import Sampling
 from pennyweight.runtime.words import Words
@@ -39,15 +39,6 @@ _NOT_DONE = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "ec
 _PATIENCE = 5.0
 """Seconds that answers get to end once the server is told to stop."""
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`key`: what clients have to present, if anything. `body_bytes`: of a request. `most_tokens`: of an answer."""
-
-    key: str | None = None
-    body_bytes: int = 2**20
-    most_tokens: int = 4096
 
 
 class _Ask(BaseModel):
@@ -84,36 +75,6 @@ class Chat(_Ask):
 
 class Completion(_Ask):
     prompt: str | list[str] | list[int] | list[list[int]]
-
-
-class Refused(Exception):
-    """An error in OpenAI's shape."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        kind: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
-
-
-def _invalid(message: str, param: str | None = None, code: str | None = None) -> Refused:
-    return Refused(400, message, "invalid_request_error", param=param, code=code)
-
-
-def _stopping() -> Refused:
-    said = "the server is shutting down"
-    return Refused(503, said, "server_error", code="shutting_down", headers={"Retry-After": "10"})
 
 
 class _Metrics:
@@ -155,13 +116,13 @@ class _Answer:
         try:
             self._ticket = server.worker.submit(wanted, hear)
         except ValueError as err:
-            raise _invalid(str(err), "prompt", "context_length_exceeded") from err
+            raise invalid(str(err), "prompt", "context_length_exceeded") from err
         except Full as err:
             server.metrics.requests.labels("refused").inc()
             retry = {"Retry-After": "1"}
             raise Refused(429, str(err), "rate_limit_error", code="queue_full", headers=retry) from err
         except Stopping as err:
-            raise _stopping() from err
+            raise stopping() from err
         server.live.add(self)
 
     def leave(self) -> None:
@@ -184,7 +145,7 @@ class _Answer:
             while not self.finish:
                 tokens, finish = await self.queue.get()
                 if isinstance(finish, Stopping):
-                    raise _stopping()
+                    raise stopping()
                 if isinstance(finish, Exception):
                     raise Refused(500, f"the engine stopped: {finish}", "server_error") from finish
                 if tokens and not self.tokens:
@@ -231,16 +192,16 @@ class _Server:
 
     def check(self, ask: _Ask) -> None:
         if self.closing:
-            raise _stopping()
+            raise stopping()
         self.check_name(ask.model)
         for name in _NOT_DONE:
             if (ask.model_extra or {}).get(name):
-                raise _invalid(f"{name} is not supported by this server", name, "unsupported_parameter")
+                raise invalid(f"{name} is not supported by this server", name, "unsupported_parameter")
         for name in ("presence_penalty", "frequency_penalty"):
             if getattr(ask, name):
-                raise _invalid(f"{name} is not supported; repetition_penalty is", name, "unsupported_parameter")
+                raise invalid(f"{name} is not supported; repetition_penalty is", name, "unsupported_parameter")
         if ask.response_format not in (None, {"type": "text"}):
-            raise _invalid("only text can be asked for", "response_format", "unsupported_parameter")
+            raise invalid("only text can be asked for", "response_format", "unsupported_parameter")
 
     def answers(self, prompts: list[list[int]], ask: _Ask, most: int | None) -> list[_Answer]:
         made: list[_Answer] = []
@@ -366,49 +327,8 @@ def _plain(message: _Message) -> dict[str, str]:
     if isinstance(message.content, str):
         return {"role": role, "content": message.content}
     if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in message.content):
-        raise _invalid("only text content is supported", "messages", "unsupported_content")
+        raise invalid("only text content is supported", "messages", "unsupported_content")
     return {"role": role, "content": "".join(part["text"] for part in message.content)}
-
-
-class _Guard:
-    """Keys and sizes, before anything is parsed. A body is read to its end here, counted as it comes: what a client
-    says of its length may be missing or wrong."""
-
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        self.app, self.limits = app, limits
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
-            return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
-        key, given = self.limits.key, headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if key is not None and not secrets.compare_digest(given, key.encode()):
-            denied = Refused(401, "wrong or missing API key", "invalid_request_error", code="invalid_api_key")
-            return await denied.response()(scope, receive, send)
-        parts, size, more = [], 0, True
-        told = headers.get(b"content-length", b"0")
-        while more and size <= self.limits.body_bytes and not (told.isdigit() and int(told) > self.limits.body_bytes):
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            more = message.get("more_body", False)
-        if more or size > self.limits.body_bytes:
-            said = f"a request has at most {self.limits.body_bytes} bytes"
-            close = {"Connection": "close"}  # what is left of it is not read
-            large = Refused(413, said, "invalid_request_error", code="request_too_large", headers=close)
-            return await large.response()(scope, receive, send)
-        whole: Message | None = {"type": "http.request", "body": b"".join(parts), "more_body": False}
-
-        async def again() -> Message:
-            nonlocal whole
-            if whole is None:
-                return await receive()
-            first, whole = whole, None
-            return first
-
-        return await self.app(scope, again, send)
 
 
 class Server(uvicorn.Server):
@@ -436,7 +356,7 @@ def create_app(model: Model, worker: Worker, limits: Limits | None = None) -> Fa
     app = FastAPI(title="pennyweight", lifespan=lifespan, docs_url=None, redoc_url=None)
 
     app.state.close = server.close
-    app.add_middleware(_Guard, limits=server.limits)
+    app.add_middleware(Guard, limits=server.limits)
 
     @app.exception_handler(Refused)
     async def refused(request: Request, err: Refused) -> JSONResponse:
@@ -446,7 +366,7 @@ def create_app(model: Model, worker: Worker, limits: Limits | None = None) -> Fa
     async def malformed(request: Request, err: RequestValidationError) -> JSONResponse:
         first = err.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:]) or None
-        return _invalid(f"{param or 'the body'}: {first['msg']}", param).response()
+        return invalid(f"{param or 'the body'}: {first['msg']}", param).response()
 
     @app.exception_handler(HTTPException)
     async def elsewhere(request: Request, err: HTTPException) -> JSONResponse:
@@ -477,7 +397,7 @@ def create_app(model: Model, worker: Worker, limits: Limits | None = None) -> Fa
         try:
             prompt = model.chat([_plain(message) for message in ask.messages])
         except ValueError as err:
-            raise _invalid(str(err), "messages") from err
+            raise invalid(str(err), "messages") from err
         answers = server.answers([prompt], ask, ask.max_completion_tokens or ask.max_tokens)
         return await server.respond(answers, ask, request, chat=True)
 
@@ -488,7 +408,7 @@ def create_app(model: Model, worker: Worker, limits: Limits | None = None) -> Fa
         if given and isinstance(given[0], int):
             given = [given]
         if not given:
-            raise _invalid("the prompt is empty", "prompt")
+            raise invalid("the prompt is empty", "prompt")
         prompts = [model.encode(one) if isinstance(one, str) else one for one in given]
         return await server.respond(server.answers(prompts, ask, ask.max_tokens or 16), ask, request, chat=False)
 
