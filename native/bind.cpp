@@ -133,15 +133,17 @@ struct Reader {
         std::memset(memory.data(), 1, memory.size());
     }
 
-    // Seconds to read bytes [first, last), a multiple of 256 each.
-    double run(std::size_t first, std::size_t last) {
+    // Seconds to read bytes [first, last), a multiple of 256 each, every thread in 1 or 4 streams: which of them is
+    // faster differs from processor to processor.
+    double run(std::size_t first, std::size_t last, int streams) {
+        expect(streams == 1 || streams == 4, "1 or 4 streams");
         expect(first % 256 == 0 && last % 256 == 0 && first < last && last <= memory.size(), "a range of whole 256 bytes");
         nb::gil_scoped_release released;
         const auto started = std::chrono::steady_clock::now();
         pool.run([&](int t) {
             const std::size_t blocks = (last - first) / 256, threads = pool.threads();
             sum += read_sum(memory.data() + first + 256 * (blocks * t / threads),
-                            256 * (blocks * (t + 1) / threads - blocks * t / threads));
+                            256 * (blocks * (t + 1) / threads - blocks * t / threads), streams);
         });
         const std::chrono::duration<double> took = std::chrono::steady_clock::now() - started;
         return took.count();
@@ -345,5 +347,5 @@ NB_MODULE(_native, module) {
 
     nb::class_<Reader>(module, "Reader", "Memory of its own that it reads as fast as its threads can.")
         .def(nb::init<std::size_t, int>(), "bytes"_a, "threads"_a)
-        .def("run", &Reader::run, "first"_a, "last"_a);
+        .def("run", &Reader::run, "first"_a, "last"_a, "streams"_a = 1);
 }

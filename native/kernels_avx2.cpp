@@ -102,13 +102,21 @@ void quantise(const float* x, int n, std::int8_t* codes, float* scale, std::int3
     }
 }
 
-// Rows 8 half to 8 (half + kHalves) - 1 of a tile times `kTokens` tokens.
+// kHalves times 8 rows, from the given half of a tile on, times kTokens tokens.
 template <int kBits, bool kAffine, int kTokens, int kHalves>
-inline void tile_times(const Rows& w, const std::uint8_t* at, int half, const Activations* x, float* y,
-                       std::ptrdiff_t stride) {
+[[gnu::noinline]] void halves_times(const Rows& w, const std::uint8_t* at, int half, const Activations* x, float* y,
+                                    std::ptrdiff_t stride) {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     const int blocks = w.group / Rows::kBlock, groups = w.groups();
-    const std::size_t block_bytes = w.block_bytes();
+    const std::size_t block_bytes = w.block_bytes(), tile_bytes = w.tile_bytes();
+    // Eight halves are four tiles, read line by line in turn: four streams keep more of memory busy than one. Of one
+    // tile, lines are asked for 4 KiB ahead, as the hardware's prefetcher stops at every page.
+    const auto codes = [&](const std::uint8_t*& line, int h) {
+        if (kHalves == 2 && h == 0) _mm_prefetch(reinterpret_cast<const char*>(line + 4096), _MM_HINT_T0);
+        const __m256i unit = load(line + 32 * (half + h % 2));
+        if (h % 2) line += tile_bytes;
+        return unit;
+    };
     __m256 out[kTokens][kHalves];
     for (auto& token : out)
         for (auto& o : token) o = _mm256_setzero_ps();
@@ -127,11 +135,10 @@ inline void tile_times(const Rows& w, const std::uint8_t* at, int half, const Ac
                     for (auto& word : token) word = _mm256_setzero_si256();
 #pragma GCC unroll 4
                 for (int v = 0; v < 4; v++) {
-                    // The same stream 4 KiB ahead: the hardware prefetcher stops at every page.
-                    if (kHalves == 2) _mm_prefetch(reinterpret_cast<const char*>(at + 64 * v + 4096), _MM_HINT_T0);
-#pragma GCC unroll 2
+                    const std::uint8_t* line = at + 64 * v;
+#pragma GCC unroll 8
                     for (int h = 0; h < kHalves; h++) {
-                        const __m256i unit = load(at + 64 * v + 32 * (half + h));
+                        const __m256i unit = codes(line, h);
                         const __m256i low = _mm256_and_si256(unit, nibble);
                         const __m256i high = _mm256_and_si256(_mm256_srli_epi16(unit, 4), nibble);
 #pragma GCC unroll 4
@@ -144,19 +151,21 @@ inline void tile_times(const Rows& w, const std::uint8_t* at, int half, const Ac
                     }
                 }
                 for (int t = 0; t < kTokens; t++)
+#pragma GCC unroll 8
                     for (int h = 0; h < kHalves; h++)
                         exact[t][h] = _mm256_add_epi32(_mm256_madd_epi16(words[t][h], ones),
                                                        _mm256_set1_epi32(kAffine ? 0 : x[t].minus8[b]));
             } else {
                 // Codes less their offset, at most 128 in size: two products with at most 127 each stay below 2^15.
                 for (int t = 0; t < kTokens; t++)
+#pragma GCC unroll 8
                     for (int h = 0; h < kHalves; h++) exact[t][h] = _mm256_set1_epi32(kAffine ? -16 * x[t].minus8[b] : 0);
 #pragma GCC unroll 8
                 for (int v = 0; v < 8; v++) {
-                    if (kHalves == 2) _mm_prefetch(reinterpret_cast<const char*>(at + 64 * v + 4096), _MM_HINT_T0);
-#pragma GCC unroll 2
+                    const std::uint8_t* line = at + 64 * v;
+#pragma GCC unroll 8
                     for (int h = 0; h < kHalves; h++) {
-                        const __m256i unit = _mm256_xor_si256(load(at + 64 * v + 32 * (half + h)), _mm256_set1_epi8(-128));
+                        const __m256i unit = _mm256_xor_si256(codes(line, h), _mm256_set1_epi8(-128));
                         const __m256i size = _mm256_abs_epi8(unit);
 #pragma GCC unroll 4
                         for (int t = 0; t < kTokens; t++) {
@@ -168,40 +177,45 @@ inline void tile_times(const Rows& w, const std::uint8_t* at, int half, const Ac
                 }
             }
             for (int t = 0; t < kTokens; t++) {
+#pragma GCC unroll 8
                 for (int h = 0; h < kHalves; h++)
                     part[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact[t][h]), _mm256_set1_ps(x[t].scale[b]), part[t][h]);
                 if constexpr (kAffine) sum[t] += x[t].sum[b];
             }
         }
+#pragma GCC unroll 8
         for (int h = 0; h < kHalves; h++) {
-            const __m256 scale = halves(at + 16 * (half + h), w.half);
+            const std::uint8_t* scales = at + h / 2 * tile_bytes + 16 * (half + h % 2);
+            const __m256 scale = halves(scales, w.half);
             for (int t = 0; t < kTokens; t++) out[t][h] = _mm256_fmadd_ps(part[t][h], scale, out[t][h]);
-        }
-        at += 2 * Rows::kTile;
-        if constexpr (kAffine) {
-            for (int h = 0; h < kHalves; h++) {
-                const __m256 minimum = halves(at + 16 * (half + h), w.half);
+            if constexpr (kAffine) {
+                const __m256 minimum = halves(scales + 2 * Rows::kTile, w.half);
                 for (int t = 0; t < kTokens; t++) out[t][h] = _mm256_fmadd_ps(_mm256_set1_ps(sum[t]), minimum, out[t][h]);
             }
-            at += 2 * Rows::kTile;
         }
+        at += (kAffine ? 4 : 2) * Rows::kTile;
     }
     for (int t = 0; t < kTokens; t++)
         for (int h = 0; h < kHalves; h++) _mm256_storeu_ps(y + t * stride + 8 * h, out[t][h]);
 }
 
-// One token takes tiles whole, as memory is read fastest; four take half of one, for the registers' sake.
+// Four tokens take half a tile at a time, for the registers' sake; one takes four tiles, as memory is read fastest.
 template <int kBits, bool kAffine>
 void rows_times_as(const Rows& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first,
                    int last) {
-    for (int tile = first; tile < last; tile++) {
+    const int fours = count / 4 * 4;
+    for (int tile = first; tile < last;) {
+        const int tiles = count > fours && tile + 4 <= last ? 4 : 1;
         const std::uint8_t* at = w.data + tile * w.tile_bytes();
         float* to = y + (tile - first) * Rows::kTile;
-        const int fours = count / 4 * 4;
-        for (int half = 0; half < 2; half++)
+        for (int half = 0; half < 2 * tiles; half++)
             for (int t = 0; t < fours; t += 4)
-                tile_times<kBits, kAffine, 4, 1>(w, at, half, x + t, to + t * stride + 8 * half, stride);
-        for (int t = fours; t < count; t++) tile_times<kBits, kAffine, 1, 2>(w, at, 0, x + t, to + t * stride, stride);
+                halves_times<kBits, kAffine, 4, 1>(w, at + half / 2 * w.tile_bytes(), half % 2, x + t,
+                                                   to + t * stride + 8 * half, stride);
+        for (int t = fours; t < count; t++)
+            (tiles == 4 ? halves_times<kBits, kAffine, 1, 8> : halves_times<kBits, kAffine, 1, 2>)(
+                w, at, 0, x + t, to + t * stride, stride);
+        tile += tiles;
     }
 }
 

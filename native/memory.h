@@ -32,7 +32,8 @@ private:
     std::size_t size_ = 0;
 };
 
-// Sum of the 64-bit words of n bytes, a multiple of 256: memory is read and nothing else is worth mentioning.
-std::uint64_t read_sum(const std::uint8_t* at, std::size_t n);
+// Sum of the 64-bit words of n bytes, a multiple of 256: memory is read, in 1 or 4 streams, and nothing else is worth
+// mentioning.
+std::uint64_t read_sum(const std::uint8_t* at, std::size_t n, int streams);
 
 }  // namespace pennyweight
