@@ -267,10 +267,9 @@ struct Eight {
     __m256 scale, minimum;
 };
 
-// Of groups g to g + 7 of a column, those beyond the tile's last zero.
+// Of groups g to g + 7 of a column the first `inside`, the others zero.
 template <Scales kScales>
-inline Eight eight(const Zigzag& w, const std::uint8_t* chunk, int g) {
-    const int inside = std::clamp(w.groups() - g, 0, 8);
+inline Eight eight(const Zigzag& w, const std::uint8_t* chunk, int g, int inside) {
     Eight made{_mm256_setzero_ps(), _mm256_setzero_ps()};
     if constexpr (kScales == Scales::super) {
         if (!inside) return made;
@@ -318,74 +317,85 @@ struct Pairs {
     float* bias(int t) { return reinterpret_cast<float*>(rest + (3 * t + 2) * groups); }
 };
 
-// Codes of x[c] * scale[c][g] in 8 bits, with one float a group; eight groups at a time.
+// Codes of x[c] * scale[c][g] in 8 bits, with one float a group, for groups i to i + 7 of a slice, `inside` of which are
+// the tile's.
+template <Scales kScales>
+[[gnu::always_inline]] inline void fold_eight(const Zigzag& w, const Step& step, const Slice& slice,
+                                              const float* const* value, int start, int tokens, int i, int inside,
+                                              Pairs& out) {
+    float room[kStep];
+    constexpr bool kMinima = kScales != Scales::symmetric;
+    __m256 scales[kStep], minima[kMinima ? kStep : 1];
+    if (tokens > 1)  // widened once for all
+        for (int c = 0; c < kStep; c++) {
+            const Eight of = eight<kScales>(w, step.chunk[c], slice.first_group + i, inside);
+            scales[c] = of.scale;
+            if constexpr (kMinima) minima[c] = of.minimum;
+        }
+    for (int t = 0; t < tokens; t++) {
+        const float* x = step.of(value[t] + start, room);
+        __m256 e[kStep], most = _mm256_setzero_ps();
+        for (int c = 0; c < kStep; c++) {
+            if (tokens > 1) {
+                e[c] = _mm256_mul_ps(scales[c], _mm256_set1_ps(x[c]));
+            } else {
+                const Eight of = eight<kScales>(w, step.chunk[c], slice.first_group + i, inside);
+                e[c] = _mm256_mul_ps(of.scale, _mm256_set1_ps(x[c]));
+                if constexpr (kMinima) minima[c] = of.minimum;
+            }
+            most = _mm256_max_ps(most, magnitude(e[c]));
+        }
+        if constexpr (kMinima) {
+            __m256 raised[4];
+            for (int c = 0; c < kStep; c++)
+                raised[c % 4] = _mm256_fmadd_ps(_mm256_set1_ps(x[c]), minima[c], c < 4 ? _mm256_setzero_ps() : raised[c % 4]);
+            const __m256 sum = _mm256_add_ps(_mm256_add_ps(raised[0], raised[1]), _mm256_add_ps(raised[2], raised[3]));
+            _mm256_store_ps(out.bias(t) + i, _mm256_add_ps(_mm256_load_ps(out.bias(t) + i), sum));
+        }
+        const __m256 some = _mm256_cmp_ps(most, _mm256_setzero_ps(), _CMP_GT_OQ);
+        const __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(127.0f), most));
+        const __m256 scale = _mm256_mul_ps(most, _mm256_set1_ps(1.0f / 127.0f));
+        _mm256_store_ps(out.scale(t) + i, _mm256_mul_ps(scale, _mm256_set1_ps(1.0f / 65536)));
+        // Each lane of 128 bits has four of the groups: their codes of four columns, dword by dword.
+        const __m256i transpose = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        __m256i quad[kStep / 4], sums = _mm256_setzero_si256();
+        for (int q = 0; q < kStep / 4; q++) {
+            __m256i code[4];
+            for (int c = 0; c < 4; c++) code[c] = _mm256_cvtps_epi32(_mm256_mul_ps(e[4 * q + c], inverse));
+            const __m256i packed =
+                _mm256_packs_epi16(_mm256_packs_epi32(code[0], code[1]), _mm256_packs_epi32(code[2], code[3]));
+            quad[q] = _mm256_shuffle_epi8(packed, transpose);
+            sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_set1_epi8(8), quad[q]));
+        }
+        const __m256i minus8 = _mm256_madd_epi16(sums, _mm256_set1_epi16(-1));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out.minus8(t) + i),
+                           _mm256_blend_epi16(minus8, _mm256_slli_epi32(minus8, 16), 0b10101010));
+        // All sixteen columns of a group side by side, then every pair twice.
+        const __m256i a = _mm256_unpacklo_epi32(quad[0], quad[1]), b = _mm256_unpackhi_epi32(quad[0], quad[1]);
+        const __m256i c = _mm256_unpacklo_epi32(quad[2], quad[3]), d = _mm256_unpackhi_epi32(quad[2], quad[3]);
+        const __m256i sixteen[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c),
+                                    _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)};
+        for (int g = 0; g < 4; g++) {
+            const __m256i low = _mm256_unpacklo_epi16(sixteen[g], sixteen[g]);
+            const __m256i high = _mm256_unpackhi_epi16(sixteen[g], sixteen[g]);
+            auto* to = reinterpret_cast<__m128i*>(out.codes + Pairs::kPairs * ((i + g) * tokens + t));
+            _mm_store_si128(to, _mm256_castsi256_si128(low));
+            _mm_store_si128(to + 1, _mm256_castsi256_si128(high));
+            to += Pairs::kPairs * tokens;  // four groups further: 4 * 8 dwords of 4 to a register
+            _mm_store_si128(to, _mm256_extracti128_si256(low, 1));
+            _mm_store_si128(to + 1, _mm256_extracti128_si256(high, 1));
+        }
+    }
+}
+
+// Where the compiler is told that eight groups are inside and that there is one token, it does not ask column by column.
 template <Scales kScales>
 [[gnu::noinline]] void fold(const Zigzag& w, const Step& step, const Slice& slice, const float* const* value, int start,
                             int tokens, Pairs& out) {
-    float room[kStep];
+    const int groups = w.groups() - slice.first_group;
     for (int i = 0; i < out.groups; i += 8) {
-        constexpr bool kMinima = kScales != Scales::symmetric;
-        __m256 scales[kStep], minima[kMinima ? kStep : 1];
-        if (tokens > 1)  // widened once for all
-            for (int c = 0; c < kStep; c++) {
-                const Eight of = eight<kScales>(w, step.chunk[c], slice.first_group + i);
-                scales[c] = of.scale;
-                if constexpr (kMinima) minima[c] = of.minimum;
-            }
-        for (int t = 0; t < tokens; t++) {
-            const float* x = step.of(value[t] + start, room);
-            __m256 e[kStep], most = _mm256_setzero_ps();
-            for (int c = 0; c < kStep; c++) {
-                if (tokens > 1) {
-                    e[c] = _mm256_mul_ps(scales[c], _mm256_set1_ps(x[c]));
-                } else {
-                    const Eight of = eight<kScales>(w, step.chunk[c], slice.first_group + i);
-                    e[c] = _mm256_mul_ps(of.scale, _mm256_set1_ps(x[c]));
-                    if constexpr (kMinima) minima[c] = of.minimum;
-                }
-                most = _mm256_max_ps(most, magnitude(e[c]));
-            }
-            if constexpr (kMinima) {
-                __m256 raised[4];
-                for (int c = 0; c < kStep; c++)
-                    raised[c % 4] = _mm256_fmadd_ps(_mm256_set1_ps(x[c]), minima[c], c < 4 ? _mm256_setzero_ps() : raised[c % 4]);
-                const __m256 sum = _mm256_add_ps(_mm256_add_ps(raised[0], raised[1]), _mm256_add_ps(raised[2], raised[3]));
-                _mm256_store_ps(out.bias(t) + i, _mm256_add_ps(_mm256_load_ps(out.bias(t) + i), sum));
-            }
-            const __m256 some = _mm256_cmp_ps(most, _mm256_setzero_ps(), _CMP_GT_OQ);
-            const __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(127.0f), most));
-            const __m256 scale = _mm256_mul_ps(most, _mm256_set1_ps(1.0f / 127.0f));
-            _mm256_store_ps(out.scale(t) + i, _mm256_mul_ps(scale, _mm256_set1_ps(1.0f / 65536)));
-            // Each lane of 128 bits has four of the groups: their codes of four columns, dword by dword.
-            const __m256i transpose = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-            __m256i quad[kStep / 4], sums = _mm256_setzero_si256();
-            for (int q = 0; q < kStep / 4; q++) {
-                __m256i code[4];
-                for (int c = 0; c < 4; c++) code[c] = _mm256_cvtps_epi32(_mm256_mul_ps(e[4 * q + c], inverse));
-                const __m256i packed =
-                    _mm256_packs_epi16(_mm256_packs_epi32(code[0], code[1]), _mm256_packs_epi32(code[2], code[3]));
-                quad[q] = _mm256_shuffle_epi8(packed, transpose);
-                sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_set1_epi8(8), quad[q]));
-            }
-            const __m256i minus8 = _mm256_madd_epi16(sums, _mm256_set1_epi16(-1));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(out.minus8(t) + i),
-                               _mm256_blend_epi16(minus8, _mm256_slli_epi32(minus8, 16), 0b10101010));
-            // All sixteen columns of a group side by side, then every pair twice.
-            const __m256i a = _mm256_unpacklo_epi32(quad[0], quad[1]), b = _mm256_unpackhi_epi32(quad[0], quad[1]);
-            const __m256i c = _mm256_unpacklo_epi32(quad[2], quad[3]), d = _mm256_unpackhi_epi32(quad[2], quad[3]);
-            const __m256i sixteen[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c),
-                                        _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)};
-            for (int g = 0; g < 4; g++) {
-                const __m256i low = _mm256_unpacklo_epi16(sixteen[g], sixteen[g]);
-                const __m256i high = _mm256_unpackhi_epi16(sixteen[g], sixteen[g]);
-                auto* to = reinterpret_cast<__m128i*>(out.codes + Pairs::kPairs * ((i + g) * tokens + t));
-                _mm_store_si128(to, _mm256_castsi256_si128(low));
-                _mm_store_si128(to + 1, _mm256_castsi256_si128(high));
-                to += Pairs::kPairs * tokens;  // four groups further: 4 * 8 dwords of 4 to a register
-                _mm_store_si128(to, _mm256_extracti128_si256(low, 1));
-                _mm_store_si128(to + 1, _mm256_extracti128_si256(high, 1));
-            }
-        }
+        if (i + 8 <= groups && tokens == 1) fold_eight<kScales>(w, step, slice, value, start, 1, i, 8, out);
+        else fold_eight<kScales>(w, step, slice, value, start, tokens, i, std::clamp(groups - i, 0, 8), out);
     }
 }
 
@@ -407,11 +417,24 @@ inline void add_sums(__m256i sums, const float* scale, float* y) {
     _mm256_storeu_ps(y + 32, _mm256_fmadd_ps(second, _mm256_set1_ps(scale[kGroup > 32 ? 0 : 1]), _mm256_loadu_ps(y + 32)));
 }
 
-// One step's columns of a slice for one token.
-template <int kGroup>
+// From so many units on, 3 KiB, hardware prefetchers are worth having: they follow columns once they have seen a few lines.
+constexpr int kLongSlice = 48;
+
+// One step's columns of a slice for one token. Lines of short slices are asked for a step ahead, as no prefetcher gets
+// going in them. In long slices that would be twice the streams it can follow: there four units ahead.
+template <int kGroup, bool kLong>
 [[gnu::noinline]] void slice_times_one(const Step& step, std::size_t at, int units, Pairs& folded, float* y) {
     const __m256i nibble = _mm256_set1_epi8(15);
+    const std::size_t start = at;
     for (int i = 0; i < units; i++, at += 64, y += Zigzag::kUnitRows) {
+        // Where the next columns begin once more, one of them at a time.
+        if (const int c = i - (units - kStep - 4); c >= 0 && c < kStep)
+            for (int line = -2; line <= 0; line++)
+                _mm_prefetch(reinterpret_cast<const char*>(step.next[c] + start) + 64 * line, _MM_HINT_T1);
+        constexpr int kAhead = 4;
+        const bool inside = kLong && i + kAhead < units;
+        const std::uint8_t* const* from = inside ? step.chunk : step.next;
+        const std::size_t ahead = kLong ? at + 64 * kAhead - (inside ? 0 : 64 * std::size_t(units)) : at;
         const int g = Zigzag::kUnitRows * i / kGroup, next = kGroup < 128 ? 64 / kGroup : 0;  // of the last 64 rows
         const std::int32_t *codes = folded.codes + Pairs::kPairs * g, *minus8 = folded.minus8(0) + g;
         // Sums of low nibbles and of high ones, 16 rows further down, of the first 64 rows and of the last.
@@ -421,7 +444,8 @@ template <int kGroup>
             low[0][side] = high[0][side] = low[1][side] = high[1][side] = entry<kGroup>(minus8 + side * next, 1);
 #pragma GCC unroll 8
         for (int p = 0; p < Pairs::kPairs; p++) {
-            for (int c = 0; c < 2; c++) _mm_prefetch(reinterpret_cast<const char*>(step.next[2 * p + c] + at), _MM_HINT_T1);
+            for (int c = 0; c < 2; c++)
+                _mm_prefetch(reinterpret_cast<const char*>(from[2 * p + c] + ahead), kLong ? _MM_HINT_T0 : _MM_HINT_T1);
             const std::uint8_t *one = step.chunk[2 * p] + at, *two = step.chunk[2 * p + 1] + at;
 #pragma GCC unroll 2
             for (int side = 0; side < 2; side++) {
@@ -517,7 +541,7 @@ void zigzag_times_as(const Zigzag& w, int tile, int first, int last, const std::
         [&](const Step& step, const Slice& slice, Pairs& folded, int n, float* out, const Ahead&) {
             const std::size_t at = w.scale_bytes() + 64 * slice.first;
             const int units = slice.last - slice.first;
-            if (n == 1) slice_times_one<kGroup>(step, at, units, folded, out);
+            if (n == 1) (units < kLongSlice ? slice_times_one<kGroup, false> : slice_times_one<kGroup, true>)(step, at, units, folded, out);
             else slice_times<kGroup>(step, at, units, folded, n, out, stride);
         });
 }

@@ -100,10 +100,10 @@ public:
 
 private:
     struct Thread {  // scratch that no other thread touches
-        std::vector<float> normed, value, ordered, part;
+        std::vector<float> normed, value, stretch_value, ordered, part;
         std::vector<std::int8_t> codes;
         std::vector<float> scale, sum;
-        std::vector<std::int32_t> minus8, index;
+        std::vector<std::int32_t> minus8, index, stretch_index;
         std::vector<const float*> dense;
         std::vector<int> dense_row;
         Input input;

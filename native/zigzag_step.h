@@ -112,7 +112,7 @@ private:
 template <Scales kScales, class Table, class Fold, class Times>
 void each_step(const Zigzag& w, int tile, int first, int last, const std::int32_t* index, const float* const* value,
                int tokens, int count, float* y, std::ptrdiff_t stride, Fold&& fold, Times&& times) {
-    static thread_local Table folded;
+    Table folded;  // on the stack: of what is thread-local the compiler asks the address again and again
     const std::uint8_t* base = w.data + tile * w.tile_bytes();
     const std::size_t chunk_bytes = w.chunk_bytes();
     for (int from = 0; from < tokens; from += kMaxTokens) {
