@@ -100,7 +100,10 @@ struct Product {
         out = Buffer(sizeof(float) * std::size_t(Products::kMaxRows) * products.stride());
     }
 
-    // y (tokens, rows) = linear x (tokens, columns); seconds from call to return, threads woken and all.
+    // Threads that slept are awake for some microseconds, as they are in the middle of a model's step.
+    void wake() { pool.run([](int) {}); }
+
+    // y (tokens, rows) = linear x (tokens, columns); seconds from call to return.
     double run(In<float, 2> x, Out<float, 2> y, bool sparse) {
         expect(int(x.shape(1)) == linear.in() && int(y.shape(1)) == linear.out() && x.shape(0) == y.shape(0),
                "x is (tokens, columns), y is (tokens, rows)");
@@ -132,6 +135,8 @@ struct Reader {
         expect(bytes >= 256, "at least 256 bytes");
         std::memset(memory.data(), 1, memory.size());
     }
+
+    void wake() { pool.run([](int) {}); }
 
     // Seconds to read bytes [first, last), a multiple of 256 each, every thread in 1 or 4 streams: which of them is
     // faster differs from processor to processor.
@@ -340,6 +345,7 @@ NB_MODULE(_native, module) {
 
     nb::class_<Product>(module, "Product", "One linear with threads of its own, for benchmarks of single products.")
         .def(nb::init<const Linear&, int, const std::string&>(), "linear"_a, "threads"_a, "kernels"_a = "best")
+        .def("wake", &Product::wake)
         .def("run", &Product::run, "x"_a.noconvert(), "y"_a.noconvert(), "sparse"_a = false)
         .def_prop_ro("sparse", [](const Product& p) {
             return std::make_tuple(p.products.sparse().kept, p.products.sparse().columns);
@@ -347,5 +353,6 @@ NB_MODULE(_native, module) {
 
     nb::class_<Reader>(module, "Reader", "Memory of its own that it reads as fast as its threads can.")
         .def(nb::init<std::size_t, int>(), "bytes"_a, "threads"_a)
+        .def("wake", &Reader::wake)
         .def("run", &Reader::run, "first"_a, "last"_a, "streams"_a = 1);
 }
