@@ -2,8 +2,8 @@
 
 Protocol: all variants in turn, 80 MB read before every sample so that weights come from memory as they do in decoding,
 one product a sample, inputs quantised inside the measured time. Threads of both sides are awake when it begins, as they
-are in the middle of a model's step: a little work of theirs goes before. p05 is what the machine can do, p50 what it did
-beside whatever else ran. Ratios are of p05 within one run. Activations are normal with a few channels
+are in the middle of a model's step: a little work of theirs goes before. p05 is what the machine can do, p50 what it
+did beside whatever else ran. Ratios are of p05 within one run. Activations are normal with a few channels
 twelve times larger; a sparse product leaves out the share of columns with the smallest |x|.
 """
 
@@ -164,7 +164,8 @@ def main() -> int:
             rates = [READ_BYTES / found[f"read, {n}"].quantile(0.05) for n in ("1 stream", "4 streams")]
             read = max(rates)
             told = " and ".join(f"{rate / 1e9:.1f}" for rate in rates)
-            print(f"\n{rows} x {columns}, {count} thread{'s' * (count > 1)}; reads {told} GB/s (1 and 4 streams)", flush=True)
+            title = f"{rows} x {columns}, {count} thread{'s' * (count > 1)}"
+            print(f"\n{title}; reads {told} GB/s (1 and 4 streams)", flush=True)
             dense = found["dense g32"].quantile(0.05)
             for variant in found.values():
                 p05, p50 = variant.quantile(0.05), variant.quantile(0.5)
