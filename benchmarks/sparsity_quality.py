@@ -1,8 +1,8 @@
 """What leaving input channels out costs: bits per byte of the shipped model at equal bytes read per token.
 
 All children are zigzag made by the same packing as `penny fit` uses, and differ in which input leaves out which share
-of its channels; the mean over matrices, weighted by their bytes, is 25, 40 or 50 %, so that all take the same time a
-token (it is measured, too, on the text that judges them). With symmetric scales (4.25 bits):
+of its channels; the mean over matrices, weighted by their bytes, is 25, 40 or 50 %. The time a token takes is measured
+on the text that judges them: what is better must not be slower. With symmetric scales (4.25 bits):
 
     uniform   the same share everywhere, channels compared by |x|
     wina      the same share everywhere, compared by |x| times the norm of the column (arXiv:2505.19427)
@@ -227,8 +227,12 @@ def main() -> int:
         of = {method: keys[f"{method} {target:.0%}"]["bits_per_byte"] for method in METHODS}
         bars.append(_bench.bar(f"{target:.0%}: greedy over uniform", of["greedy"] / of["uniform"], "<=", 1.0))
         bars.append(_bench.bar(f"{target:.0%}: mip over greedy", of["mip"] / of["greedy"], "<=", 1.0))
-        times = [keys[f"{method} {target:.0%}"]["tpot_seconds"] for method in METHODS]
-        bars.append(_bench.bar(f"{target:.0%}: slowest of the four over fastest", max(times) / min(times), "<=", 1.05))
+        # What is better must not be so by taking longer; where it takes less, it could leave out less still.
+        takes = {method: keys[f"{method} {target:.0%}"]["tpot_seconds"] for method in METHODS}
+        bars.append(
+            _bench.bar(f"{target:.0%}: greedy's time over uniform's", takes["greedy"] / takes["uniform"], "<=", 1.05)
+        )
+        bars.append(_bench.bar(f"{target:.0%}: mip's time over greedy's", takes["mip"] / takes["greedy"], "<=", 1.05))
     return _bench.finish("sparsity_quality", quick, keys, bars)
 
 
