@@ -52,6 +52,7 @@ enum class Scales : int { symmetric = 0, affine = 1, super = 2 };
 
 struct Zigzag {
     static constexpr int kUnitRows = 128;
+    static constexpr int kStep = 16;  // columns that a product takes at a time, and that share a scale of activations
     static constexpr int kSuperGroups = 8;  // that share d and dmin
 
     int rows = 0, cols = 0;

@@ -20,11 +20,11 @@ std::pair<int, int> share_of_units(const Zigzag& w, int t, int threads) {
     return {first * whole, last * whole};
 }
 
+constexpr int kStep = Zigzag::kStep;
+
 // Columns are worked on kStep at a time. Each place of a step gets a stretch of the list, one column a step, so that it
 // comes upon neighbours: hardware prefetchers follow it from column to column, and page walks are shared. Writes the
 // given steps, of all that `count` columns take, one behind the other.
-constexpr int kStep = 16;
-
 void by_stretches(const std::int32_t* index, const float* value, int count, int first_step, int last_step,
                   std::int32_t* to_index, float* to_value) {
     const int steps = (count + kStep - 1) / kStep, in_last = count - kStep * (steps - 1);

@@ -10,7 +10,7 @@ namespace pennyweight {
 // Unnamed: each kernel file is compiled for other instructions, and the linker must not let one use another's copy.
 namespace {
 
-constexpr int kStep = 16;         // columns at a time, in four quads
+constexpr int kStep = Zigzag::kStep;  // in four quads
 constexpr int kMaxGroups = 1024;  // of a slice: taller tiles are worked on in several
 constexpr int kMaxTokens = 32;    // that share one look at a column
 

@@ -259,6 +259,18 @@ def multiplied(linear, threads: int, x: np.ndarray, rows: int, sparse: bool = Tr
     return y
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("columns", [2, 15, 16, 17, 33, 100, 530])
+def test_threads_read_every_column_above_the_threshold_and_no_other(threads, columns):
+    spec = Spec(64, tile_rows=256)
+    parts, x = random_parts(200, columns, spec), activations(1, columns)
+    dense = zigzag.dequantize(*parts, spec).double().numpy()
+    for share in (0.1, 0.5, 0.9):
+        threshold = float(np.quantile(np.abs(x), share))
+        found = multiplied(linear_of(parts, spec, threshold), threads, x, 200)
+        assert relative(found, np.where(np.abs(x) > threshold, x, 0), dense) < 0.01
+
+
 @pytest.mark.parametrize("scales", zigzag.SCALES)
 @pytest.mark.parametrize(("rows", "tile_rows"), [(500, 512), (17000, 17152)])  # columns are split, and rows
 def test_threads_do_not_change_a_product(scales, rows, tile_rows):
