@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pennyweight.measure import processor
+from pennyweight.prices.measure import processor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _BENCHMARKS = REPOSITORY / "benchmarks"

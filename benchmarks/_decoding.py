@@ -38,14 +38,15 @@ def sparse(name: str, share: float) -> Path:
         return out
     import torch
 
-    from pennyweight.checkpoint import Checkpoint
-    from pennyweight.events import Silent
-    from pennyweight.job import compute_dtype
-    from pennyweight.pack import pack
-    from pennyweight.slots import Choice, Slot
-    from pennyweight.store import Store
+    from pennyweight.disk.checkpoint import Checkpoint
+    from pennyweight.job.job import compute_dtype
+    from pennyweight.job.pack import pack
+    from pennyweight.live.walk import Walk
+    from pennyweight.model.choices import Choice
+    from pennyweight.model.slots import Slot
+    from pennyweight.runs.events import Silent
+    from pennyweight.runs.store import Store
     from pennyweight.variants import bits, sparsity
-    from pennyweight.walk import Walk
 
     walk = Walk(Checkpoint(folder(name)), dtype=compute_dtype("auto"))
     block = Choice((("sparsity", sparsity.Spec(share, share, method="rtn")),))

@@ -220,7 +220,7 @@ def write_gguf(folder: Path, out: Path, kind: str, ggml: Ggml) -> Path:
     sys.path.insert(0, str(_bench.REPOSITORY))
     from tests.gguf_files import describe, interleaved, short_name
 
-    from pennyweight.checkpoint import Checkpoint
+    from pennyweight.disk.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(folder)
     config = checkpoint.config

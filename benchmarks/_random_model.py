@@ -18,9 +18,9 @@ def write(config: dict[str, Any], folder: Path, *, shard_bytes: int) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from pennyweight.checkpoint import Writer
+    from pennyweight.disk.writer import Writer
     from pennyweight.families import _decoder
-    from pennyweight.planning import slots
+    from pennyweight.prices.planning import slots
 
     generator = torch.Generator().manual_seed(0)
     writer = Writer(folder, shard_bytes=shard_bytes)

@@ -13,15 +13,19 @@ import numpy as np
 import yaml
 
 import _bench
-from pennyweight import offers, texts
+from pennyweight import texts
 from pennyweight.config import FitConfig, merged
-from pennyweight.cost import Budget, Machine, computed
-from pennyweight.job import Job, open_job
-from pennyweight.job.scoring import gather_stats, score_choices, scores
-from pennyweight.offers import Offer
-from pennyweight.progress import Terminal
-from pennyweight.search._problem import Problem
-from pennyweight.slots import Layout, Slot
+from pennyweight.job.gather import gather_stats, score_choices, scores
+from pennyweight.job.job import Job, open_job
+from pennyweight.model.choices import Layout
+from pennyweight.model.demand import Budget
+from pennyweight.model.slots import Slot
+from pennyweight.prices import offers
+from pennyweight.prices.cost import computed
+from pennyweight.prices.machine import Machine
+from pennyweight.prices.offers import Offer
+from pennyweight.runs.progress import Terminal
+from pennyweight.search import Problem
 
 MODEL = _bench.REPOSITORY / "src" / "pennyweight" / "data" / "reference-dense"
 RECIPE = _bench.REPOSITORY / "recipes" / "reference-dense.yaml"

@@ -33,12 +33,13 @@ import torch
 import yaml
 
 import _bench
-from pennyweight import kinds, planning
-from pennyweight.checkpoint import read_config, safetensors_bytes
+from pennyweight import kinds
+from pennyweight.disk.checkpoint import read_config, safetensors_bytes
+from pennyweight.disk.tokenizer import load_tokenizer
 from pennyweight.evals.loss import loss
-from pennyweight.heterogeneous import load_model
-from pennyweight.job import load_tokenizer
-from pennyweight.offers import ORDER
+from pennyweight.live.load import load_model
+from pennyweight.prices import planning
+from pennyweight.prices.offers import ORDER
 from pennyweight.texts import Document, rows
 
 SCRIPT = "foreign"

@@ -15,12 +15,12 @@ import _bench
 import _reference
 from pennyweight.config import merged
 from pennyweight.evals.loss import loss
-from pennyweight.heterogeneous import load_model
-from pennyweight.job import Job, open_job
 from pennyweight.job.children import build, heal
-from pennyweight.progress import Terminal
+from pennyweight.job.job import Job, open_job
+from pennyweight.live.load import load_model
+from pennyweight.model.choices import Layout
+from pennyweight.runs.progress import Terminal
 from pennyweight.search import mip
-from pennyweight.slots import Layout
 
 SHARE = 0.65
 TOKENS = {"local": 200_000, "whole": 1_000_000}

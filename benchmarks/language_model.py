@@ -25,7 +25,7 @@ import _bench
 import _kneser_ney
 from pennyweight import texts
 from pennyweight.evals.loss import Loss, loss
-from pennyweight.heterogeneous import load_model
+from pennyweight.live.load import load_model
 from pennyweight.texts import Document, Rows
 from pennyweight.train import Recipe, read_documents
 

@@ -21,11 +21,14 @@ from functools import reduce
 import numpy as np
 
 import _bench
-from pennyweight import cost, offers
-from pennyweight.offers import Offer
-from pennyweight.search import mip
-from pennyweight.search._problem import Infeasible, Problem
-from pennyweight.slots import BFLOAT16, Attention, Choice, GatedMLP, Shape, Slot
+from pennyweight.model.choices import Choice
+from pennyweight.model.demand import Budget
+from pennyweight.model.shapes import Attention, GatedMLP, Shape
+from pennyweight.model.slots import Slot
+from pennyweight.model.stored import BFLOAT16
+from pennyweight.prices import cost, offers
+from pennyweight.prices.offers import Offer
+from pennyweight.search import Infeasible, Problem, mip
 from pennyweight.variants import ffn_width
 
 LARGEST_SPACE = 100_000
@@ -191,7 +194,7 @@ def instance(seed: int) -> Problem:
             for (choice, shape), factor in zip(made[slot.kind], noise, strict=True)
         ]
     whole = cost.figures(cost.total(shapes, WORKLOAD, seconds), WORKLOAD, cost.workspace_bytes(shapes, WORKLOAD))
-    budget = cost.Budget(
+    budget = Budget(
         weight_bytes=int(SHARES["weight_bytes"] * whole["weight_bytes"]),
         memory_bytes=int(SHARES["memory_bytes"] * whole["memory_bytes"]),
         tpot_seconds=SHARES["tpot_seconds"] * whole["tpot_seconds"],

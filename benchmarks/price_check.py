@@ -20,12 +20,14 @@ import numpy as np
 
 import _bench
 import _reference
-from pennyweight import kinds, measure
-from pennyweight.checkpoint import read_config
-from pennyweight.cost import Workload, total
-from pennyweight.offers import ORDER, combinations, single_choices
-from pennyweight.progress import Terminal
-from pennyweight.slots import Shape
+from pennyweight import kinds
+from pennyweight.disk.checkpoint import read_config
+from pennyweight.model.demand import Workload
+from pennyweight.model.shapes import Shape
+from pennyweight.prices import measure
+from pennyweight.prices.cost import total
+from pennyweight.prices.offers import ORDER, combinations, single_choices
+from pennyweight.runs.progress import Terminal
 
 WORKLOAD = Workload(prompt=192, new=128)
 MODELS = {"quick": 7, "full": 14}  # at each set of shapes

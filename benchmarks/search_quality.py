@@ -14,7 +14,7 @@ import _bench
 import _reference
 from pennyweight import kinds
 from pennyweight.job.solve import library
-from pennyweight.search._problem import Infeasible
+from pennyweight.search import Infeasible
 
 BUDGETS = ((_reference.STRUCTURAL, 0.80), (_reference.STRUCTURAL, 0.65), (_reference.ALL, 0.30), (_reference.ALL, 0.20))
 SEEDS = (0, 1, 2)

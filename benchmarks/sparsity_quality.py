@@ -31,19 +31,20 @@ import torch
 
 import _bench
 import _reference
-from pennyweight import blocks, score
-from pennyweight.checkpoint import Checkpoint
+from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.evals.loss import loss
-from pennyweight.events import Silent
 from pennyweight.families._decoder import BLOCK, INNER
-from pennyweight.heterogeneous import load_model
-from pennyweight.pack import pack
-from pennyweight.search import mip
-from pennyweight.search._problem import Problem
-from pennyweight.slots import Choice, Slot
-from pennyweight.store import Store
+from pennyweight.job.pack import pack
+from pennyweight.judge import score
+from pennyweight.live import magnitudes
+from pennyweight.live.load import load_model
+from pennyweight.live.walk import Walk, run_layer
+from pennyweight.model.choices import Choice
+from pennyweight.model.slots import Slot
+from pennyweight.runs.events import Silent
+from pennyweight.runs.store import Store
+from pennyweight.search import Problem, mip
 from pennyweight.variants import sparsity
-from pennyweight.walk import Walk, run_layer
 
 TARGETS = (0.25, 0.40, 0.50)
 METHODS = ("uniform", "wina", "greedy", "mip")
@@ -81,14 +82,14 @@ def calibrated(layers: Any, walk: Walk, slots: Iterable[Slot], run: Any) -> dict
     found = dict(modules(layers, walk, slots))
     counted: dict[Any, list[torch.Tensor]] = {key: [] for key in found}
     handles = [
-        module.register_forward_pre_hook(sparsity.counting(counted[key]), with_kwargs=True, prepend=True)
+        module.register_forward_pre_hook(magnitudes.counting(counted[key]), with_kwargs=True, prepend=True)
         for key, module in found.items()
     ]
     run()
     for handle in handles:
         handle.remove()
     for key, module in found.items():
-        sparsity.fill(module, torch.stack(counted[key]).sum(dim=0))
+        magnitudes.fill(module, torch.stack(counted[key]).sum(dim=0))
     return found
 
 
@@ -254,9 +255,9 @@ def _left_out(model: Any, walk: Walk, ids: torch.Tensor) -> Shares:
 
     def hook(key: tuple[Slot, str]) -> Any:
         def watch(module: Any, args: Any, kwargs: Any) -> None:
-            x = (kwargs.get("hidden_states") if "hidden_states" in kwargs else args[0])[:, blocks.DENSE_TOKENS :]
+            x = (kwargs.get("hidden_states") if "hidden_states" in kwargs else args[0])[:, magnitudes.DENSE_TOKENS :]
             size = x.abs().float() if module.importance is None else x.abs().float() * module.importance.float()
-            bound = blocks.threshold(module.magnitudes, module.left_out) if module.left_out else -math.inf
+            bound = magnitudes.threshold(module.magnitudes, module.left_out) if module.left_out else -math.inf
             sums.setdefault(key, []).append(float((size <= bound).float().mean()))
 
         return watch

@@ -80,7 +80,7 @@ def fit(model: Path, out: Path, *, kill_when: str | None = None) -> tuple[int, i
 
 def measure(work: Path) -> dict[str, Any]:
     """Kill once, resume, finish; what the bars are about."""
-    from pennyweight.checkpoint import Checkpoint, safetensors_bytes
+    from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
 
     model = _random_model.write(SHAPE, work / "llama-1b-random", shard_bytes=600 * 10**6)
     shutil.rmtree(work / "run", ignore_errors=True)

@@ -17,7 +17,7 @@ import torch
 from gguf.constants import GGMLQuantizationType as Type
 from safetensors.torch import save_file
 
-from pennyweight.checkpoint import Checkpoint
+from pennyweight.disk.checkpoint import Checkpoint
 
 _NAMES = {
     "self_attn.q_proj": "attn_q",

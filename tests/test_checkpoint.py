@@ -13,17 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pennyweight import checkpoint
-from pennyweight.checkpoint import (
+from pennyweight.disk import checkpoint, writer
+from pennyweight.disk.checkpoint import (
     Checkpoint,
-    Writer,
     header_bytes,
     read_config,
     read_entry,
     read_header,
     safetensors_bytes,
-    write_atomic,
 )
+from pennyweight.disk.writer import Writer, write_atomic
 
 CONFIG = {"model_type": "llama", "hidden_size": 63}
 DTYPES = [getattr(torch, name) for name in checkpoint._TORCH.values()]
@@ -200,7 +199,7 @@ def test_a_file_holds_its_old_or_its_new_content(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.os, "replace", killed)
+        patched.setattr(writer.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             write_atomic(path, b"new")
     assert path.read_bytes() == b"old"

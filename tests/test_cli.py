@@ -200,8 +200,8 @@ def test_run_and_bench(pico):
 
 def test_demo_fits_the_shipped_model(monkeypatch, tmp_path):
     """Which model, and how; the job itself takes minutes and is benchmarks/fit_demo.py."""
-    from pennyweight.checkpoint import Checkpoint
     from pennyweight.cli import making
+    from pennyweight.disk.checkpoint import Checkpoint
 
     asked = {}
     monkeypatch.setattr(making, "_fit", lambda model, out, config, **rest: asked.update(model=model, config=config))

@@ -12,12 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pennyweight import kinds, offers, planning
-from pennyweight.cost import (
-    Budget,
+from pennyweight import kinds
+from pennyweight.model.demand import Budget, Workload
+from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, MoE, Noop, Norm, Shape, parameters
+from pennyweight.model.shapes import Dense as Linear
+from pennyweight.model.slots import Slot
+from pennyweight.model.stored import Stored
+from pennyweight.prices import offers, planning
+from pennyweight.prices.cost import (
     Cost,
-    Machine,
-    Workload,
     computed,
     figures,
     kv_bytes,
@@ -27,21 +30,8 @@ from pennyweight.cost import (
     weight_bytes,
     workspace_bytes,
 )
-from pennyweight.search._problem import Infeasible
-from pennyweight.slots import (
-    Attention,
-    Embedding,
-    GatedMLP,
-    Head,
-    Linear,
-    MoE,
-    Noop,
-    Norm,
-    Shape,
-    Slot,
-    Stored,
-    parameters,
-)
+from pennyweight.prices.machine import Machine
+from pennyweight.search import Infeasible
 from tests import gpt_oss
 
 GIB, MIB = 2**30, 2**20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
-from pennyweight.runtime.bench import energy_meter
+from pennyweight.runtime.energy import energy_meter
 
 
 @pytest.fixture

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from pennyweight.checkpoint import Checkpoint
+from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.formats import packed_int
-from pennyweight.heterogeneous import load_model
+from pennyweight.live.load import load_model
+from pennyweight.model.stored import Stored
 from pennyweight.quantize import rtn
-from pennyweight.slots import Stored
 from tests.conftest import SHAPES
 from tests.test_heterogeneous import LAYOUT, build
 
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 from pennyweight.runtime.engine import Engine, Row  # noqa: E402  (needs the native module)
-from pennyweight.runtime.source import Folder  # noqa: E402
+from pennyweight.sources.folder import Folder  # noqa: E402
 
 IDS = [int(i) for i in torch.arange(70).mul(7919).remainder(300)]
 

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from pennyweight import executor
 from pennyweight.config import FitConfig, merged
-from pennyweight.job import open_job
-from pennyweight.job.scoring import gather_stats, score_choices
+from pennyweight.job.gather import gather_stats, score_choices
+from pennyweight.job.job import open_job
+from pennyweight.runs import executor
 
 
 def square(n: int) -> int:
@@ -58,7 +58,7 @@ def test_ray_gives_the_same_statistics_and_scores_byte_for_byte(pico, tmp_path):
     found = []
     try:
         for engine in ("local", "ray"):
-            job = open_job(pico("qwen3"), tmp_path / engine, wanted, engine=engine)
+            job = open_job(pico("qwen3"), tmp_path / engine, wanted, where=engine)
             gather_stats(job)
             score_choices(job)
             statistics = {key: job.store.path(key).read_bytes() for key in job.store.keys("stats/")}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pennyweight.heterogeneous import load_model
+from pennyweight.live.load import load_model
 from pennyweight.runtime.sample import GREEDY, Sampling, candidates, pick
 from tests.test_heterogeneous import LAYOUT, build
 

@@ -17,15 +17,16 @@ from gguf.constants import GGMLQuantizationType as Type
 from typer.testing import CliRunner
 
 from pennyweight.cli import app
-from pennyweight.gguf import file as gguf
-from pennyweight.gguf import ggml
+from pennyweight.sources.gguf import file as gguf
+from pennyweight.sources.gguf import ggml
 from tests.conftest import SHAPES
 from tests.gguf_files import convert, interleaved, quantise
 
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 from pennyweight.runtime.engine import Engine  # noqa: E402  (needs the native module)
 from pennyweight.runtime.model import open_model  # noqa: E402
-from pennyweight.runtime.source import open_source, rearranged  # noqa: E402
+from pennyweight.sources.open import open_source  # noqa: E402
+from pennyweight.sources.source import rearranged  # noqa: E402
 from tests.test_engine import IDS, TRAINED_TO, relative, wanted  # noqa: E402
 
 KINDS = {kind.name: kind for kind in ggml.KINDS.values()}
@@ -191,7 +192,7 @@ def test_types_may_differ_from_matrix_to_matrix(pico, tmp_path):
 def test_large_tensors_are_read_by_parts(pico, tmp_path, monkeypatch):
     file, _ = convert(pico("llama"), tmp_path, lambda name: "F16" if "gate" in name else "Q4_1")
     whole = Engine(file, threads=1).logits(IDS)
-    monkeypatch.setattr("pennyweight.gguf.source._CHUNK_WEIGHTS", 1000)
+    monkeypatch.setattr("pennyweight.sources.gguf.source._CHUNK_WEIGHTS", 1000)
     np.testing.assert_array_equal(Engine(file, threads=1).logits(IDS), whole)
 
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from pennyweight.checkpoint import Checkpoint
-from pennyweight.events import Silent
-from pennyweight.heal import _schedule, local, whole
-from pennyweight.heterogeneous import load_model
-from pennyweight.slots import Choice, Slot
-from pennyweight.store import Store
+from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.heal import local, whole
+from pennyweight.heal import schedule as _schedule
+from pennyweight.live.load import load_model
+from pennyweight.live.walk import Walk
+from pennyweight.model.choices import Choice
+from pennyweight.model.slots import Slot
+from pennyweight.runs.events import Silent
+from pennyweight.runs.store import Store
 from pennyweight.variants import ffn_width, linear, noop
-from pennyweight.walk import Walk
 from tests.test_heterogeneous import build
 
 LAYOUT = {

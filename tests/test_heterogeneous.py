@@ -6,14 +6,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pennyweight import heterogeneous, kinds
-from pennyweight.blocks import SkippedAttention
-from pennyweight.checkpoint import Checkpoint, Writer
+from pennyweight import kinds
+from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.writer import Writer
 from pennyweight.families._decoder import tensor_names, with_shapes
-from pennyweight.slots import PARENT, Choice, Slot, reshape_all
-from pennyweight.stats import SlotStats
-from pennyweight.variants import ffn_width, kv_heads, linear, noop, window
-from pennyweight.walk import Streamed, Walk, apply
+from pennyweight.judge.stats import SlotStats
+from pennyweight.live import patch as heterogeneous
+from pennyweight.live.blocks import SkippedAttention
+from pennyweight.live.load import load_model
+from pennyweight.live.streamed import Streamed
+from pennyweight.live.walk import Walk
+from pennyweight.model.choices import PARENT, Choice
+from pennyweight.model.slots import Slot
+from pennyweight.variants import apply, ffn_width, kv_heads, linear, noop, reshape_all, window
 from tests.conftest import SHAPES
 
 LAYOUT = {
@@ -65,13 +70,13 @@ def test_config_says_what_the_layers_are(child):
 
 
 def test_transformers_computes_what_the_walk_computes(child):
-    model = heterogeneous.load_model(child, dtype=torch.float32)
+    model = load_model(child, dtype=torch.float32)
     assert torch.equal(model(ids(), use_cache=False).logits, Streamed(Walk(Checkpoint(child)))(ids()).logits)
 
 
 def test_generation_with_a_cache_equals_recomputing(child):
     """Also with the first layer's attention gone (which transformers asks for the length) and a window of 8."""
-    model = heterogeneous.load_model(child, dtype=torch.float32)
+    model = load_model(child, dtype=torch.float32)
     found = model.generate(ids()[:1], max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0)
     text = ids()[:1]
     for _ in range(24):
@@ -80,7 +85,7 @@ def test_generation_with_a_cache_equals_recomputing(child):
 
 
 def test_left_padding_changes_nothing_that_is_seen(child):
-    model = heterogeneous.load_model(child, dtype=torch.float32)
+    model = load_model(child, dtype=torch.float32)
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids()[:1]], dim=1)
     mask = torch.cat([torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 30, dtype=torch.long)], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
@@ -90,9 +95,9 @@ def test_left_padding_changes_nothing_that_is_seen(child):
 
 
 def test_save_and_load_again(child, tmp_path):
-    model = heterogeneous.load_model(child, dtype=torch.bfloat16)
+    model = load_model(child, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "again")
-    again = heterogeneous.load_model(tmp_path / "again", dtype=torch.bfloat16)
+    again = load_model(tmp_path / "again", dtype=torch.bfloat16)
     assert torch.equal(model(ids()).logits, again(ids()).logits)
 
 

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from pennyweight import slots, verify
-from pennyweight.checkpoint import Checkpoint, safetensors_bytes
 from pennyweight.config import FitConfig, merged
-from pennyweight.events import Silent
-from pennyweight.heterogeneous import load_model
-from pennyweight.job import open_job
+from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
+from pennyweight.job import checks as verify
+from pennyweight.job.job import open_job
 from pennyweight.job.plan import plan
 from pennyweight.job.run import run_job
+from pennyweight.live.load import load_model
+from pennyweight.model import shapes as slots
+from pennyweight.runs.events import Silent
 from pennyweight.runtime import engine
-from pennyweight.search._problem import Infeasible
+from pennyweight.search import Infeasible
 from tests.conftest import SHAPES
 
 QUICK = merged(

@@ -9,9 +9,12 @@ import inspect
 import pytest
 import torch
 
-from pennyweight import kinds, offers, stats
+from pennyweight import kinds
 from pennyweight.formats import packed_int
-from pennyweight.slots import Shape, Slot
+from pennyweight.judge import stats
+from pennyweight.model.shapes import Shape
+from pennyweight.model.slots import Slot
+from pennyweight.prices import offers
 from tests.gpt_oss import PARENT
 
 ROOMS = ("families", "formats", "quantize", "search", "variants")

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
-from pennyweight import measure, planning
-from pennyweight.cost import Machine, Workload
+from pennyweight.model.demand import Workload
+from pennyweight.model.shapes import Attention, GatedMLP, Noop, Sparsity
+from pennyweight.model.slots import Slot
+from pennyweight.model.stored import BFLOAT16, Stored
+from pennyweight.prices import measure, planning
+from pennyweight.prices.machine import Machine
 from pennyweight.runtime.bench import Stepper, bench, prefill_seconds
 from pennyweight.runtime.engine import Row
-from pennyweight.slots import BFLOAT16, Attention, GatedMLP, Noop, Slot, Sparsity, Stored
 
 ATTENTION = Attention(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
 FFN = GatedMLP(hidden_size=64, intermediate_size=128)

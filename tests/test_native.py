@@ -26,6 +26,6 @@ def test_features_are_those_of_this_processor():
 def test_the_package_works_without_it():
     code = (
         "import sys; sys.modules['pennyweight._native'] = None\n"
-        "import pennyweight, pennyweight.job.run, pennyweight.planning, pennyweight.cli\n"
+        "import pennyweight, pennyweight.job.run, pennyweight.prices.planning, pennyweight.cli\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,28 +9,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pennyweight import offers, planning
-from pennyweight.checkpoint import safetensors_bytes
-from pennyweight.cost import Budget, Machine, Workload, computed, price
+from pennyweight.disk.checkpoint import safetensors_bytes
 from pennyweight.families._decoder import tensor_names
 from pennyweight.formats import packed_int
 from pennyweight.formats._grid import Grid
-from pennyweight.offers import ORDER, combinations, single_choices, undominated
+from pennyweight.model.choices import PARENT, Choice
+from pennyweight.model.demand import Budget, Workload
+from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, Norm, Shape
+from pennyweight.model.slots import Slot
+from pennyweight.model.stored import BFLOAT16, Stored
+from pennyweight.prices import offers, planning
+from pennyweight.prices.cost import computed, price
+from pennyweight.prices.machine import Machine
+from pennyweight.prices.offers import ORDER, combinations, single_choices, undominated
 from pennyweight.search import mip
-from pennyweight.slots import (
-    BFLOAT16,
-    PARENT,
-    Attention,
-    Choice,
-    Embedding,
-    GatedMLP,
-    Head,
-    Norm,
-    Shape,
-    Slot,
-    Stored,
-    reshape,
-)
+from pennyweight.variants import reshape
 
 ATTENTION = Attention(hidden_size=256, num_heads=8, num_kv_heads=4, head_dim=32, qkv_bias=True)
 MLP = GatedMLP(hidden_size=256, intermediate_size=1024)

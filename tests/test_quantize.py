@@ -10,8 +10,8 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from pennyweight import kinds
 from pennyweight.formats import _matrix, packed_int
 from pennyweight.formats._grid import Grid
+from pennyweight.model.stored import Stored
 from pennyweight.quantize import _grids, gptq, rtn
-from pennyweight.slots import Stored
 
 QUANTISERS = [kinds.load("quantize", name) for name in kinds.names("quantize")]
 every_quantiser = pytest.mark.parametrize("quantiser", QUANTISERS, ids=kinds.names("quantize"))

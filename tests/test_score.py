@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from pennyweight import kinds, score, stats
-from pennyweight.checkpoint import Checkpoint
-from pennyweight.offers import single_choices
-from pennyweight.slots import PARENT, Choice, Slot
-from pennyweight.stats import SlotStats, of_slot
-from pennyweight.walk import Walk, apply, run_layer
+from pennyweight import kinds
+from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.judge import score, stats
+from pennyweight.judge.stats import SlotStats, of_slot
+from pennyweight.live.walk import Walk, run_layer
+from pennyweight.model.choices import PARENT, Choice
+from pennyweight.model.slots import Slot
+from pennyweight.prices.offers import single_choices
+from pennyweight.variants import apply
 from tests.conftest import SHAPES
 
 ROWS, TOKENS = 3, 32
@@ -45,7 +48,7 @@ class Scored:
                 self.choices[slot] = [PARENT, *found]
         score.parent_chunk(folder, ids(), work, 0, dtype)
         hidden_bytes = ROWS * TOKENS * 64 * 4
-        self.groups = score.jobs(self.choices, hidden_bytes, max_pending)
+        self.groups = score.groups(self.choices, hidden_bytes, max_pending)
         self.out: dict = {}
         for group in self.groups:
             self.out |= score.score_chunk(folder, ids(), scored(), work, 0, group, self.files, dtype)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from pennyweight import kinds
-from pennyweight.search import evolve, greedy, mip, random, uniform
-from pennyweight.search._problem import Infeasible, Problem, solution
+from pennyweight.search import Infeasible, Problem, evolve, greedy, mip, random, solution, uniform
 
 UNITS = np.array([1.0, 1e6, 1e-3])  # bytes dwarf seconds: bounds of one problem differ by orders of magnitude
 SPACES = 120

@@ -17,10 +17,10 @@ import httpx2 as httpx
 import openai
 
 from pennyweight.runtime.generate import Batch, Request
-from pennyweight.runtime.guard import Limits
 from pennyweight.runtime.model import open_model
-from pennyweight.runtime.serve import Server, create_app
-from pennyweight.runtime.worker import Worker
+from pennyweight.serve.app import Server, create_app
+from pennyweight.serve.guard import Limits
+from pennyweight.serve.worker import Worker
 
 STARTED: dict[str, Server] = {}  # by address
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[say]"
@@ -209,7 +209,7 @@ def test_who_hangs_up_before_anything_came_makes_room(model, stream, monkeypatch
 
 def test_a_server_that_stops_tells_who_waits(model, monkeypatch):
     """Streams end with an error, not as if the answer were complete; whole answers are 503; so are new requests."""
-    monkeypatch.setattr("pennyweight.runtime.serve._PATIENCE", 0.8)
+    monkeypatch.setattr("pennyweight.serve.answers.PATIENCE", 0.8)
     with serving(model) as (address, worker):
         step = worker.batch.engine.step
         monkeypatch.setattr(worker.batch.engine, "step", lambda rows: (time.sleep(0.1), step(rows))[1])

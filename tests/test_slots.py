@@ -12,27 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pennyweight import kinds
-from pennyweight.slots import (
-    PARENT,
-    Attention,
-    Choice,
-    Embedding,
-    GatedMLP,
-    Head,
-    Linear,
-    MoE,
-    Noop,
-    Norm,
-    Shape,
-    Slot,
-    Stored,
-    Weight,
-    layout_from_json,
-    layout_to_json,
-    parameters,
-    reshape,
-    reshape_all,
-)
+from pennyweight.model.choices import PARENT, Choice, layout_to_json
+from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, MoE, Noop, Norm, Shape, Weight, parameters
+from pennyweight.model.shapes import Dense as Linear
+from pennyweight.model.slots import Slot
+from pennyweight.model.stored import Stored
+from pennyweight.variants import choice_from_json, layout_from_json, reshape, reshape_all, structural
 
 AXES = kinds.names("variants")
 ATTENTION = Attention(hidden_size=256, num_heads=8, num_kv_heads=4, head_dim=48, qkv_bias=True, sinks=True)
@@ -55,7 +40,7 @@ SHAPES: list[Shape] = [
 
 
 def through_json(choice: Choice) -> Choice:
-    return Choice.from_json(json.loads(json.dumps(choice.to_json())))
+    return choice_from_json(json.loads(json.dumps(choice.to_json())))
 
 
 def offered(shape: Shape) -> list[tuple[str, object]]:
@@ -158,7 +143,7 @@ def test_specs_of_several_axes_keep_their_order_through_json(shape, data):
     assert through_json(choice) == choice
     assert reshape(shape, choice) == current
     assert bool(choice) == bool(specs)
-    assert choice.structural() == Choice(tuple(item for item in specs if item[0] != "bits"))
+    assert structural(choice) == Choice(tuple(item for item in specs if item[0] != "bits"))
 
 
 def test_equal_choices_have_equal_keys_and_others_do_not():
@@ -175,12 +160,12 @@ def test_no_choice_is_the_parent():
 
 def test_a_choice_of_an_unknown_axis_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=f"there is no variants called 'depth'; there are: {', '.join(AXES)}"):
-        Choice.from_json({"depth": {"layers": 3}})
+        choice_from_json({"depth": {"layers": 3}})
 
 
 def test_a_choice_with_unknown_fields_is_refused():
     with pytest.raises(TypeError, match="depth"):
-        Choice.from_json({"ffn_width": {"width": 64, "depth": 3}})
+        choice_from_json({"ffn_width": {"width": 64, "depth": 3}})
 
 
 def test_a_layout_survives_json_and_leaves_the_parent_s_choices_out():

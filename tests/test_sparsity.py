@@ -10,15 +10,18 @@ import shutil
 import pytest
 import torch
 
-from pennyweight import blocks
-from pennyweight.checkpoint import Checkpoint
 from pennyweight.config import merged
-from pennyweight.heterogeneous import load_model
-from pennyweight.job import open_job
+from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.job.job import open_job
 from pennyweight.job.plan import plan
-from pennyweight.slots import Slot, Stored, Weight, layout_from_json
-from pennyweight.variants import sparsity
-from pennyweight.walk import Streamed, Walk
+from pennyweight.live import magnitudes
+from pennyweight.live.load import load_model
+from pennyweight.live.streamed import Streamed
+from pennyweight.live.walk import Walk
+from pennyweight.model.shapes import Weight
+from pennyweight.model.slots import Slot
+from pennyweight.model.stored import Stored
+from pennyweight.variants import layout_from_json, sparsity
 from tests.conftest import SHAPES
 from tests.test_job import config, run, text  # noqa: F401  (text is a fixture)
 
@@ -26,26 +29,26 @@ from tests.test_job import config, run, text  # noqa: F401  (text is a fixture)
 def test_tables_of_counts_are_the_quantiles():
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).abs()
     values[:20_000] = 0
-    table = sparsity.quantiles(sparsity.counts(values[:50_000]) + sparsity.counts(values[50_000:]))
+    table = magnitudes.quantiles(magnitudes.counts(values[:50_000]) + magnitudes.counts(values[50_000:]))
     wanted = torch.quantile(values, torch.linspace(0, 1, len(table)))
     assert torch.allclose(table[1:-1], wanted[1:-1], rtol=1 / 60, atol=1e-3)
     assert bool((table.diff() >= 0).all())
     for share in (0.25, 0.4, 0.5, 0.7):
-        left_out = float((values <= blocks.threshold(table, share)).float().mean())
+        left_out = float((values <= magnitudes.threshold(table, share)).float().mean())
         assert abs(left_out - share) < 0.004
 
 
 def test_nothing_counted_is_said():
     with pytest.raises(ValueError, match="did not reach this input"):
-        sparsity.quantiles(torch.zeros(sparsity.BINS))
+        magnitudes.quantiles(torch.zeros(magnitudes.BINS))
 
 
 def test_columns_that_matter_more_are_kept_longer():
     weights = [torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 3.0]])]
-    assert torch.allclose(sparsity.importance(weights), torch.tensor([3.0, 5.0]) / 4)
+    assert torch.allclose(magnitudes.importance(weights), torch.tensor([3.0, 5.0]) / 4)
     block = torch.nn.Linear(4, 4, bias=False)
     block.weight.data = torch.eye(4)
-    blocks.leave_out(block, 4, 0.5, weighted=True)
+    magnitudes.leave_out(block, 4, 0.5, weighted=True)
     block.magnitudes.data = torch.linspace(0, 2, len(block.magnitudes))  # half is below 1
     block.importance.data = torch.tensor([1.0, 0.1, 1.0, 3.0])
     x = torch.tensor([[2.0, 2.0, 0.9, -0.9]])
@@ -76,7 +79,7 @@ def test_zigzag_bytes_are_those_of_the_format():
 def test_a_row_of_another_size_costs_nothing():
     """Groups span rows; without a scale per row the small ones would round to nothing."""
     from pennyweight.formats import _matrix
-    from pennyweight.stats import SlotStats
+    from pennyweight.judge.stats import SlotStats
 
     weight = torch.randn(128, 64) * torch.logspace(-3, 0, 128).unsqueeze(1)
     parts = sparsity.pack("q_proj", weight, SlotStats({}), sparsity.Spec(0.0, 0.0))
@@ -145,7 +148,7 @@ def test_the_share_left_out_is_the_share_asked_for(finished, text):  # noqa: F81
             x = (kwargs or {}).get("hidden_states", args[0] if args else None)
             size = x.abs() * (1 if module.importance is None else module.importance)
             seen.setdefault((slot, which), []).append(
-                float((size <= blocks.threshold(module.magnitudes, module.left_out)).float().mean())
+                float((size <= magnitudes.threshold(module.magnitudes, module.left_out)).float().mean())
             )
 
         return hook
@@ -205,7 +208,7 @@ def test_the_engine_runs_what_transformers_runs(finished):
     relative = lambda a, b: float((torch.from_numpy(a) - b).norm() / b.norm())  # noqa: E731
     assert relative(engine.logits(ids), dense) < 0.03
     sequence = engine.open(len(ids))
-    rows = [Row(sequence, i, token, True, i >= blocks.DENSE_TOKENS) for i, token in enumerate(ids)]
+    rows = [Row(sequence, i, token, True, i >= magnitudes.DENSE_TOKENS) for i, token in enumerate(ids)]
     found = engine.step(rows)
     changed, wanted = torch.from_numpy(found) - dense, sparse - dense
     assert float(torch.nn.functional.cosine_similarity(changed[4:].flatten(), wanted[4:].flatten(), dim=0)) > 0.8

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pennyweight import stats
-from pennyweight.checkpoint import Checkpoint, read_entry, read_header
-from pennyweight.variants import sparsity
-from pennyweight.walk import Walk, run_layer
+from pennyweight.disk.checkpoint import Checkpoint, read_entry, read_header
+from pennyweight.judge import stats
+from pennyweight.live import magnitudes
+from pennyweight.live.walk import Walk, run_layer
 from tests.conftest import SHAPES
 
 
@@ -65,7 +65,7 @@ def test_moments_are_means_over_tokens(folder, tmp_path):
         for name in ("counts", "weighted_counts")
     }
     assert set(found) == {*expected, "mixer.output_moment", *counted}
-    assert torch.equal((found["ffn.inner_counts"] * ids().size).round(), sparsity.counts(inner.abs()))
+    assert torch.equal((found["ffn.inner_counts"] * ids().size).round(), magnitudes.counts(inner.abs()))
 
 
 def test_chunks_do_not_change_the_means(folder, tmp_path):

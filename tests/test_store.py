@@ -9,7 +9,7 @@ import stat
 import pytest
 import torch
 
-from pennyweight.store import Store
+from pennyweight.runs.store import Store
 
 IDENTITY = {"model": "abc", "text": "def", "config": {"seed": 0, "budget": {"weights": "22%", "ttft": None}}}
 

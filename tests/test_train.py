@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pennyweight import texts
-from pennyweight.events import Silent
+from pennyweight.runs.events import Silent
 from pennyweight.train import Recipe, train
 
 BOOK = "The ship came in with the evening tide. " * 40 + "Nobody on the quay had seen her before.\n" * 40

@@ -10,12 +10,15 @@ import json
 import pytest
 import torch
 
-from pennyweight import cost, kinds
-from pennyweight.checkpoint import Checkpoint
-from pennyweight.slots import Attention, Choice, GatedMLP, Slot
-from pennyweight.stats import NAMES, Collector, SlotStats, of_slot
-from pennyweight.variants import bits, ffn_width, kv_heads, linear, noop, window
-from pennyweight.walk import Walk, apply, run_layer, run_slot
+from pennyweight import kinds
+from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.judge.stats import NAMES, Collector, SlotStats, of_slot
+from pennyweight.live.walk import Walk, run_layer, run_slot
+from pennyweight.model.choices import Choice
+from pennyweight.model.shapes import Attention, GatedMLP
+from pennyweight.model.slots import Slot
+from pennyweight.prices import cost
+from pennyweight.variants import apply, bits, choice_from_json, ffn_width, kv_heads, linear, noop, window
 from tests.conftest import SHAPES
 
 AXES = kinds.names("variants")
@@ -66,7 +69,7 @@ def every_option(bench: Bench):
 def test_every_spec_survives_json(bench):
     for _, _, axis, _, spec in every_option(bench):
         choice = Choice(((axis, spec),))
-        assert Choice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
+        assert choice_from_json(json.loads(json.dumps(choice.to_json()))) == choice
 
 
 def test_every_option_makes_the_shape_it_says_and_costs_what_it_holds(bench):

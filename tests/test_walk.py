@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pennyweight import slots
-from pennyweight.checkpoint import Checkpoint
+from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.families._decoder import tensor_names, with_shapes
-from pennyweight.slots import Slot, reshape_all
-from pennyweight.walk import Streamed, Walk
+from pennyweight.live.streamed import Streamed
+from pennyweight.live.walk import Walk
+from pennyweight.model import shapes as slots
+from pennyweight.model.slots import Slot
+from pennyweight.variants import reshape_all
 from tests.conftest import SHAPES
 
 

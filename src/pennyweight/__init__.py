@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pennyweight.config import BudgetConfig as Budget
     from pennyweight.config import FitConfig as Config
     from pennyweight.config import WorkloadConfig as Workload
-    from pennyweight.cost import Machine
+    from pennyweight.prices.machine import Machine
 
 __all__ = ["Budget", "Config", "Machine", "Result", "Workload", "fit", "load", "plan"]
 
@@ -24,7 +24,7 @@ _WHERE = {
     "Budget": ("config", "BudgetConfig"),
     "Config": ("config", "FitConfig"),
     "Workload": ("config", "WorkloadConfig"),
-    "Machine": ("cost", "Machine"),
+    "Machine": ("prices.machine", "Machine"),
 }
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pennyweight import planning
-from pennyweight.checkpoint import Writer, read_config
 from pennyweight.config import BudgetConfig, FitConfig, WorkloadConfig
-from pennyweight.cost import Machine
-from pennyweight.events import Listener
+from pennyweight.disk.checkpoint import read_config
+from pennyweight.disk.writer import Writer
+from pennyweight.prices import planning
+from pennyweight.prices.machine import Machine
+from pennyweight.runs.events import Listener
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +64,7 @@ def fit(
     Raises ValueError or FileNotFoundError for wrong input, search.Infeasible if the budget cannot be met,
     verify.VerificationFailed if the result is not what was promised.
     """
-    from pennyweight.job import open_job
+    from pennyweight.job.job import open_job
     from pennyweight.job.run import run_job
 
     out = Path(out)
@@ -96,7 +97,7 @@ def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder:
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder made by `fit`, or of any supported model: heterogeneous layers built, packed
     matrices dequantised to bfloat16. Raises ValueError if the folder is not complete."""
-    from pennyweight.heterogeneous import load_model
-    from pennyweight.job import load_tokenizer
+    from pennyweight.disk.tokenizer import load_tokenizer
+    from pennyweight.live.load import load_model
 
     return load_model(Path(folder)), load_tokenizer(Path(folder))

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pennyweight import kinds, units
-from pennyweight.cost import Budget, Workload
+from pennyweight.model.demand import Budget, Workload
 
 
 class _Strict(BaseModel):

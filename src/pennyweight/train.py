@@ -27,9 +27,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pennyweight import texts
-from pennyweight.checkpoint import write_atomic
+from pennyweight.disk.writer import write_atomic
 from pennyweight.evals.loss import loss
-from pennyweight.events import Listener
+from pennyweight.runs.events import Listener
 
 END_OF_TEXT = "<|endoftext|>"
 # Words with one leading blank, single digits, punctuation, line ends, runs of blanks: prose and code alike.

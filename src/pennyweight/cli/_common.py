@@ -24,7 +24,7 @@ Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder.")]
 def errors(*, resumes: bool = True) -> Iterator[None]:
     """Turn what users can cause into one screen and an exit code; bugs keep their traceback. `resumes`: whether an
     interrupted command goes on where it stopped when it is called again."""
-    from pennyweight.search._problem import Infeasible
+    from pennyweight.search import Infeasible
 
     try:
         yield

@@ -33,9 +33,9 @@ def evaluate(
         from dataclasses import asdict
 
         from pennyweight import texts
+        from pennyweight.disk.tokenizer import load_tokenizer
         from pennyweight.evals import agree, loss
-        from pennyweight.heterogeneous import load_model
-        from pennyweight.job import load_tokenizer
+        from pennyweight.live.load import load_model
 
         child, tokenizer = load_model(model), load_tokenizer(model)
         documents = texts.stdlib(held_out=True) if text == "builtin" else texts.from_path(Path(text))
@@ -71,7 +71,7 @@ def check(
     """Open a finished folder: sizes, slots, equal greedy tokens in transformers and layer by layer, and the engine."""
     with errors():
         quiet_libraries()
-        from pennyweight.verify import check_folder
+        from pennyweight.job.checks import check_folder
 
         checks = check_folder(model, tokens)
         if as_json:

@@ -113,16 +113,16 @@ def _fit(
     model: Path, out: Path, config: FitConfig, *, run: Path | None, engine: str, dry_run: bool, as_json: bool
 ) -> None:
     quiet_libraries()
-    from pennyweight import allocator
-    from pennyweight.job import open_job
+    from pennyweight.job.job import open_job
     from pennyweight.job.plan import plan as job_plan
     from pennyweight.job.run import run_job
-    from pennyweight.progress import Terminal
     from pennyweight.report import summary
+    from pennyweight.runs import allocator
+    from pennyweight.runs.progress import Terminal
 
     if not any(config.budget.model_dump().values()):
         raise ValueError("a budget is needed: at least one of --memory, --weights, --ttft, --tpot, --throughput")
-    job = open_job(model, out, config, run=run, engine=engine, listen=Terminal())  # type: ignore[arg-type]
+    job = open_job(model, out, config, run=run, where=engine, listen=Terminal())  # type: ignore[arg-type]
     if job.fits_whole:  # otherwise memory is what is short, not time
         allocator.keep_freed_memory()
     if dry_run:
@@ -167,8 +167,8 @@ def train(
         import yaml
         from pydantic import ValidationError
 
-        from pennyweight import allocator
-        from pennyweight.progress import Terminal
+        from pennyweight.runs import allocator
+        from pennyweight.runs.progress import Terminal
         from pennyweight.train import Recipe
         from pennyweight.train import train as run
 

@@ -30,10 +30,11 @@ def plan(
 ) -> None:
     """What a model needs and what would fit, from its config alone."""
     with errors():
-        from pennyweight import planning
-        from pennyweight.checkpoint import read_config
         from pennyweight.config import BudgetConfig
-        from pennyweight.cost import Machine, Workload
+        from pennyweight.disk.checkpoint import read_config
+        from pennyweight.model.demand import Workload
+        from pennyweight.prices import planning
+        from pennyweight.prices.machine import Machine
         from pennyweight.units import parse_count, show_bytes, show_seconds
 
         config = read_config(model)
@@ -98,7 +99,7 @@ def machine(
 ) -> None:
     """Measure this computer once: bandwidth, arithmetic, and the time of a model's possible blocks."""
     with errors():
-        from pennyweight.cost import Machine
+        from pennyweight.prices.machine import Machine
 
         if listed:
             for name in Machine.shipped():
@@ -106,17 +107,17 @@ def machine(
             return
         import dataclasses
 
-        from pennyweight import measure
+        from pennyweight.prices import measure
 
         found = measure.machine(again=again)
         result: dict[str, Any] = dataclasses.asdict(found)
         if save is not None:
             save.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if model is not None:
-            from pennyweight import offers, planning
-            from pennyweight.checkpoint import read_config
-            from pennyweight.cost import Workload
-            from pennyweight.progress import Terminal
+            from pennyweight.disk.checkpoint import read_config
+            from pennyweight.model.demand import Workload
+            from pennyweight.prices import offers, planning
+            from pennyweight.runs.progress import Terminal
             from pennyweight.units import parse_count
 
             quiet_libraries()

@@ -148,8 +148,8 @@ def bench(
     """Time to first token, time per token, and how much of this machine's memory bandwidth that is."""
     with errors(resumes=False):
         quiet_libraries()
-        from pennyweight import measure
-        from pennyweight.cost import Workload
+        from pennyweight.model.demand import Workload
+        from pennyweight.prices import measure
         from pennyweight.runtime.bench import bench as run_bench
         from pennyweight.runtime.engine import Engine
         from pennyweight.units import show_bytes, show_seconds
@@ -207,11 +207,11 @@ def serve(
         except OSError as err:
             raise ValueError(f"cannot listen on {host}:{port}: {err.strerror}; --port picks another") from err
         from pennyweight.runtime.generate import Batch
-        from pennyweight.runtime.guard import Limits
         from pennyweight.runtime.model import open_model
-        from pennyweight.runtime.serve import Server, create_app
         from pennyweight.runtime.speculate import PromptLookup
-        from pennyweight.runtime.worker import Worker
+        from pennyweight.serve.app import Server, create_app
+        from pennyweight.serve.guard import Limits
+        from pennyweight.serve.worker import Worker
         from pennyweight.units import parse_bytes
 
         limits = Limits(key=key, body_bytes=parse_bytes(max_body))

@@ -7,23 +7,12 @@ holds for every family that transformers derives from Llama.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from pennyweight.slots import (
-    Attention,
-    Embedding,
-    GatedMLP,
-    Head,
-    Kind,
-    Linear,
-    MoE,
-    Noop,
-    Norm,
-    Shape,
-    Slot,
-    Sparsity,
-)
+from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, MoE, Noop, Norm, Shape, Sparsity
+from pennyweight.model.shapes import Dense as Linear
+from pennyweight.model.slots import Kind, Slot
 
 Config = Mapping[str, Any]
 
@@ -146,41 +135,6 @@ def tensor_names(slot: Slot, shape: Shape) -> dict[str, str]:
         else:
             names[weight.name] = f"{block}.{weight.name}.weight"
     return names
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Typed view of the live modules of one slot.
-
-    layer: the transformers decoder layer; for `embed` the nn.Embedding, for `head` the nn.Linear itself. shape: what
-    stands in the slot now; whoever edits the modules returns Parts with the new shape.
-    """
-
-    layer: Any
-    kind: Kind
-    shape: Shape
-
-    @property
-    def block(self) -> Any:
-        """self_attn or mlp."""
-        return getattr(self.layer, BLOCK[self.kind])
-
-    def replace_block(self, module: Any) -> None:
-        setattr(self.layer, BLOCK[self.kind], module)
-
-    def drop_norm(self) -> None:
-        import torch
-
-        setattr(self.layer, NORM[self.kind], torch.nn.Identity())
-
-    def linears(self) -> dict[str, Any]:
-        """The slot's matrices as modules, by weight name (q_proj, gate_proj, linear, embedding ...)."""
-        import torch
-
-        if self.kind in ("embed", "head"):
-            return {"embedding" if self.kind == "embed" else "head": self.layer}
-        found = {name: m for name, m in self.block.named_children() if isinstance(m, torch.nn.Linear)}
-        return {("linear" if name.startswith("linear_") else name): module for name, module in found.items()}
 
 
 def with_shapes(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:

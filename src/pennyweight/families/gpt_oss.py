@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pennyweight.families import _decoder
 from pennyweight.families._decoder import Config
-from pennyweight.slots import Attention, MoE, Shape, Slot
+from pennyweight.model.shapes import Attention, MoE, Shape
+from pennyweight.model.slots import Slot
 
 MODEL_TYPES = ("gpt_oss",)
 MODULE = None  # no live modules yet: plan only

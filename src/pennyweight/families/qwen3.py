@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pennyweight.families import _decoder
 from pennyweight.families._decoder import Config
-from pennyweight.slots import Attention, GatedMLP, Shape, Slot
+from pennyweight.model.shapes import Attention, GatedMLP, Shape
+from pennyweight.model.slots import Slot
 
 MODEL_TYPES = ("qwen3",)
 MODULE = "transformers.models.qwen3.modeling_qwen3"

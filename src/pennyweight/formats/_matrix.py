@@ -11,7 +11,7 @@ import torch
 
 from pennyweight.formats import packed_int, zigzag
 from pennyweight.formats._grid import Grid
-from pennyweight.slots import Stored
+from pennyweight.model.stored import Stored
 
 _PARTS = ("packed", "scale", "zigzag", "layout", "row_scale", "order", "shape")
 SUFFIXES = tuple(f"weight_{part}" for part in _PARTS)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 
 from pennyweight.formats._grid import Grid
-from pennyweight.slots import Stored
+from pennyweight.model.stored import Stored
 
 BITS = (4, 8)
 BLOCK_VALUES = 2**22

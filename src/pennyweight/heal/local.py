@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pennyweight.events import Listener
 from pennyweight.families._decoder import BLOCK, NORM
-from pennyweight.heal import _schedule
-from pennyweight.slots import Noop, Slot
-from pennyweight.stats import autocast
-from pennyweight.store import Store
-from pennyweight.walk import Walk, run_layer, run_slot
+from pennyweight.heal import schedule as _schedule
+from pennyweight.live.walk import Walk, autocast, run_layer, run_slot
+from pennyweight.model.shapes import Noop
+from pennyweight.model.slots import Slot
+from pennyweight.runs.events import Listener
+from pennyweight.runs.store import Store
 
 
 def heal(

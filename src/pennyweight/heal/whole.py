@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pennyweight.events import Listener
-from pennyweight.heal import _schedule
-from pennyweight.stats import autocast
-from pennyweight.store import Store
+from pennyweight.heal import schedule as _schedule
+from pennyweight.live.walk import autocast
+from pennyweight.runs.events import Listener
+from pennyweight.runs.store import Store
 
 _CHECKPOINT_S = 20.0
 

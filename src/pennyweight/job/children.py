@@ -7,15 +7,20 @@ from pathlib import Path
 
 import torch
 
-from pennyweight import score, stats, units
-from pennyweight.checkpoint import Checkpoint, Writer
-from pennyweight.families._decoder import Parts, tensor_names, with_shapes
+from pennyweight import units
+from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.writer import Writer
+from pennyweight.families._decoder import tensor_names, with_shapes
 from pennyweight.heal import local, whole
-from pennyweight.heal._schedule import JUDGES
-from pennyweight.heterogeneous import load_model
-from pennyweight.job import Job
-from pennyweight.slots import PARENT, Choice, Slot, reshape_all
-from pennyweight.walk import Walk, apply, run_layer
+from pennyweight.heal.schedule import JUDGES
+from pennyweight.job.job import Job
+from pennyweight.judge import score, stats
+from pennyweight.live.load import load_model
+from pennyweight.live.parts import Parts
+from pennyweight.live.walk import Walk, autocast, run_layer
+from pennyweight.model.choices import PARENT, Choice
+from pennyweight.model.slots import Slot
+from pennyweight.variants import apply, reshape_all, structural
 
 
 @torch.no_grad()
@@ -26,7 +31,7 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
     ids, scored = torch.from_numpy(rows.ids), torch.from_numpy(rows.scored)
     positions = job.walk.positions(ids.shape[1] - 1)
     walk, embed = job.walk, Slot("embed")
-    with stats.autocast(job.dtype):
+    with autocast(job.dtype):
         embedding = walk.embedding()
         parent = embedding(ids[:, :-1]).float()
         apply(Parts(embedding, "embed", job.shapes[embed]), layout.get(embed, PARENT), stats.SlotStats({}))
@@ -53,17 +58,17 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
 def build(job: Job, layout: Mapping[Slot, Choice], folder: Path) -> Path:
     """Write the child in 16 bits: every slot's structural choice applied, matrices not yet quantised."""
     walk = job.walk
-    shapes = reshape_all(job.shapes, {slot: choice.structural() for slot, choice in layout.items()})
+    shapes = reshape_all(job.shapes, {slot: structural(choice) for slot, choice in layout.items()})
     writer = Writer(folder)
     writer.add("model.embed_tokens.weight", walk.embedding().weight.bfloat16())
     job.listen.begin("build", total=walk.layers, unit="layers")
     for index in range(walk.layers):
         layer = walk.layer(index)
         slots = [Slot("mixer", index), Slot("ffn", index)]
-        needed = any(layout.get(slot, PARENT).structural() for slot in slots)
+        needed = any(structural(layout.get(slot, PARENT)) for slot in slots)
         tensors = job.store.tensors(f"stats/{index}") if needed else {}
         for slot in slots:
-            apply(walk.parts(layer, slot), layout.get(slot, PARENT).structural(), stats.of_slot(tensors, slot.kind))
+            apply(walk.parts(layer, slot), structural(layout.get(slot, PARENT)), stats.of_slot(tensors, slot.kind))
             prefix = f"model.layers.{index}."
             for name in tensor_names(slot, shapes[slot]).values():
                 writer.add(name, layer.get_parameter(name.removeprefix(prefix)).bfloat16())
@@ -78,7 +83,7 @@ def build(job: Job, layout: Mapping[Slot, Choice], folder: Path) -> Path:
 def heal(job: Job, layout: Mapping[Slot, Choice], built: Path, folder: Path) -> Path:
     """Distil the built child block by block, then whole; returns the folder of the healed child."""
     plan = job.config.heal
-    changed = [slot for slot, choice in layout.items() if choice.structural()]
+    changed = [slot for slot, choice in layout.items() if structural(choice)]
     ids = torch.from_numpy(job.text.heal.ids[:, :-1])
     if not changed or (plan.local_tokens == 0 and plan.whole_tokens == 0) or not len(ids):
         return built

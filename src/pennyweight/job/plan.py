@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from pennyweight import kinds, offers, units
-from pennyweight.cost import Machine, Seconds, computed, figures, total, workspace_bytes
-from pennyweight.job import Job
-from pennyweight.search._problem import Infeasible
-from pennyweight.slots import Attention, GatedMLP
+from pennyweight import kinds, units
+from pennyweight.job.job import Job
+from pennyweight.model.shapes import Attention, GatedMLP
+from pennyweight.prices import offers
+from pennyweight.prices.cost import Seconds, computed, figures, total, workspace_bytes
+from pennyweight.prices.machine import Machine
+from pennyweight.search import Infeasible
 
 
 def plan(job: Job) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def prices(job: Job) -> tuple[Seconds, str]:
         return computed(machine), f"computed for {machine.name}: {machine.source}"
     known = job.store.get("machine")
     if known is None:
-        from pennyweight import measure
+        from pennyweight.prices import measure
 
         known = asdict(measure.machine())
         job.store.put("machine", known)
@@ -81,7 +83,7 @@ def prices(job: Job) -> tuple[Seconds, str]:
 
 def measured_prices(job: Job) -> Seconds:
     """Block times of this machine; each shape is measured once per machine and workload and remembered."""
-    from pennyweight import measure
+    from pennyweight.prices import measure
 
     wanted = offers.all_shapes(job.shapes, job.config.axes, scored_tokens=job.config.data.context)
     cache = measure.cache_folder() / "latencies.json"

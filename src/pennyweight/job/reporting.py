@@ -11,11 +11,13 @@ import torch
 import transformers
 
 import pennyweight
-from pennyweight import offers, verify
-from pennyweight.job import Job
-from pennyweight.job.scoring import scores
+from pennyweight.job import checks as verify
+from pennyweight.job.gather import scores
+from pennyweight.job.job import Job
 from pennyweight.job.solve import margins
-from pennyweight.slots import PARENT, Choice, layout_from_json, reshape_all
+from pennyweight.model.choices import PARENT, Choice
+from pennyweight.prices import offers
+from pennyweight.variants import layout_from_json, reshape_all
 
 
 def card(job: Job, chosen: Mapping[str, Any]) -> dict[str, Any]:

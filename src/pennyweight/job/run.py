@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
-from pennyweight import allocator, report, verify
-from pennyweight.checkpoint import Checkpoint
-from pennyweight.job import Job
+from pennyweight import report
+from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.job import checks as verify
 from pennyweight.job.children import build, heal, measure_unhealed
+from pennyweight.job.gather import gather_stats, score_choices
+from pennyweight.job.job import Job
+from pennyweight.job.pack import pack
 from pennyweight.job.plan import plan
 from pennyweight.job.reporting import card, facts
-from pennyweight.job.scoring import gather_stats, score_choices
 from pennyweight.job.solve import solve_all
-from pennyweight.job.verifying import verify_child
-from pennyweight.pack import pack
-from pennyweight.slots import layout_from_json
-from pennyweight.walk import Walk
+from pennyweight.job.verify import verify_child
+from pennyweight.live.walk import Walk
+from pennyweight.runs import allocator
+from pennyweight.variants import layout_from_json
 
 
 def run_job(job: Job) -> dict[str, Any]:

@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pennyweight import kinds, offers, texts
-from pennyweight.cost import Budget, Seconds, Workload, figures, total, workspace_bytes
-from pennyweight.job import Job
+from pennyweight import kinds, texts
+from pennyweight.job.gather import scores
+from pennyweight.job.job import Job
 from pennyweight.job.plan import prices
-from pennyweight.job.scoring import scores
-from pennyweight.library import Library
-from pennyweight.offers import Offer
-from pennyweight.search._problem import Infeasible, Solution
-from pennyweight.slots import Choice, Slot, layout_to_json
+from pennyweight.judge.library import Library
+from pennyweight.model.choices import Choice, layout_to_json
+from pennyweight.model.demand import Budget, Workload
+from pennyweight.model.slots import Slot
+from pennyweight.prices import offers
+from pennyweight.prices.cost import Seconds, figures, total, workspace_bytes
+from pennyweight.prices.offers import Offer
+from pennyweight.search import Infeasible, Solution
 
 
 @dataclass(frozen=True)

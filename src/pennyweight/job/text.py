@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from pennyweight import texts
-from pennyweight.checkpoint import Checkpoint
 from pennyweight.config import FitConfig
-from pennyweight.events import Listener
-from pennyweight.heal._schedule import JUDGES
-from pennyweight.heterogeneous import load_model
-from pennyweight.store import Store
+from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.heal.schedule import JUDGES
+from pennyweight.live.load import load_model
+from pennyweight.runs.events import Listener
+from pennyweight.runs.store import Store
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from pennyweight.formats import packed_int
 from pennyweight.formats._grid import SUPER_GROUPS, Grid
-from pennyweight.slots import Stored
+from pennyweight.model.stored import Stored
 
 # Half-range of the codes over the largest magnitude; at 15/14 that one is the int4 code 7 itself.
 _SHRINKS = (15 / 14, *(1.035 - 0.035 * i for i in range(13)))

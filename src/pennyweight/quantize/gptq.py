@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from pennyweight.formats._grid import Grid
+from pennyweight.model.stored import Stored
 from pennyweight.quantize import _grids
-from pennyweight.slots import Stored
 
 _BLOCK = 128
 _DAMPING = 0.01  # of the mean diagonal, as in the paper

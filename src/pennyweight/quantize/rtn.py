@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from pennyweight.formats._grid import Grid
+from pennyweight.model.stored import Stored
 from pennyweight.quantize import _grids
-from pennyweight.slots import Stored
 
 
 def prepare(moment: torch.Tensor | None) -> torch.Tensor | None:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pennyweight.runtime.lower import lower
-from pennyweight.runtime.source import Source, open_source
+from pennyweight.sources.open import open_source
+from pennyweight.sources.source import Source
 
 
 def physical_cores() -> int:

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pennyweight import blocks
 from pennyweight.families._decoder import tensor_names
-from pennyweight.runtime.source import Source
-from pennyweight.slots import Attention, GatedMLP, Linear, Noop, Slot
-from pennyweight.walk import rotary_embedding
+from pennyweight.live.magnitudes import threshold
+from pennyweight.live.walk import rotary_embedding
+from pennyweight.model.shapes import Attention, GatedMLP, Noop
+from pennyweight.model.shapes import Dense as Linear
+from pennyweight.model.slots import Slot
+from pennyweight.sources.source import Source
 
 CACHES = ("float16", "fp8", "float32")
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -112,7 +114,7 @@ def _stack(
     for matrix in source.matrices([names[part] for part in parts]):
         if share:
             magnitudes = torch.from_numpy(source.vector(names[f"{which}magnitudes"]))
-            matrix.threshold = float(blocks.threshold(magnitudes, share))
+            matrix.threshold = float(threshold(magnitudes, share))
             if f"{which}importance" in names:
                 matrix.set_importance(source.vector(names[f"{which}importance"]))
         made.add(matrix)

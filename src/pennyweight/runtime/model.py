@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.runtime.engine import Engine
-from pennyweight.runtime.source import open_source
+from pennyweight.sources.open import open_source
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pennyweight.search import mip
-from pennyweight.search._problem import Problem, Solution, solution
+from pennyweight.search import Problem, Solution, mip, solution
 
 
 def solve(

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from pennyweight.search._problem import Infeasible, Problem, Solution, solution
+from pennyweight.search import Infeasible, Problem, Solution, solution
 
 
 def solve(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0) -> Solution:

@@ -23,7 +23,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix, vstack
 
-from pennyweight.search._problem import Infeasible, Problem, Solution, solution
+from pennyweight.search import Infeasible, Problem, Solution, solution
 
 _CORE_COLUMNS_PER_SLOT = 4
 _INFEASIBLE = 2  # status of both linprog and milp

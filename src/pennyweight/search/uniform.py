@@ -8,8 +8,7 @@ import time
 
 import numpy as np
 
-from pennyweight.search import mip
-from pennyweight.search._problem import Problem, Solution, solution
+from pennyweight.search import Problem, Solution, mip, solution
 
 
 def solve(problem: Problem, *, seed: int = 0, time_limit_s: float = 60.0) -> Solution:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from pennyweight.families._decoder import Parts
+from pennyweight.live.parts import Parts
 
 if TYPE_CHECKING:
-    from pennyweight.stats import SlotStats as Stats
+    from pennyweight.judge.stats import SlotStats as Stats
 else:
     Stats = Any
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pennyweight.families._decoder import Parts
-from pennyweight.slots import Attention, Embedding, GatedMLP, Head, Linear, Shape, Stored
+from pennyweight.live.parts import Parts
+from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, Shape
+from pennyweight.model.shapes import Dense as Linear
+from pennyweight.model.stored import Stored
 from pennyweight.variants._common import Stats, with_shape
 
 _VALUES_AT_ONCE = 2**25

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pennyweight.families._decoder import Parts
-from pennyweight.slots import GatedMLP, Shape
+from pennyweight.live.parts import Parts
+from pennyweight.model.shapes import GatedMLP, Shape
 from pennyweight.variants._common import Stats, set_linear, with_shape
 
 STATS = ("activation_mean_abs",)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pennyweight.families._decoder import Parts
-from pennyweight.slots import Attention, Shape
+from pennyweight.live.parts import Parts
+from pennyweight.model.shapes import Attention, Shape
 from pennyweight.variants._common import Stats, set_linear, with_shape
 
 STATS = ("output_moment",)

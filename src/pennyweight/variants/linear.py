@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pennyweight.families._decoder import Parts
-from pennyweight.slots import Attention, GatedMLP, Linear, Shape
+from pennyweight.live.parts import Parts
+from pennyweight.model.shapes import Attention, GatedMLP, Shape
+from pennyweight.model.shapes import Dense as Linear
 from pennyweight.variants._common import Stats, fitted_linear, with_shape
 
 STATS = ("input_moment", "cross_moment")
@@ -41,7 +42,7 @@ def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
     """Put LinearAttention or LinearMLP in the block's place; biases of the block are dropped."""
     import torch
 
-    from pennyweight.blocks import LinearAttention, LinearMLP
+    from pennyweight.live.blocks import LinearAttention, LinearMLP
 
     block, shape = parts.block, parts.shape
     dtype = next(block.parameters()).dtype

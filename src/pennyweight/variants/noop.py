@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pennyweight.families._decoder import Parts
-from pennyweight.slots import Attention, GatedMLP, Noop, Shape
+from pennyweight.live.parts import Parts
+from pennyweight.model.shapes import Attention, GatedMLP, Noop, Shape
 from pennyweight.variants._common import Stats, with_shape
 
 STATS = ()
@@ -30,7 +30,7 @@ def reshape(shape: Shape, spec: Spec) -> Noop:
 
 
 def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
-    from pennyweight.blocks import SkippedAttention, SkippedMLP
+    from pennyweight.live.blocks import SkippedAttention, SkippedMLP
 
     attention = isinstance(parts.shape, Attention)
     parts.replace_block(SkippedAttention(parts.block.layer_idx) if attention else SkippedMLP())

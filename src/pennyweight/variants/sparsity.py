@@ -14,17 +14,15 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from pennyweight.families._decoder import INNER, Parts
-from pennyweight.slots import BFLOAT16, QUANTILES, Attention, GatedMLP, Shape, Sparsity, Stored
+from pennyweight.families._decoder import INNER
+from pennyweight.live.parts import Parts
+from pennyweight.model.shapes import Attention, GatedMLP, Shape, Sparsity
+from pennyweight.model.stored import BFLOAT16, Stored
 from pennyweight.variants._common import Stats, with_shape
 
 STATS = ("input_moment", "output_moment", "down_moment", "magnitudes")
 SHARES = (0.0, 0.3, 0.5, 0.65)
 GROUP = 64
-_BITS = 17
-"""A magnitude's bin is its float32 bits without the last 17: 64 bins from one power of two to the next."""
-
-BINS = 1 << (31 - _BITS)
 
 
 @dataclass(frozen=True)
@@ -106,76 +104,22 @@ def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
 
 def thin(parts: Parts, spec: Spec, stats: Stats) -> Parts:
     """Leave channels out of the inputs of a slot's matrices by the parent's statistics, whatever the matrices hold."""
+    from pennyweight.live import magnitudes
+
     for module, prefix in attach(parts, spec.sparsity):
-        fill(module, stats[f"{prefix}_weighted_counts" if spec.weighted else f"{prefix}_counts"])
+        magnitudes.fill(module, stats[f"{prefix}_weighted_counts" if spec.weighted else f"{prefix}_counts"])
     return with_shape(parts, reshape(parts.shape, spec))
 
 
 def attach(parts: Parts, sparsity: Sparsity) -> list[tuple[Any, str]]:
     """Give a block and its inner matrix the hooks and tables that `sparsity` needs: both modules, in the order in which
     they run, and how statistics call their inputs. Importance is set; the tables are to be filled."""
-    from pennyweight import blocks
+    from pennyweight.live import magnitudes
 
-    inner, first = getattr(parts.block, INNER[parts.kind]), readers(parts.block, parts.kind)
+    inner, first = getattr(parts.block, INNER[parts.kind]), magnitudes.readers(parts.block, parts.kind)
     found = ((parts.block, "input", first, sparsity.entering), (inner, "inner", [inner], sparsity.inner))
     for module, _, matrices, share in found:
-        blocks.leave_out(module, matrices[0].in_features, share, weighted=sparsity.weighted)
+        magnitudes.leave_out(module, matrices[0].in_features, share, weighted=sparsity.weighted)
         if sparsity.weighted:  # rounded as it will be stored
-            module.importance.copy_(importance([linear.weight for linear in matrices]).bfloat16())
+            module.importance.copy_(magnitudes.importance([linear.weight for linear in matrices]).bfloat16())
     return [(module, prefix) for module, prefix, _, _ in found]
-
-
-def fill(module: Any, found: Any) -> None:
-    """Set a module's table of magnitudes from counts, rounded as it will be stored."""
-    module.magnitudes.copy_(quantiles(found).bfloat16())
-
-
-def counting(into: list[Any]) -> Any:
-    """A forward pre-hook that adds counts of a thinned module's inputs to a list."""
-
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        size = x.detach().abs().float()
-        into.append(counts(size if module.importance is None else size * module.importance))
-
-    return hook
-
-
-def readers(block: Any, kind: str) -> list[Any]:
-    """The matrices that read a block's normed input."""
-    names = ("q_proj", "k_proj", "v_proj") if kind == "mixer" else ("gate_proj", "up_proj")
-    return [getattr(block, name) for name in names]
-
-
-def importance(weights: list[Any]) -> Any:
-    """Norm of each column over all matrices that read it, mean 1 (columns,): WINA's weight of |x|."""
-    total = sum(weight.detach().float().square().sum(dim=0) for weight in weights)
-    norm = total.sqrt()  # type: ignore[union-attr]
-    return norm / norm.mean().clamp_min(1e-12)
-
-
-def counts(magnitudes: Any) -> Any:
-    """How many of the values, all at least 0, fall into each bin (BINS,) float32."""
-    import torch
-
-    bins = magnitudes.float().contiguous().view(torch.int32) >> _BITS
-    return torch.bincount(bins.flatten(), minlength=BINS).float()
-
-
-def quantiles(found: Any) -> Any:
-    """(QUANTILES,) float32: the magnitudes that evenly spaced shares of the counted values lie below, between a bin's
-    edges in proportion. Within 1/64 of a value, as bins are no wider.
-
-    Raises ValueError if nothing was counted.
-    """
-    import torch
-
-    total = found.double().cumsum(0)
-    if not float(total[-1]) > 0:
-        raise ValueError("no magnitudes were counted: the calibration pass did not reach this input")
-    edges = (torch.arange(BINS + 1, dtype=torch.int64) << _BITS).to(torch.int32).view(torch.float32).double()
-    wanted = torch.linspace(0, 1, QUANTILES, dtype=torch.float64) * total[-1]
-    at = torch.searchsorted(total, wanted).clamp_max(int(found.nonzero().max()))
-    before = total[at] - found.double()[at]
-    share = ((wanted - before) / found.double()[at].clamp_min(1e-300)).clamp(0, 1)
-    return (edges[at] + (edges[at + 1] - edges[at]) * share).float()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pennyweight.families._decoder import Parts
-from pennyweight.slots import Attention, Shape
+from pennyweight.live.parts import Parts
+from pennyweight.model.shapes import Attention, Shape
 from pennyweight.variants._common import Stats, with_shape
 
 STATS = ()
@@ -42,7 +42,7 @@ def reshape(shape: Shape, spec: Spec) -> Attention:
 
 def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
     """Narrow the attention's mask."""
-    from pennyweight.blocks import set_window
+    from pennyweight.live.blocks import set_window
 
     set_window(parts.block, spec.tokens)
     return with_shape(parts, reshape(parts.shape, spec))

@@ -1,0 +1,114 @@
+"""Open the written folder again and hold it against every promise; measure parent and child side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.evals.agree import agree
+from pennyweight.evals.loss import loss
+from pennyweight.job import checks as verify
+from pennyweight.job.job import Job
+from pennyweight.job.packed import dequantised
+from pennyweight.live.load import load_model
+from pennyweight.live.streamed import Streamed
+from pennyweight.live.walk import Walk
+from pennyweight.model.choices import Choice
+from pennyweight.model.slots import Slot
+from pennyweight.variants import reshape_all
+
+
+def verify_child(
+    job: Job, layout: Mapping[Slot, Choice], chosen: Mapping[str, Any], healed: Path, candidate: Path
+) -> dict[str, Any]:
+    job.listen.begin("verify", total=4, unit="checks")
+    predicted = chosen["solutions"][0]["predicted"]
+    checks = verify.check_bytes(candidate, job.budget.weight_bytes, predicted["file_bytes"])
+    shapes = reshape_all(job.shapes, layout)
+    checks.append(verify.check_shapes(candidate, shapes))
+    job.listen.advance(1)
+    whole = job.fits_whole
+    rows = job.text.held_out
+    prompts = torch.from_numpy(rows.ids[: min(4, len(rows.ids)), :32])
+    if whole:
+        made = Walk(Checkpoint(healed)).shapes
+        memory_child = dequantised(load_model(healed, dtype=torch.float32), job.store, layout, made)
+        checks.append(verify.check_reload(candidate, memory_child, prompts, 32))
+        del memory_child
+    else:
+        short = prompts[:1]
+        expected = Streamed(Walk(Checkpoint(candidate)))(short).logits.argmax(dim=-1)
+        again = verify.stored_tokens(Walk(Checkpoint(healed)), job.store, layout, short)
+        same = int((expected == again).sum())
+        checks.append(
+            verify.Check(
+                "next tokens of the written folder, walked layer by layer",
+                same == expected.numel(),
+                expected.numel(),
+                same,
+            )
+        )
+    job.listen.advance(2)
+
+    def model(folder: Path) -> Any:
+        return load_model(folder, dtype=torch.float32) if whole else Streamed(Walk(Checkpoint(folder), dtype=job.dtype))
+
+    parent, child = model(job.model), model(candidate)
+    if whole:
+        with torch.no_grad():
+            checks.append(verify.check_engine(candidate, prompts[0], child(prompts[:1]).logits[0].float()))
+    batch = 8 if whole else len(rows.ids)
+    quality = {
+        "parent": asdict(loss(parent, rows, batch_size=batch)),
+        "child": asdict(loss(child, rows, batch_size=batch)),
+        "agreement": asdict(agree(parent, child, rows, batch_size=batch)),
+    }
+    job.listen.advance(3)
+    samples = {}
+    if whole:
+        texts_of = lambda m: [job.tokenizer.decode(row) for row in verify.generate(m, prompts[:, :24], 48)]  # noqa: E731
+        samples = {
+            "prompts": [job.tokenizer.decode(row) for row in prompts[:, :24]],
+            "parent": texts_of(parent),
+            "child": texts_of(child),
+        }
+    speed, how = _speed(job, candidate)
+    job.listen.advance(4)
+    job.listen.end()
+    return {
+        "checks": [check.to_json() for check in checks],
+        "whole": whole,
+        "quality": quality,
+        "samples": samples,
+        "speed": speed,
+        "speed_how": how,
+    }
+
+
+def _speed(job: Job, candidate: Path) -> tuple[dict[str, Any] | None, str]:
+    """Parent and child in the native engine, as `penny run` would run them, and in words how that was measured or why
+    it was not."""
+    from pennyweight.runtime.bench import bench
+    from pennyweight.runtime.engine import Engine
+
+    if job.config.machine != "this":
+        return None, "not measured: the prices are another machine's"
+    if not job.fits_whole:
+        return None, "not measured: the models are too large to be loaded whole here"
+    found = {}
+    try:
+        for name, folder in (("parent", job.model), ("child", candidate)):
+            engine = Engine(folder, context=job.workload.context)
+            found[name] = bench(engine, job.workload).to_json()
+    except (
+        RuntimeError,
+        ValueError,
+    ) as err:  # no native module, or a rotary scaling or context the engine does not run
+        return None, f"not measured: {err}"
+    speed = found["child"]
+    return found, f"measured in the native engine, {speed['kernels']} kernels on {speed['threads']} threads"

@@ -1,0 +1,98 @@
+"""Modules that stand in for a decoder layer's attention or MLP, and the mask of a per-layer window.
+
+They keep the calling convention of transformers' decoder layers (attention returns a pair, MLP a tensor), so an edited
+layer runs inside an ordinary transformers model, cache and generation included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def _keep_length(past_key_values: Any, hidden_states: torch.Tensor, layer: int) -> None:
+    """Tell the cache that these tokens passed: transformers asks layer 0 how long the sequence is."""
+    if past_key_values is not None:
+        batch, tokens, _ = hidden_states.shape
+        empty = hidden_states.new_zeros(batch, 1, tokens, 1)
+        past_key_values.update(empty, empty, layer)
+
+
+class SkippedAttention(nn.Module):
+    """Attention taken out: adds nothing to the residual stream."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer_idx = layer
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        _keep_length(past_key_values, hidden_states, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+
+class LinearAttention(nn.Module):
+    """Attention replaced by one matrix: every token attends to itself alone. `linear_attn` is the name DeciLM uses."""
+
+    def __init__(self, hidden_size: int, layer: int) -> None:
+        super().__init__()
+        self.layer_idx = layer
+        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        _keep_length(past_key_values, hidden_states, self.layer_idx)
+        return self.linear_attn(hidden_states), None
+
+
+class SkippedMLP(nn.Module):
+    """MLP taken out: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class LinearMLP(nn.Module):
+    """MLP replaced by one matrix. `linear_mlp` is the name DeciLM uses."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_mlp(hidden_states)
+
+
+def set_window(attention: nn.Module, window: int) -> None:
+    """Let queries of this attention see only keys with 0 <= i - j < window, the current token included.
+
+    Works by narrowing the mask the layer is given, so the KV cache of transformers keeps all keys; a runtime that
+    keeps only the last `window` of them computes the same.
+    """
+    attention.window = window  # type: ignore[assignment]
+    attention.register_forward_pre_hook(_narrow_mask, with_kwargs=True)
+
+
+def _narrow_mask(
+    attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    cache = kwargs.get("past_key_values")
+    past = cache.get_seq_length(attention.layer_idx) if cache is not None else 0
+    tokens = hidden.shape[1]
+    mask = kwargs.get("attention_mask")
+    keys = mask.shape[-1] if mask is not None else past + tokens  # a static cache is longer than what it holds
+    query = torch.arange(past, past + tokens, device=hidden.device).unsqueeze(1)
+    key = torch.arange(keys, device=hidden.device).unsqueeze(0)
+    seen = (key <= query) & (query - key < attention.window)
+    if mask is None:
+        mask = seen[None, None]
+    elif mask.dtype == torch.bool:
+        mask = mask & seen
+    else:
+        mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+    return args, {**kwargs, "attention_mask": mask}

@@ -1,0 +1,73 @@
+"""A model folder as a whole transformers model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.formats import _matrix
+from pennyweight.live.patch import OWN_FORMAT, installed
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The whole model of a folder, ordinary or heterogeneous, packed matrices dequantised, as a transformers model.
+
+    Raises ValueError if tensors are missing from the folder or the model has no place for some of them.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    if (getattr(config, "quantization_config", None) or {}).get("format") == OWN_FORMAT:
+        return _load_own(folder, config, dtype)
+    if getattr(config, "quantization_config", None):
+        config.quantization_config["dequantize"] = True
+    with installed(), _quiet_progress():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    model, info = loaded
+    wrong = {kind: sorted(info.get(kind) or ())[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        raise ValueError(f"{folder} does not fit the model its config describes: {wrong}")
+    return model.eval()
+
+
+def _load_own(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    del config.quantization_config
+    with installed():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    checkpoint, tied = Checkpoint(folder), bool(getattr(config, "tie_word_embeddings", False))
+    state, left = {}, set(checkpoint.entries)
+    for name in model.state_dict():
+        if tied and name == "lm_head.weight":
+            continue
+        packed = _matrix.parts(name, checkpoint.entries, checkpoint.read)
+        if not packed and name not in left:
+            raise ValueError(f"{folder} does not fit the model its config describes: {name} is missing")
+        state[name] = (_matrix.unpack(packed) if packed else checkpoint.read(name)).to(dtype)
+        left -= {name.removesuffix("weight") + suffix for suffix in packed} | {name}
+    if left:
+        raise ValueError(f"{folder} does not fit the model its config describes: no place for {sorted(left)[:3]}")
+    model.load_state_dict(state, strict=not tied)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """transformers draws progress bars of its own while loading; only the command line draws here."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,321 @@
+"""Measure this computer: memory bandwidth, matrix arithmetic, and what single blocks really cost.
+
+Block times come from the slope method: a model of N copies of a block and one of 2N in the native engine, run in turn;
+their difference over N is one copy. Measuring a block on its own would miss what a running model does to caches, and
+include the clock's overhead. What a model takes beyond its blocks is the cost of the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pennyweight.disk.writer import write_atomic
+from pennyweight.model.demand import Workload
+from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, Noop, Shape, Shapes
+from pennyweight.model.shapes import Dense as Linear
+from pennyweight.model.slots import Slot
+from pennyweight.model.stored import Stored
+from pennyweight.prices.cost import Seconds, makes_logits
+from pennyweight.prices.machine import Machine
+from pennyweight.runs.events import Listener, Silent
+from pennyweight.runtime.bench import Stepper, prefill_seconds
+from pennyweight.runtime.engine import Engine, native_module, physical_cores
+from pennyweight.sources.random import RandomWeights, tensors
+
+_STACK_BYTES = 2**26  # a stack need not be larger to be read from memory; a smaller one has as many blocks as the model
+_ROUNDS = 5
+_ROUND_SECONDS = 0.1
+_BURST_SECONDS = 0.01
+_CAREFULLY = 10  # times as long, for what everything else is told in
+
+
+def cache_folder() -> Path:
+    """Where measurements of this computer are kept: $PENNY_CACHE, else pennyweight in the user's cache folder."""
+    named = os.environ.get("PENNY_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pennyweight"
+
+
+def machine(*, again: bool = False) -> Machine:
+    """This computer, measured once and remembered in `cache_folder()`; `again` measures anew."""
+    path = cache_folder() / "machine.json"
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    key = f"{platform.node()}|{processor()}|{torch.get_num_threads()}|{torch.__version__}|{_memory_is_told_by()}"
+    if again or key not in kept:
+        kept[key] = dataclasses.asdict(measured_machine())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(kept, indent=1).encode())
+    return Machine(**kept[key])
+
+
+def processor() -> str:
+    """The processor's name as its maker gives it, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def measured_machine(*, seconds: float = 2.0) -> Machine:
+    """Measure for about `seconds`. Peaks are the best that large operations reached: reading 256 MiB with the native
+    module's threads, copying them with torch's where it was not built, and 2048-cubed products in bfloat16 or float32,
+    whichever is faster: without instructions of its own bfloat16 takes a hundred times as long."""
+    few, size = 256, 2048
+    short = {d: torch.randn(few, few, dtype=d) for d in (torch.bfloat16, torch.float32)}
+    best = min(short, key=lambda d: _best(lambda: short[d] @ short[d], seconds / 20))
+    a, b, kind = torch.randn(size, size, dtype=best), torch.randn(size, size, dtype=best), str(best).split(".")[1]
+    return Machine(
+        name=f"{processor()}, {torch.get_num_threads()} threads",
+        memory_bytes=psutil.virtual_memory().total,
+        bandwidth=_bandwidth(seconds / 2),
+        flops=2 * size**3 / _best(lambda: a @ b, seconds / 2),
+        bandwidth_share=0.8,
+        flops_share=0.8,
+        source=f"measured: best of repeated {_memory_is_told_by()} of 256 MiB and 2048-cubed {kind} products",
+    )
+
+
+def _memory_is_told_by() -> str:
+    return "reads" if importlib.util.find_spec("pennyweight._native") else "copies"
+
+
+def _bandwidth(seconds: float) -> float:
+    size = 2**28
+    if _memory_is_told_by() == "reads":
+        reader = native_module().Reader(size, physical_cores())
+        return size / min(_best(lambda n=n: reader.run(0, size, n), seconds / 2) for n in (1, 4))
+    source, target = torch.ones(size // 4), torch.zeros(size // 4)
+    return 2 * size / _best(lambda: target.copy_(source), seconds)
+
+
+def _best(call: Any, seconds: float) -> float:
+    call()
+    times, started = [], time.perf_counter()
+    while time.perf_counter() - started < seconds or len(times) < 3:
+        begun = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+@dataclasses.dataclass(frozen=True)
+class Latencies:
+    """Measured seconds (prefill, decode) for one workload in the native engine on this machine: of blocks by shape, and
+    of everything that is no block by how the matrix of the logits is stored."""
+
+    blocks: Mapping[Shape, tuple[float, float]]
+    rest: Mapping[Stored, tuple[float, float]]
+
+    def seconds(self) -> Seconds:
+        """As prices. The rest is charged to the slot that holds the matrix of the logits."""
+
+        def look_up(shape: Shape, workload: Workload) -> tuple[float, float]:
+            if isinstance(shape, Attention | GatedMLP | Linear):
+                return self.blocks[_timed_as(shape, workload)]
+            return (
+                self.rest[shape.stored] if isinstance(shape, Embedding | Head) and makes_logits(shape) else (0.0, 0.0)
+            )
+
+        return look_up
+
+
+def _timed_as(shape: Shape, workload: Workload) -> Shape:
+    """Shapes that run the same code are measured once: a window of the whole context is none, and comparing channels by
+    importance or not takes the same time."""
+    if isinstance(shape, Attention) and shape.window is not None and shape.window >= workload.context:
+        shape = dataclasses.replace(shape, window=None)
+    if isinstance(shape, Attention | GatedMLP) and shape.sparsity is not None:
+        shape = dataclasses.replace(shape, sparsity=dataclasses.replace(shape.sparsity, weighted=False))
+    return shape
+
+
+class Models:
+    """Models of one config with random weights, timed for one workload to tell what their blocks cost.
+
+    Everything is timed in turn with a yardstick, layers as the config has them, and told in its seconds, which are
+    measured once: other work that slows the machine for a minute does not make dear what is measured in that minute.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], shapes: Shapes, workload: Workload, *, cache: Path | None = None
+    ) -> None:
+        """`shapes`: the config's own; `cache`: a JSON file of earlier measurements on this machine, extended with what
+        is new. Raises RuntimeError without the native module."""
+        self._config, self._shapes, self._workload, self._cache = config, shapes, workload, cache
+        self._known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
+        model = [config[key] for key in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")]
+        own = hashlib.blake2b(repr(list(shapes.values())).encode(), digest_size=8).hexdigest()
+        self._where = f"{platform.node()}|{physical_cores()}|{_native_digest()}|{model}|{own}|{workload}"
+        self._make = lru_cache(maxsize=8)(tensors)
+        self._head_slot, self._head = next(
+            (slot, own) for slot, own in shapes.items() if isinstance(own, Embedding | Head) and makes_logits(own)
+        )
+
+    def latencies(self, wanted: Iterable[Shape], *, listen: Listener | None = None) -> Latencies:
+        """What every distinct shape of `wanted` takes. Raises RuntimeError if a block's time stays negative after three
+        tries: the machine is too busy to measure."""
+        listen, wanted = listen or Silent(), list(wanted)
+        blocks = {_timed_as(s, self._workload) for s in wanted if isinstance(s, Attention | GatedMLP | Linear)}
+        heads = {s.stored for s in wanted if isinstance(s, Embedding | Head) and makes_logits(s)}
+        listen.begin("measure", total=len(blocks) + len(heads), unit="shapes")
+        times: dict[Shape, tuple[float, float]] = {}
+        rest: dict[Stored, tuple[float, float]] = {}
+        for shape in sorted(blocks, key=repr):
+            times[shape] = self._once(shape, lambda shape=shape: self._block(shape))
+            listen.advance(len(times))
+        for stored in sorted(heads, key=repr):
+            rest[stored] = self._once(stored, lambda stored=stored: self._rest(stored))
+            listen.advance(len(times) + len(rest))
+        listen.end()
+        return Latencies(times, rest)
+
+    def step_seconds(self, shapes: Shapes) -> float:
+        """Seconds of a decode step of a whole model with these shapes."""
+        (found,) = self._steps(self.engine(shapes))
+        return found
+
+    def engine(self, shapes: Shapes) -> Engine:
+        """A model with these shapes, of as many layers as they name."""
+        layers = {slot.layer for slot in shapes if slot.layer is not None}
+        longest = max(self._workload.context, self._workload.mean_length + 1)
+        config = {**self._config, "num_hidden_layers": len(layers), "max_position_embeddings": longest}
+        return Engine(RandomWeights(config, shapes, self._make))
+
+    def stack(self, shape: Shape | None, copies: int, stored: Stored) -> dict[Slot, Shape]:
+        """Shapes of a model whose only blocks are so many of this shape; the logits' matrix is stored this way."""
+        kind = "ffn" if isinstance(shape, GatedMLP) else "mixer"
+        row: dict[Slot, Shape] = {slot: own for slot, own in self._shapes.items() if slot.layer is None}
+        row[self._head_slot] = dataclasses.replace(self._head, stored=stored)
+        for slot in (Slot(each, layer) for layer in range(copies) for each in ("mixer", "ffn")):
+            row[slot] = Noop(hidden_size=self._config["hidden_size"]) if shape is None or slot.kind != kind else shape
+        return row
+
+    def _once(self, what: object, measured: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+        key = f"{self._where}|{what}"
+        if key not in self._known:
+            self._known[key] = measured()
+            if self._cache is not None:
+                self._cache.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(self._cache, json.dumps(self._known, indent=1).encode())
+        prefill, decode = self._known[key]
+        return prefill, decode
+
+    def _block(self, shape: Shape) -> tuple[float, float]:
+        """Prefill and decode seconds of one block: what a copy more adds to a model."""
+        few, many, copies = self._stacks(shape, self._head.stored)
+        for more in (1, 4, 16):  # a slope that noise has made negative is measured again, longer
+            short, long = self._prefills(few, many, more=more)
+            without, with_more = self._steps(few, many, more=more)
+            if long > short and with_more > without:
+                return (long - short) / copies, (with_more - without) / copies
+        raise RuntimeError(
+            f"measuring {shape} gave a negative time three times: other work is running. "
+            "Measure when the machine is idle, or plan with --machine and computed prices"
+        )
+
+    def _rest(self, stored: Stored) -> tuple[float, float]:
+        """Prefill and decode seconds of everything but blocks, logits from a matrix stored this way.
+
+        A decode step is what remains of a model when its blocks are subtracted: they throw the matrix out of caches
+        that would keep it in a model without any. Such a model is a lower bound, should noise subtract too much.
+        """
+        block = next(own for own in self._shapes.values() if isinstance(own, GatedMLP | Attention | Linear))
+        few, many, _ = self._stacks(block, stored)
+        without, with_more = self._steps(few, many)
+        alone = self.engine(self.stack(None, 1, stored))
+        (prefill,), (decode,) = self._prefills(alone), self._steps(alone)
+        return prefill, max(decode, 2 * without - with_more)
+
+    def _stacks(self, shape: Shape, stored: Stored) -> tuple[Engine, Engine, int]:
+        """Two models, the second with so many blocks more. A block of a model that caches hold must be timed in a model
+        that caches hold, so the larger one has no more of them than the model to be priced, if they are small."""
+        nbytes = sum(weight.nbytes for weight in shape.weights())
+        copies = max(1, min(self._config["num_hidden_layers"] // 2, _STACK_BYTES // nbytes))
+        few, many = (self.engine(self.stack(shape, count, stored)) for count in (copies, 2 * copies))
+        return few, many, copies
+
+    @cached_property
+    def _yardstick(self) -> Engine:
+        layer = [own for slot, own in self._shapes.items() if slot.layer == 0]
+        nbytes = sum(weight.nbytes for own in layer for weight in own.weights())
+        layers = max(1, min(self._config["num_hidden_layers"], 2 * _STACK_BYTES // max(1, nbytes)))
+        return self.engine(
+            {slot: own for slot, own in self._shapes.items() if slot.layer is None or slot.layer < layers}
+        )
+
+    @cached_property
+    def _unit(self) -> tuple[float, float]:
+        """Prefill and decode seconds of the yardstick."""
+
+        def measured() -> tuple[float, float]:
+            stepper = Stepper(self._yardstick, self._workload)
+            (decode,) = _medians(_rounds([stepper.step], more=_CAREFULLY, burst=_BURST_SECONDS))
+            stepper.close()
+            (prefill,) = _medians(_rounds([self._prefill_of(self._yardstick)], more=_CAREFULLY, burst=0))
+            return prefill, decode
+
+        return self._once("yardstick", measured)
+
+    def _prefill_of(self, engine: Engine) -> Callable[[], float]:
+        return lambda: prefill_seconds(engine, self._workload)
+
+    def _prefills(self, *engines: Engine, more: int = 1) -> list[float]:
+        rounds = _rounds([self._prefill_of(engine) for engine in (self._yardstick, *engines)], more=more, burst=0)
+        return [self._unit[0] * share for share in _against_the_first(rounds)]
+
+    def _steps(self, *engines: Engine, more: int = 1) -> list[float]:
+        steppers = [Stepper(engine, self._workload) for engine in (self._yardstick, *engines)]
+        rounds = _rounds([stepper.step for stepper in steppers], more=more, burst=_BURST_SECONDS)
+        for stepper in steppers:
+            stepper.close()
+        return [self._unit[1] * share for share in _against_the_first(rounds)]
+
+
+def _rounds(calls: Sequence[Callable[[], float]], *, more: int, burst: float) -> list[list[float]]:
+    """What calls that return the seconds they took usually take, for every round (rounds, calls).
+
+    A round is turns, for `more` times _ROUND_SECONDS; in a turn each is called for `burst` seconds. The first call of a
+    burst does not count unless it is the only one: it finds caches full of what was the others'.
+    """
+    gc.collect()
+    rounds = []
+    for _ in range(_ROUNDS):
+        times: list[list[float]] = [[] for _ in calls]
+        started = time.perf_counter()
+        while not times[0] or time.perf_counter() - started < more * _ROUND_SECONDS:
+            for call, row in zip(calls, times, strict=True):
+                found = [call()]
+                begun = time.perf_counter()
+                while time.perf_counter() - begun < burst:
+                    found.append(call())
+                row += found[1:] or found
+        rounds.append([statistics.median(row) for row in times])
+    return rounds
+
+
+def _medians(rounds: Iterable[Sequence[float]]) -> list[float]:
+    """Over rounds, of which other work may spoil less than half."""
+    return [statistics.median(each) for each in zip(*rounds, strict=True)]
+
+
+def _against_the_first(rounds: Iterable[Sequence[float]]) -> list[float]:
+    return _medians([each / first for each in others] for first, *others in rounds)
+
+
+def _native_digest() -> str:
+    """Of the engine's machine code: another build has other times."""
+    return hashlib.blake2b(Path(native_module().__file__).read_bytes(), digest_size=8).hexdigest()

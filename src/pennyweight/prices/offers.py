@@ -1,0 +1,192 @@
+"""What each slot can become: choices that combine one spec per axis, with their costs and scores, as a search problem.
+
+A combination's cost is exact: it is computed from the shape that results. Its score is the sum of its specs' scores,
+each measured alone. Combinations that another one beats on every count are dropped; that changes no optimum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pennyweight import kinds
+from pennyweight.disk.checkpoint import header_bytes
+from pennyweight.families._decoder import tensor_names
+from pennyweight.model.choices import PARENT, Choice
+from pennyweight.model.demand import Budget, Workload
+from pennyweight.model.shapes import MoE, Shape, Shapes
+from pennyweight.model.slots import Slot
+from pennyweight.model.stored import BFLOAT16
+from pennyweight.prices.cost import Cost, Seconds, price, workspace_bytes
+from pennyweight.search import Infeasible, Problem
+from pennyweight.units import show_bytes, show_seconds
+from pennyweight.variants import ORDER
+
+
+def single_choices(shape: Shape, axes: Sequence[str], *, scored_tokens: int) -> list[Choice]:
+    """One choice per spec that the axes offer for a shape: what has to be scored.
+
+    A window of more than half the scored text is left out: a text that hardly reaches beyond it cannot tell its harm.
+    """
+    found = []
+    for axis in (axis for axis in ORDER if axis in axes):
+        for spec in kinds.load("variants", axis).options(shape):
+            if axis != "window" or spec.tokens <= scored_tokens // 2:
+                found.append(Choice(((axis, spec),)))
+    return found
+
+
+def combinations(shape: Shape, scored: Mapping[str, float]) -> Iterator[tuple[Choice, Shape, float]]:
+    """Every way to combine scored specs, at most one per axis: (choice, resulting shape, summed score).
+
+    `scored` maps Choice.key() of single choices to scores. The parent's own comes first, with score 0.
+    """
+
+    def extend(
+        choice: Choice, current: Shape, score: float, axes: Sequence[str]
+    ) -> Iterator[tuple[Choice, Shape, float]]:
+        if not axes:
+            yield choice, current, score
+            return
+        yield from extend(choice, current, score, axes[1:])
+        module = kinds.load("variants", axes[0])
+        for spec in module.options(current):
+            single = Choice(((axes[0], spec),))
+            if single.key() in scored:
+                longer = Choice((*choice.specs, (axes[0], spec)))
+                yield from extend(longer, module.reshape(current, spec), score + scored[single.key()], axes[1:])
+
+    yield from extend(PARENT, shape, 0.0, ORDER)
+
+
+def all_shapes(shapes: Shapes, axes: Sequence[str], *, scored_tokens: int) -> set[Shape]:
+    """Every shape that any combination of the axes' specs can give any slot."""
+    found: set[Shape] = set()
+    for shape in set(shapes.values()):
+        free = {choice.key(): 0.0 for choice in single_choices(shape, axes, scored_tokens=scored_tokens)}
+        found |= {resulting for _, resulting, _ in combinations(shape, free)}
+    return found
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One thing a slot can become. file_bytes: its tensors and their entries in the safetensors header."""
+
+    choice: Choice
+    shape: Shape
+    score: float
+    cost: Cost
+    file_bytes: int
+
+
+def file_bytes(slot: Slot, shape: Shape) -> int:
+    """Bytes the slot adds to the written files: tensors, and an upper bound on their header entries."""
+    if isinstance(shape, MoE):
+        return sum(weight.nbytes for weight in shape.weights())
+    names = tensor_names(slot, shape)
+    entries: list[tuple[str, tuple[int, ...]]] = []
+    for weight in shape.weights():
+        name = names[weight.name]
+        if len(weight.shape) < 2 or weight.stored == BFLOAT16:
+            entries.append((name, weight.shape))
+        else:
+            base = name.removesuffix("weight")
+            rows, columns = weight.shape
+            suffixes = ("zigzag", "layout", "row_scale") if weight.stored.down else ("packed", "scale")
+            suffixes += ("order",) if weight.stored.ordered else ()
+            entries += [(f"{base}weight_{suffix}", (rows, columns)) for suffix in suffixes]
+            entries.append((base + "weight_shape", (2,)))
+    return sum(weight.nbytes for weight in shape.weights()) + header_bytes(entries)
+
+
+def offers(slot: Slot, shape: Shape, scored: Mapping[str, float], workload: Workload, seconds: Seconds) -> list[Offer]:
+    """All combinations of one slot."""
+    made = []
+    for choice, resulting, score in combinations(shape, scored):
+        made.append(Offer(choice, resulting, score, price(resulting, workload, seconds), file_bytes(slot, resulting)))
+    return made
+
+
+def undominated(offered: Sequence[Offer]) -> list[Offer]:
+    """Offers that no other one beats or equals on score and every cost; of equal ones the first."""
+    table = np.array(
+        [[o.score, o.file_bytes, o.cost.state_bytes, o.cost.prefill_seconds, o.cost.decode_seconds] for o in offered]
+    )
+    order = np.lexsort(table.T[::-1])
+    kept: list[int] = []
+    for index in order:
+        if not any((table[other] <= table[index]).all() for other in kept):
+            kept.append(int(index))
+    return [offered[index] for index in sorted(kept)]
+
+
+FILE_OVERHEAD = 4096
+"""Bytes set aside for what is written once per file: length words, metadata, padding (up to 40 shards)."""
+
+
+def fixed_spending(shapes: Shapes, workload: Workload) -> dict[str, float]:
+    """What is spent under each bound whatever is chosen."""
+    return {"weight_bytes": FILE_OVERHEAD, "memory_bytes": FILE_OVERHEAD + workspace_bytes(shapes, workload)}
+
+
+def problem(
+    offered: Mapping[Slot, Sequence[Offer]],
+    shapes: Shapes,
+    budget: Budget,
+    workload: Workload,
+    *,
+    different_from: Sequence[tuple[int, ...]] = (),
+    min_different: int = 0,
+) -> Problem:
+    """The search problem of one budget and workload. Every slot takes part, also those with a single offer.
+
+    A throughput bound becomes a bound on time: sequences * new tokens / rate >= prefill + new * decode seconds.
+    """
+    bounds = budget.bounds()
+    fixed = fixed_spending(shapes, workload)
+    if "tokens_per_second" in bounds:
+        bounds["tokens_per_second"] = workload.concurrency * workload.new / bounds["tokens_per_second"]
+    spent = {
+        "weight_bytes": lambda o: o.file_bytes,
+        "memory_bytes": lambda o: o.file_bytes + o.cost.state_bytes,
+        "ttft_seconds": lambda o: o.cost.prefill_seconds,
+        "tpot_seconds": lambda o: o.cost.decode_seconds,
+        "tokens_per_second": lambda o: o.cost.prefill_seconds + workload.new * o.cost.decode_seconds,
+    }
+    names = tuple(bounds)
+    return Problem(
+        scores=tuple(np.array([o.score for o in row]) for row in offered.values()),
+        costs=tuple(
+            np.array([[float(spent[name](o)) for name in names] for o in row]).reshape(len(row), len(names))
+            for row in offered.values()
+        ),
+        limits=np.array([float(bounds[name] - fixed.get(name, 0)) for name in names]),
+        names=names,
+        different_from=tuple(different_from),
+        min_different=min_different,
+        labels=tuple(tuple(str(o.choice) for o in row) for row in offered.values()),
+        groups=tuple(slot.kind for slot in offered),
+    )
+
+
+def in_users_words(err: Infeasible, shapes: Shapes, budget: Budget, workload: Workload) -> Infeasible:
+    """The same failure as numbers of the budget: the bound as asked, and the nearest one that could be met."""
+    if err.bound is None or err.nearest is None:
+        return err
+    asked = budget.bounds()[err.bound]
+    if err.bound == "tokens_per_second":
+        nearest = workload.concurrency * workload.new / err.nearest
+        message = f"tokens_per_second of {asked:.4g} cannot be met; the most possible is {nearest:.4g}"
+    else:
+        nearest = err.nearest + fixed_spending(shapes, workload).get(err.bound, 0)
+        show = show_bytes if err.bound.endswith("bytes") else show_seconds
+        message = f"{err.bound} of {show(asked)} cannot be met; the least possible is {show(nearest)}"
+        if err.bound.endswith("bytes"):
+            nearest = math.ceil(nearest)
+            message += f" ({nearest} bytes)"
+    return Infeasible(
+        err.bound, asked, nearest, message + (", given the other bounds" if len(budget.bounds()) > 1 else "")
+    )

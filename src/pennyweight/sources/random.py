@@ -1,0 +1,122 @@
+"""A source whose weights are random: to time what has not been built yet, which takes shapes and no training.
+
+Which channels sparse matrices leave out is random as well, and the same for every token: exactly the share that their
+shape says, whatever the activations are.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from pennyweight.families._decoder import tensor_names
+from pennyweight.formats import _matrix, zigzag
+from pennyweight.formats._grid import SUPER_GROUPS, Grid
+from pennyweight.model.shapes import Attention, GatedMLP, Shape, Shapes, Weight
+from pennyweight.model.stored import BFLOAT16, Stored
+from pennyweight.quantize import _grids
+from pennyweight.sources.native import native
+from pennyweight.sources.source import Vocabulary
+
+_DISTINCT = 2**20
+"""Random values; larger matrices repeat them. No time depends on it, and making them is not what is to be timed."""
+
+
+Matrix = tuple[int, int, Stored]
+"""Rows, columns and how it is kept."""
+Make = Callable[[tuple[Matrix, ...]], Mapping[str, torch.Tensor] | None]
+
+
+class RandomWeights:
+    """`shapes` of a model of `config`. Weights have standard deviation 0.02, norms are 1, biases 0."""
+
+    name = "random weights"
+    rotary_divisors = None
+    notes: Sequence[str] = ()
+
+    def __init__(self, config: Mapping[str, Any], shapes: Shapes, make: Make | None = None) -> None:
+        """`make`: `tensors`, or a cache around it that several sources share."""
+        self.config = {key: config[key] for key in config if key not in ("layer_types", "per_layer_config")}
+        # Compared by importance, a channel is left out whatever its activation.
+        self.shapes = {slot: _weighted(shape) for slot, shape in shapes.items()}
+        self._make = make or lru_cache(maxsize=8)(tensors)
+        self._weights: dict[str, Weight] = {}
+        self._kept: dict[str, float] = {}
+        for slot, shape in self.shapes.items():
+            names = tensor_names(slot, shape)
+            self._weights |= {names[weight.name]: weight for weight in shape.weights()}
+            if isinstance(shape, Attention | GatedMLP) and shape.sparsity is not None:
+                self._kept[names["importance"]] = 1 - shape.sparsity.entering
+                self._kept[names["inner_importance"]] = 1 - shape.sparsity.inner
+
+    def vector(self, name: str) -> np.ndarray:
+        (size,) = self._weights[name].shape
+        if name in self._kept:  # 1 for channels that are read; thresholds are 0
+            chosen = np.random.default_rng(zlib.crc32(name.encode())).permutation(size)
+            return (chosen < max(1, round(self._kept[name] * size))).astype(np.float32)
+        return np.full(size, float(name.endswith("norm.weight")), np.float32)
+
+    def matrix(self, name: str) -> Any:
+        return self.matrices([name])[0]
+
+    def matrices(self, names: Sequence[str]) -> list[Any]:
+        found = self._make(tuple(_matrix_of(self._weights[name]) for name in names))
+        if found is not None:
+            return [native(", ".join(names), found)]
+        return [self.matrix(name) for name in names]
+
+    def vocabulary(self) -> Vocabulary:
+        raise ValueError("random weights have no tokenizer")
+
+
+def _weighted(shape: Shape) -> Shape:
+    if isinstance(shape, Attention | GatedMLP) and shape.sparsity is not None:
+        return replace(shape, sparsity=replace(shape.sparsity, weighted=True))
+    return shape
+
+
+def _matrix_of(weight: Weight) -> Matrix:
+    rows, columns = weight.shape
+    return rows, columns, weight.stored
+
+
+def tensors(matrices: tuple[Matrix, ...]) -> dict[str, torch.Tensor] | None:
+    """The tensors of a matrix as they would be on disk, by suffix; of several what they become stacked, or None."""
+    first, *others = matrices
+    if not others:
+        return _random(*first)
+    if not all(stored.down for _, _, stored in matrices):
+        return None
+    parts = [_random(*matrix) for matrix in matrices]
+    return zigzag.stack(parts) if zigzag.can_stack(parts) else None
+
+
+def _random(rows: int, columns: int, stored: Stored) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    if stored == BFLOAT16:
+        values = torch.empty(min(_DISTINCT, rows * columns)).normal_(0.0, 0.02, generator=generator).bfloat16()
+        return {"weight": _repeated(values, rows * columns).view(rows, columns)}
+    low, high = _grids.limits(stored)
+    codes = torch.randint(low, high + 1, (min(_DISTINCT, rows * columns),), generator=generator, dtype=torch.int8)
+    codes = _repeated(codes, rows * columns).view(rows, columns)
+    groups = (-(-rows // stored.group), columns) if stored.down else (rows, columns // stored.group)
+    scale = 0.02 / (0.29 * (high - low + 1))  # codes are spread evenly: their deviation is 0.29 of their range
+    row_scale = torch.ones(rows) if stored.down else None
+    if stored.scales == "super":
+        blocks = -(-groups[0] // SUPER_GROUPS)
+        factors = torch.tensor([scale, 8 * scale]).div(32).view(2, 1, 1).expand(2, blocks, columns).half()
+        grid = Grid.of_super(factors, torch.full((2, *groups), 32, dtype=torch.uint8))
+    else:
+        grid = Grid(torch.full(groups, scale), torch.full(groups, -8 * scale) if stored.scales == "affine" else None)
+    order = torch.randperm(columns, generator=generator) if stored.ordered else None
+    return _matrix.pack(codes, grid, stored, row_scale=row_scale, order=order)
+
+
+def _repeated(values: torch.Tensor, size: int) -> torch.Tensor:
+    return values.repeat(-(-size // len(values)))[:size]
