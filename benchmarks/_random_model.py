@@ -18,18 +18,16 @@ def write(config: dict[str, Any], folder: Path, *, shard_bytes: int) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    from pennyweight import families
     from pennyweight.disk.writer import Writer
-    from pennyweight.families import _decoder
-    from pennyweight.prices.planning import slots
 
     generator = torch.Generator().manual_seed(0)
     writer = Writer(folder, shard_bytes=shard_bytes)
-    for slot, shape in slots(config).items():
-        names = _decoder.tensor_names(slot, shape)
-        for weight in shape.weights():
+    for block in families.blocks(config).values():
+        for name, weight in block.tensors().items():
             tensor = torch.empty(weight.shape, dtype=torch.bfloat16)
             tensor.fill_(1.0) if len(weight.shape) == 1 else tensor.normal_(0.0, 0.02, generator=generator)
-            writer.add(names[weight.name], tensor)
+            writer.add(name, tensor)
     alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

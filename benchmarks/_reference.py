@@ -113,9 +113,7 @@ def budget_problem(job: Job, axes: tuple[str, ...], share: float) -> tuple[Probl
         slot: {key: values["kl"] for key, values in found.items() if next(iter(json.loads(key)), None) in axes}
         for slot, found in scores(job).items()
     }
-    table = {
-        slot: offers.offers(slot, shape, kl.get(slot, {}), job.workload, seconds) for slot, shape in job.shapes.items()
-    }
+    table = {slot: offers.offers(block, kl.get(slot, {}), job.workload, seconds) for slot, block in job.blocks.items()}
     budget = Budget(weight_bytes=int(share * job.checkpoint.weight_bytes))
     return offers.problem(table, job.shapes, budget, job.workload), table
 

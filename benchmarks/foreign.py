@@ -33,13 +33,11 @@ import torch
 import yaml
 
 import _bench
-from pennyweight import kinds
+from pennyweight import families, kinds, variants
 from pennyweight.disk.checkpoint import read_config, safetensors_bytes
 from pennyweight.disk.tokenizer import load_tokenizer
 from pennyweight.evals.loss import loss
 from pennyweight.live.load import load_model
-from pennyweight.prices import planning
-from pennyweight.prices.offers import ORDER
 from pennyweight.texts import Document, rows
 
 SCRIPT = "foreign"
@@ -204,9 +202,9 @@ def greedy(model: Any, tokenizer: Any, tokens: int) -> str:
 def print_offers(model: Path) -> dict[str, dict[str, int]]:
     """How many options each axis has in a slot of each kind; their names are printed."""
     counts: dict[str, dict[str, int]] = {}
-    for slot, shape in planning.slots(read_config(model)).items():
+    for slot, shape in families.shapes(read_config(model)).items():
         if slot.layer in (None, 0):
-            found = {axis: kinds.load("variants", axis).options(shape) for axis in ORDER}
+            found = {axis: kinds.load("variants", axis).options(shape) for axis in variants.order()}
             counts[slot.kind] = {axis: len(options) for axis, options in found.items() if options}
             listed = "; ".join(f"{axis}: {', '.join(map(str, some))}" for axis, some in found.items() if some)
             print(f"{slot.kind:<6} {listed or 'nothing'}")

@@ -17,10 +17,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Any
 
 import numpy as np
 
 import _bench
+from pennyweight import families
 from pennyweight.model.choices import Choice
 from pennyweight.model.demand import Budget
 from pennyweight.model.shapes import Attention, GatedMLP, Shape
@@ -35,8 +37,19 @@ LARGEST_SPACE = 100_000
 UNITS = np.array([1.0, 1e9, 1e-3])
 LAYERS, VARIANTS = 80, 70
 SHARES = {"weight_bytes": 0.35, "memory_bytes": 0.35, "tpot_seconds": 0.375}  # of the parent; so that all three bind
-ATTENTION = Attention(hidden_size=8192, num_heads=64, num_kv_heads=8, head_dim=128)
-FFN = GatedMLP(hidden_size=8192, intermediate_size=28672)
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+BLOCKS = {slot: block for slot, block in families.blocks(CONFIG).items() if slot.layer is not None}
+SHAPES = {slot: block.shape for slot, block in BLOCKS.items()}
+ATTENTION: Any = SHAPES[Slot("mixer", 0)]
+FFN: Any = SHAPES[Slot("ffn", 0)]
 WIDTHS = range(28672, 0, -2048)  # 14 of them, each stored in 5 ways: 70 variants
 WORKLOAD = cost.Workload(prompt=4096, new=1024, concurrency=48, context=16384)
 
@@ -174,13 +187,10 @@ def harm(shape: Shape) -> float:
 def instance(seed: int) -> Problem:
     """160 slots of 70 variants; file bytes, memory and decode seconds are bounded at a share of the parent's."""
     rng = np.random.default_rng(seed)
-    shapes: dict[Slot, Shape] = {}
-    for layer in range(LAYERS):
-        shapes |= {Slot("mixer", layer): ATTENTION, Slot("ffn", layer): FFN}
     seconds = cost.computed(cost.Machine.load("h100"))
     made = {"mixer": variants(ATTENTION), "ffn": variants(FFN)}
     offered: dict[Slot, list[Offer]] = {}
-    for slot in shapes:
+    for slot, block in BLOCKS.items():
         sensitivity = rng.lognormal(sigma=1.0)
         noise = rng.lognormal(sigma=0.3, size=VARIANTS)
         offered[slot] = [
@@ -189,17 +199,17 @@ def instance(seed: int) -> Problem:
                 shape,
                 sensitivity * harm(shape) * factor,
                 cost.price(shape, WORKLOAD, seconds),
-                offers.file_bytes(slot, shape),
+                offers.file_bytes(block.having(shape)),
             )
             for (choice, shape), factor in zip(made[slot.kind], noise, strict=True)
         ]
-    whole = cost.figures(cost.total(shapes, WORKLOAD, seconds), WORKLOAD, cost.workspace_bytes(shapes, WORKLOAD))
+    whole = cost.figures(cost.total(SHAPES, WORKLOAD, seconds), WORKLOAD, cost.workspace_bytes(SHAPES, WORKLOAD))
     budget = Budget(
         weight_bytes=int(SHARES["weight_bytes"] * whole["weight_bytes"]),
         memory_bytes=int(SHARES["memory_bytes"] * whole["memory_bytes"]),
         tpot_seconds=SHARES["tpot_seconds"] * whole["tpot_seconds"],
     )
-    return offers.problem(offered, shapes, budget, WORKLOAD)
+    return offers.problem(offered, SHAPES, budget, WORKLOAD)
 
 
 # ------------------------------------------------------------------------------------------------------------- main

@@ -20,13 +20,13 @@ import numpy as np
 
 import _bench
 import _reference
-from pennyweight import kinds
+from pennyweight import families, variants
 from pennyweight.disk.checkpoint import read_config
 from pennyweight.model.demand import Workload
 from pennyweight.model.shapes import Shape
 from pennyweight.prices import measure
 from pennyweight.prices.cost import total
-from pennyweight.prices.offers import ORDER, combinations, single_choices
+from pennyweight.prices.offers import combinations, single_choices
 from pennyweight.runs.progress import Terminal
 
 WORKLOAD = Workload(prompt=192, new=128)
@@ -72,7 +72,7 @@ def main() -> int:
 
 def check(name: str, config: dict[str, Any], *, quick: bool) -> dict[str, Any]:
     """Predicted and measured milliseconds per token of random children of these shapes, and how far they are apart."""
-    shapes = kinds.family_of(config["model_type"]).slots(config)
+    shapes = families.shapes(config)
     rng, size = np.random.default_rng(0), "quick" if quick else "full"
     pools = {shape: _drawn(shape, rng, POOL[size]) for shape in dict.fromkeys(shapes.values())}
     choices, count = {slot: pools[shape] for slot, shape in shapes.items()}, MODELS[size]
@@ -108,7 +108,7 @@ def check(name: str, config: dict[str, Any], *, quick: bool) -> dict[str, Any]:
 
 def _drawn(shape: Shape, rng: np.random.Generator, count: int) -> list[Shape]:
     """The parent's shape and some of those a slot can take."""
-    free = {c.key(): 0.0 for c in single_choices(shape, ORDER, scored_tokens=512)}
+    free = {c.key(): 0.0 for c in single_choices(shape, variants.order(), scored_tokens=512)}
     found = list(dict.fromkeys(resulting for _, resulting, _ in combinations(shape, free)))
     return [shape, *(found[i] for i in rng.permutation(len(found))[:count])]
 

@@ -23,7 +23,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,12 @@ import _bench
 import _reference
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.evals.loss import loss
-from pennyweight.families._decoder import BLOCK, INNER
 from pennyweight.job.pack import pack
 from pennyweight.judge import score
 from pennyweight.live import magnitudes
 from pennyweight.live.load import load_model
-from pennyweight.live.walk import Walk, run_layer
+from pennyweight.live.parts import Parts, parts_of
+from pennyweight.live.walk import Walk
 from pennyweight.model.choices import Choice
 from pennyweight.model.slots import Slot
 from pennyweight.runs.events import Silent
@@ -60,26 +60,23 @@ def inputs(walk: Walk) -> dict[tuple[Slot, str], float]:
         if slot.kind in ("mixer", "ffn"):
             for weight in shape.weights():
                 if len(weight.shape) == 2:
-                    which = "inner" if weight.name == INNER[slot.kind] else "entering"
+                    which = "inner" if shape.reads[weight.name] == "inner" else "entering"
                     sizes[slot, which] = sizes.get((slot, which), 0) + weight.parameters
     total = sum(sizes.values())
     return {key: size / total for key, size in sizes.items()}
 
 
-def modules(layers: Any, walk: Walk, slots: Iterable[Slot]) -> Iterator[tuple[tuple[Slot, str], Any]]:
+def modules(slots: Mapping[Slot, Parts]) -> Iterator[tuple[tuple[Slot, str], Any]]:
     """The modules that thin, in the order in which they run; hooks attached, tables still empty."""
-    for slot in slots:
-        if slot.kind in ("mixer", "ffn"):
-            assert slot.layer is not None
-            parts = walk.parts(layers[slot.layer], slot)
-            block = getattr(layers[slot.layer], BLOCK[slot.kind])
-            for module, _ in sparsity.attach(parts, sparsity.Spec(0.0, 0.0).sparsity):
-                yield (slot, "entering" if module is block else "inner"), module
+    for slot, parts in slots.items():
+        if slot.layer is not None:
+            for activation, module in sparsity.attach(parts, sparsity.Spec(0.0, 0.0).sparsity).items():
+                yield (slot, "entering" if activation == "input" else "inner"), module
 
 
-def calibrated(layers: Any, walk: Walk, slots: Iterable[Slot], run: Any) -> dict[tuple[Slot, str], Any]:
+def calibrated(slots: Mapping[Slot, Parts], run: Any) -> dict[tuple[Slot, str], Any]:
     """The thinning modules of these slots, their tables counted in one run of the dense layers."""
-    found = dict(modules(layers, walk, slots))
+    found = dict(modules(slots))
     counted: dict[Any, list[torch.Tensor]] = {key: [] for key in found}
     handles = [
         module.register_forward_pre_hook(magnitudes.counting(counted[key]), with_kwargs=True, prepend=True)
@@ -97,21 +94,18 @@ def calibrated(layers: Any, walk: Walk, slots: Iterable[Slot], run: Any) -> dict
 def greedy(walk: Walk, ids: torch.Tensor, target: float) -> tuple[Shares, list[float]]:
     """TEAL's allocation: each layer on its own, on the dense model's inputs, all layers at the same target. Also each
     layer's error over that of the same share everywhere."""
-    positions, weight, chosen, ratios = walk.positions(ids.shape[1]), inputs(walk), {}, []
-    hidden = walk.embedding()(ids).float()
+    weight, chosen, ratios = inputs(walk), {}, []
+    hidden = walk.embed(ids)
     late = slice(3 * ids.shape[1] // 4, None)  # the error is judged where there is most context
-    for index in range(walk.layers):
-        layer = walk.layer(index)
-        own = {key: size for key, size in weight.items() if key[0].layer == index}
+    for layer in walk.each():
+        own = {key: size for key, size in weight.items() if key[0].layer == layer.index}
         total = sum(own.values())
-        dense = run_layer(layer, hidden, positions)
-        slots = [Slot("mixer", index), Slot("ffn", index)]
-        run = functools.partial(run_layer, layer, hidden, positions)
-        found = calibrated({index: layer}, walk, slots, run)
+        dense = layer.run(hidden)
+        found = calibrated(layer.parts, functools.partial(layer.run, hidden))
         share = dict.fromkeys(own, 0.0)
 
         def error(layer: Any = layer, dense: torch.Tensor = dense, hidden: torch.Tensor = hidden) -> float:
-            return float((run_layer(layer, hidden, positions) - dense)[:, late].norm())
+            return float((layer.run(hidden) - dense)[:, late].norm())
 
         for module in found.values():
             module.left_out = target
@@ -140,7 +134,7 @@ def scored(
     model: Any, walk: Walk, calibration: torch.Tensor, rows: torch.Tensor, step: float
 ) -> dict[tuple[Slot, str], np.ndarray]:
     """KL of the whole model against itself when one input alone leaves out 0, `step`, two of them ... 90 %."""
-    found = calibrated(model.model.layers, walk, walk.shapes, lambda: model(calibration, use_cache=False))
+    found = calibrated(parts_of(model, walk.blocks), lambda: model(calibration, use_cache=False))
     dense = model(rows, use_cache=False).logits.float().flatten(0, 1)
     p, nobody = dense.softmax(dim=-1), torch.zeros(len(dense), 1, dtype=torch.int64)
     table = {}
@@ -263,10 +257,10 @@ def _left_out(model: Any, walk: Walk, ids: torch.Tensor) -> Shares:
         return watch
 
     handles = []
-    for slot in walk.shapes:
-        if slot.kind in ("mixer", "ffn"):
-            block = getattr(model.model.layers[slot.layer], BLOCK[slot.kind])
-            for which, module in (("entering", block), ("inner", getattr(block, INNER[slot.kind]))):
+    for slot, parts in parts_of(model, walk.blocks).items():
+        if slot.layer is not None:
+            for which, activation in (("entering", "input"), ("inner", "inner")):
+                module, _ = parts.reading(activation)
                 handles.append(module.register_forward_pre_hook(hook((slot, which)), with_kwargs=True, prepend=True))
     for part in ids.split(8):
         model(part, use_cache=False)

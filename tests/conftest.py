@@ -11,6 +11,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from pennyweight import kinds
+
 # The same examples every time, so that a red suite is red for everyone; PENNY_EXPLORE=1 looks for new ones.
 hypothesis.settings.register_profile("penny", derandomize=not os.environ.get("PENNY_EXPLORE"), deadline=None)
 hypothesis.settings.load_profile("penny")
@@ -43,18 +45,12 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-SHAPES: dict[str, dict[str, Any]] = {
-    # head_dim differs from hidden_size / heads where the family allows, heads share KV heads, one tied, one with biases
-    "llama": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "attention_bias": True,
-        "mlp_bias": True,
-    },
-    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
-    "qwen3": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
+FAMILIES: dict[str, dict[str, Any]] = {
+    family.MODEL_TYPES[0]: family.PICO
+    for family in (kinds.load("families", name) for name in kinds.names("families"))
+    if family.MODULE is not None
 }
+"""What each family that can be built says of a small model, by model_type."""
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +81,7 @@ def _make(model_type: str, changes: dict[str, Any], tokenizer_file: Path, folder
         "max_position_embeddings": 256,
         "bos_token_id": 0,
         "eos_token_id": 0,
-        **SHAPES[model_type],
+        **FAMILIES[model_type],
         **changes,
     }
     torch.manual_seed(len(model_type) + sum(map(ord, model_type)))
@@ -106,4 +102,4 @@ def _make(model_type: str, changes: dict[str, Any], tokenizer_file: Path, folder
 
 @pytest.fixture
 def families() -> list[str]:
-    return list(SHAPES)
+    return list(FAMILIES)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pennyweight import kinds
+from pennyweight import families, kinds
+from pennyweight.model.blocks import Block
 from pennyweight.model.demand import Budget, Workload
-from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, MoE, Noop, Norm, Shape, parameters
-from pennyweight.model.shapes import Dense as Linear
+from pennyweight.model.shapes import Attention, Dense, Embedding, GatedMLP, Head, MoE, Noop, Norm, Shape, parameters
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import Stored
 from pennyweight.prices import offers, planning
@@ -23,11 +23,9 @@ from pennyweight.prices.cost import (
     Cost,
     computed,
     figures,
-    kv_bytes,
     paged_kv_bytes,
     price,
     total,
-    weight_bytes,
     workspace_bytes,
 )
 from pennyweight.prices.machine import Machine
@@ -43,12 +41,12 @@ ADDER = dataclasses.replace(READER, bandwidth=1e30, flops=1.0)
 
 @pytest.fixture(scope="module")
 def parent():
-    return planning.slots(json.loads(json.dumps(gpt_oss.PARENT)))
+    return families.shapes(json.loads(json.dumps(gpt_oss.PARENT)))
 
 
 @pytest.fixture(scope="module")
 def child():
-    return planning.slots(json.loads(json.dumps(gpt_oss.CHILD)))
+    return families.shapes(json.loads(json.dumps(gpt_oss.CHILD)))
 
 
 # ------------------------------------------------------------------------------------------- published totals
@@ -124,33 +122,33 @@ def test_a_paged_server_pads_every_group_to_the_size_that_costs_least():
 def test_fp8_halves_the_cache(parent, child):
     for shapes in (parent, child):
         for shape in shapes.values():
-            assert kv_bytes(shape, 16384, bytes_per_value=1) * 2 == kv_bytes(shape, 16384)
+            assert shape.state_bytes(16384, bytes_per_value=1) * 2 == shape.state_bytes(16384)
         halved = paged_kv_bytes(shapes, 65536, batched_tokens=8192, bytes_per_value=1)
         assert halved * 2 == paged_kv_bytes(shapes, 65536, batched_tokens=8192)
 
 
 def test_head_dim_is_never_hidden_size_over_heads():
     assert ATTENTION.head_dim != ATTENTION.hidden_size // ATTENTION.num_heads
-    assert kv_bytes(ATTENTION, 257) == 2 * 2 * 48 * 257 * 2
-    assert kv_bytes(dataclasses.replace(ATTENTION, hidden_size=640), 257) == kv_bytes(ATTENTION, 257)
-    named = planning.slots({**gpt_oss.PARENT, "model_type": "llama", "head_dim": 63})[Slot("mixer", 1)]
-    assert kv_bytes(named, 1) == 2 * 8 * 63 * 2
+    assert ATTENTION.state_bytes(257) == 2 * 2 * 48 * 257 * 2
+    assert dataclasses.replace(ATTENTION, hidden_size=640).state_bytes(257) == ATTENTION.state_bytes(257)
+    named = families.shapes({**gpt_oss.PARENT, "model_type": "llama", "head_dim": 63})[Slot("mixer", 1)]
+    assert named.state_bytes(1) == 2 * 8 * 63 * 2
     unnamed = {key: value for key, value in gpt_oss.PARENT.items() if key != "head_dim"} | {"model_type": "llama"}
-    assert planning.slots(unnamed)[Slot("mixer", 1)].head_dim == 2880 // 64  # where a config names none
+    assert families.shapes(unnamed)[Slot("mixer", 1)].head_dim == 2880 // 64  # where a config names none
 
 
 @settings(deadline=None, derandomize=True)
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
 def test_a_window_keeps_the_lesser_of_window_and_tokens(tokens, window):
     whole, windowed = ATTENTION, dataclasses.replace(ATTENTION, window=window)
-    assert kv_bytes(windowed, tokens) == kv_bytes(whole, min(tokens, window)) <= kv_bytes(whole, tokens)
+    assert windowed.state_bytes(tokens) == whole.state_bytes(min(tokens, window)) <= whole.state_bytes(tokens)
 
 
 @pytest.mark.parametrize(
-    "shape", [GatedMLP(hidden_size=8, intermediate_size=9), Linear(hidden_size=8), Noop(hidden_size=8)]
+    "shape", [GatedMLP(hidden_size=8, intermediate_size=9), Dense(hidden_size=8), Noop(hidden_size=8)]
 )
 def test_only_attention_keeps_keys_and_values(shape):
-    assert kv_bytes(shape, 1000) == 0
+    assert shape.state_bytes(1000) == 0
 
 
 def test_memory_is_weights_and_every_sequence_s_cache_at_full_context_and_workspace():
@@ -184,7 +182,7 @@ def test_prefill_is_worked_on_in_chunks_of_512_tokens():
 def test_a_batch_reads_the_experts_that_any_of_its_sequences_is_routed_to(experts, distinct):
     moe = MoE(hidden_size=63, intermediate_size=257, num_experts=experts, top_k=4, bias=True, router_bias=True)
     always = sum(weight.nbytes for weight in moe.weights() if weight.active == 1)
-    of_experts = weight_bytes(moe) - always
+    of_experts = moe.nbytes - always
     read = []
     for batch in (1, 4, 8, 16, 32, 64, 128, 256):
         _, decode = computed(READER)(moe, Workload(concurrency=batch))
@@ -209,7 +207,7 @@ def test_halving_the_experts_saves_traffic_only_in_larger_batches(parent):
 def test_decoding_reads_weights_once_and_every_sequence_s_cache():
     workload = Workload(prompt=100, new=57, concurrency=3)
     _, decode = computed(READER)(ATTENTION, workload)
-    assert decode == weight_bytes(ATTENTION) + 3 * kv_bytes(ATTENTION, 100 + 57 // 2)
+    assert decode == ATTENTION.nbytes + 3 * ATTENTION.state_bytes(100 + 57 // 2)
 
 
 def test_prefill_computes_every_pair_that_may_see_each_other():
@@ -297,7 +295,7 @@ def test_costs_of_slots_add_up(parent):
 
 def test_throughput_counts_generated_tokens_over_prefill_and_decode_time():
     workload = Workload(prompt=100, new=20, concurrency=3)
-    found = figures(Cost(5, 7, 2.0, 0.1), workload, 11)
+    found = figures(Cost(5, 5, 7, 2.0, 0.1), workload, 11)
     assert found == {
         "weight_bytes": 5,
         "memory_bytes": 23,
@@ -308,7 +306,7 @@ def test_throughput_counts_generated_tokens_over_prefill_and_decode_time():
     assert figures(Cost(), workload, 0)["tokens_per_second"] == math.inf
 
 
-def small_model() -> dict[Slot, Shape]:
+def small_model() -> dict[Slot, Block]:
     config = {
         "model_type": "llama",
         "vocab_size": 257,
@@ -317,7 +315,7 @@ def small_model() -> dict[Slot, Shape]:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    return planning.slots(config)
+    return families.blocks(config)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -326,13 +324,15 @@ def test_a_bound_on_throughput_allows_what_the_bound_on_time_allows(seed):
     workload = Workload(
         prompt=int(rng.integers(1, 500)), new=int(rng.integers(1, 200)), concurrency=int(rng.integers(1, 9))
     )
-    seconds, shapes = computed(Machine.load("m2-max")), small_model()
+    seconds, blocks = computed(Machine.load("m2-max")), small_model()
+    shapes = {slot: block.shape for slot, block in blocks.items()}
     table = {}
-    for slot, shape in shapes.items():
+    for slot, block in blocks.items():
         free = {
-            c.key(): 0.0 for c in offers.single_choices(shape, ("noop", "ffn_width", "kv_heads"), scored_tokens=512)
+            c.key(): 0.0
+            for c in offers.single_choices(block.shape, ("noop", "ffn_width", "kv_heads"), scored_tokens=512)
         }
-        row = offers.offers(slot, shape, free, workload, seconds)
+        row = offers.offers(block, free, workload, seconds)
         table[slot] = [row[i] for i in sorted(rng.choice(len(row), size=min(3, len(row)), replace=False))]
     choices = list(itertools.product(*[range(len(row)) for row in table.values()]))
     rates = []
@@ -349,8 +349,9 @@ def test_a_bound_on_throughput_allows_what_the_bound_on_time_allows(seed):
 
 
 def test_fixed_bytes_are_taken_off_the_limits_and_the_rest_is_left_alone():
-    workload, shapes = Workload(prompt=63, new=1), small_model()
-    table = {slot: offers.offers(slot, shape, {}, workload, computed(READER)) for slot, shape in shapes.items()}
+    workload, blocks = Workload(prompt=63, new=1), small_model()
+    shapes = {slot: block.shape for slot, block in blocks.items()}
+    table = {slot: offers.offers(block, {}, workload, computed(READER)) for slot, block in blocks.items()}
     budget = Budget(weight_bytes=10**6, memory_bytes=2 * 10**6, ttft_seconds=3.0, tpot_seconds=2.0)
     problem = offers.problem(table, shapes, budget, workload)
     spent_before = {

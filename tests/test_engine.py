@@ -15,7 +15,7 @@ from pennyweight.formats import packed_int
 from pennyweight.live.load import load_model
 from pennyweight.model.stored import Stored
 from pennyweight.quantize import rtn
-from tests.conftest import SHAPES
+from tests.conftest import FAMILIES
 from tests.test_heterogeneous import LAYOUT, build
 
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
@@ -34,7 +34,7 @@ def relative(found, expected) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, pico):
     return pico(request.param)
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pennyweight import kinds
+from pennyweight import families, kinds
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.disk.writer import Writer
-from pennyweight.families._decoder import tensor_names, with_shapes
 from pennyweight.judge.stats import SlotStats
 from pennyweight.live import patch as heterogeneous
 from pennyweight.live.blocks import SkippedAttention
@@ -19,7 +18,7 @@ from pennyweight.live.walk import Walk
 from pennyweight.model.choices import PARENT, Choice
 from pennyweight.model.slots import Slot
 from pennyweight.variants import apply, ffn_width, kv_heads, linear, noop, reshape_all, window
-from tests.conftest import SHAPES
+from tests.conftest import FAMILIES
 
 LAYOUT = {
     Slot("mixer", 0): Choice((("noop", noop.Spec()),)),
@@ -37,24 +36,20 @@ def build(folder, out, layout):
     shapes = reshape_all(walk.shapes, layout)
     mixer = walk.shapes[Slot("mixer", 0)]
     stats = SlotStats(
-        {"activation_mean_abs": torch.arange(128.0), "output_moment": torch.eye(mixer.num_heads * mixer.head_dim)}
+        {"activation_mean_abs": torch.arange(128.0), "inner_moment": torch.eye(mixer.num_heads * mixer.head_dim)}
     )
     writer = Writer(out)
-    writer.add("model.embed_tokens.weight", walk.embedding().weight)
-    for index in range(walk.layers):
-        layer = walk.layer(index)
-        for kind in ("mixer", "ffn"):
-            slot = Slot(kind, index)
-            apply(walk.parts(layer, slot), layout.get(slot, PARENT), stats)
-            for name in tensor_names(slot, shapes[slot]).values():
-                writer.add(name, layer.get_parameter(name.removeprefix(f"model.layers.{index}.")))
-    writer.add("model.norm.weight", walk.norm().weight)
-    if not walk.tied:
-        writer.add("lm_head.weight", walk.head().weight)
-    return writer.finish(with_shapes(walk.checkpoint.config, shapes), like=folder)
+    for slot in (Slot("embed"), Slot("norm"), Slot("head")):
+        for name in walk.blocks[slot].tensors():
+            writer.add(name, walk.matrix(slot))
+    for layer in walk.each():
+        for slot, parts in layer.parts.items():
+            for name, parameter in apply(parts, layout.get(slot, PARENT), stats).parameters():
+                writer.add(name, parameter)
+    return writer.finish(families.config_of(walk.checkpoint.config, shapes), like=folder)
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def child(request, pico, tmp_path_factory):
     return build(pico(request.param), tmp_path_factory.mktemp("child") / request.param, LAYOUT)
 
@@ -65,7 +60,7 @@ def ids() -> torch.Tensor:
 
 def test_config_says_what_the_layers_are(child):
     walk = Walk(Checkpoint(child))
-    assert walk.shapes == walk.family.slots(walk.checkpoint.config)
+    assert walk.shapes == families.shapes(walk.checkpoint.config)
     assert walk.checkpoint.config["per_layer_config"]["0"]["skip"] == ["attention"]
 
 

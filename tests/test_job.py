@@ -21,7 +21,7 @@ from pennyweight.model import shapes as slots
 from pennyweight.runs.events import Silent
 from pennyweight.runtime import engine
 from pennyweight.search import Infeasible
-from tests.conftest import SHAPES
+from tests.conftest import FAMILIES
 
 QUICK = merged(
     FitConfig(),
@@ -57,7 +57,7 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def finished(request, pico, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("fit") / "out"
     wanted = config(text, budget={"weights": "26%"}, sweep=("weights=50%", "weights=1%"), solutions=2, min_different=2)
@@ -145,7 +145,7 @@ def test_check_holds_the_engine_against_other_logits(finished, monkeypatch):
     assert (check.ok, check.expected, check.found) == (True, "not run", "the native module is missing")
 
 
-@pytest.mark.parametrize("model_type", SHAPES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_budget_that_needs_nothing_changes_nothing(model_type, pico, text, tmp_path):
     """The child of an ample budget is the parent: same tensors, byte for byte."""
     model = pico(model_type)

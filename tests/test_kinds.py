@@ -9,12 +9,11 @@ import inspect
 import pytest
 import torch
 
-from pennyweight import kinds
+from pennyweight import families, kinds, variants
 from pennyweight.formats import packed_int
 from pennyweight.judge import stats
 from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
-from pennyweight.prices import offers
 from tests.gpt_oss import PARENT
 
 ROOMS = ("families", "formats", "quantize", "search", "variants")
@@ -60,17 +59,17 @@ def test_an_unknown_name_is_answered_with_what_there_is(room):
 
 
 def test_helpers_cannot_be_asked_for():
-    with pytest.raises(ValueError, match="there is no search called '_problem'"):
-        kinds.load("search", "_problem")
+    with pytest.raises(ValueError, match="there is no families called '_decoder'"):
+        kinds.load("families", "_decoder")
 
 
 @pytest.mark.parametrize("name", kinds.names("families"))
 def test_a_family_names_its_models_reads_slots_and_points_at_live_modules(name):
     family = kinds.load("families", name)
     assert family.MODEL_TYPES
-    assert all(kinds.family_of(model_type) is family for model_type in family.MODEL_TYPES)
-    assert parameters_of(family.slots) == ["config"]
-    shapes = family.slots({**PARENT, "model_type": family.MODEL_TYPES[0]})
+    assert all(families.of(model_type) is family for model_type in family.MODEL_TYPES)
+    assert parameters_of(family.mixer) == parameters_of(family.ffn) == ["config", "layer"]
+    shapes = families.shapes({**PARENT, "model_type": family.MODEL_TYPES[0]})
     assert [str(slot) for slot in shapes][:3] == ["embed", "0.mixer", "0.ffn"]
     assert [str(slot) for slot in shapes][-2:] == ["norm", "head"]
     assert all(isinstance(slot, Slot) and isinstance(shape, Shape) for slot, shape in shapes.items())
@@ -87,7 +86,7 @@ def test_no_two_families_claim_a_model_type():
 
 def test_an_unknown_model_type_is_answered_with_all_that_are_supported():
     with pytest.raises(ValueError) as err:
-        kinds.family_of("mamba")
+        families.of("mamba")
     supported = sorted(kind for _, name in things("families") for kind in kinds.load("families", name).MODEL_TYPES)
     assert f"model_type 'mamba' is not supported; supported are: {', '.join(supported)}." in str(err.value)
     assert "docs/adding.md" in str(err.value)
@@ -106,7 +105,9 @@ def test_a_variant_has_a_frozen_spec_and_four_ways_to_use_it(name):
 
 
 def test_every_variant_has_its_place_in_the_order_of_application():
-    assert sorted(offers.ORDER) == list(kinds.names("variants"))
+    assert sorted(variants.order()) == list(kinds.names("variants"))
+    places = [kinds.load("variants", axis).PLACE for axis in variants.order()]
+    assert places == sorted(set(places))
 
 
 @pytest.mark.parametrize("name", kinds.names("quantize"))

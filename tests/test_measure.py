@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from pennyweight import families
 from pennyweight.model.demand import Workload
 from pennyweight.model.shapes import Attention, GatedMLP, Noop, Sparsity
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16, Stored
-from pennyweight.prices import measure, planning
+from pennyweight.prices import measure
 from pennyweight.prices.machine import Machine
 from pennyweight.runtime.bench import Stepper, bench, prefill_seconds
 from pennyweight.runtime.engine import Row
@@ -33,7 +34,7 @@ CONFIG = {
     "max_position_embeddings": 128,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
-SHAPES = planning.slots(CONFIG)
+SHAPES = families.shapes(CONFIG)
 HEAD = SHAPES[Slot("head")]
 MODELS = measure.Models(CONFIG, SHAPES, LOAD)
 
@@ -83,7 +84,7 @@ def test_a_block_is_the_slope_and_the_rest_what_a_model_without_blocks_takes(mon
 @pytest.mark.parametrize("tied", [False, True])
 def test_prices_look_shapes_up_and_charge_the_rest_to_the_matrix_of_the_logits(monkeypatch, tied):
     Clock(monkeypatch)
-    shapes = planning.slots({**CONFIG, "tie_word_embeddings": tied})
+    shapes = families.shapes({**CONFIG, "tie_word_embeddings": tied})
     packed = dataclasses.replace(shapes[Slot("embed" if tied else "head")], stored=Stored(8, 64))
     seconds = measure.Models(CONFIG, shapes, LOAD).latencies([FFN, ATTENTION, packed, *shapes.values()]).seconds()
     assert seconds(FFN, LOAD) == (pytest.approx(3), pytest.approx(0.25))

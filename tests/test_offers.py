@@ -9,19 +9,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pennyweight import families, variants
 from pennyweight.disk.checkpoint import safetensors_bytes
-from pennyweight.families._decoder import tensor_names
 from pennyweight.formats import packed_int
 from pennyweight.formats._grid import Grid
+from pennyweight.model.blocks import Block
 from pennyweight.model.choices import PARENT, Choice
 from pennyweight.model.demand import Budget, Workload
 from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, Norm, Shape
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16, Stored
-from pennyweight.prices import offers, planning
+from pennyweight.prices import offers
 from pennyweight.prices.cost import computed, price
 from pennyweight.prices.machine import Machine
-from pennyweight.prices.offers import ORDER, combinations, single_choices, undominated
+from pennyweight.prices.offers import combinations, single_choices, undominated
 from pennyweight.search import mip
 from pennyweight.variants import reshape
 
@@ -40,7 +41,10 @@ CONFIG = {
 }
 
 
-def scored(shape: Shape, seed: int = 0, axes=ORDER) -> dict[str, float]:
+AXES = variants.order()
+
+
+def scored(shape: Shape, seed: int = 0, axes=AXES) -> dict[str, float]:
     """Random scores of all single choices; what shrinks more tends to hurt more."""
     rng = np.random.default_rng(seed)
     singles = single_choices(shape, axes, scored_tokens=512)
@@ -56,7 +60,7 @@ def test_a_combination_has_one_spec_per_axis_in_order_and_the_parent_comes_first
     assert found[0] == (PARENT, shape, 0.0)
     for choice, _, _ in found:
         axes = [axis for axis, _ in choice.specs]
-        assert axes == [axis for axis in ORDER if axis in axes]
+        assert axes == [axis for axis in variants.order() if axis in axes]
     assert len({choice for choice, _, _ in found}) == len(found)
 
 
@@ -86,9 +90,9 @@ def test_only_what_was_scored_is_combined():
 
 @pytest.mark.parametrize("shape", [ATTENTION, MLP], ids=["mixer", "ffn"])
 def test_costs_are_those_of_the_resulting_shape_and_scores_add_up(shape):
-    slot = Slot("mixer" if shape is ATTENTION else "ffn", 7)
+    slot = Slot("mixer" if shape is ATTENTION else "ffn", 1)
     scores = scored(shape)
-    for offer in offers.offers(slot, shape, scores, WORKLOAD, SECONDS):
+    for offer in offers.offers(PLACES[slot].having(shape), scores, WORKLOAD, SECONDS):
         resulting = reshape(shape, offer.choice)
         assert offer.shape == resulting
         assert offer.cost == price(resulting, WORKLOAD, SECONDS)
@@ -108,7 +112,7 @@ def test_only_the_axes_asked_for_are_offered_in_their_order():
     found = single_choices(MLP, ("bits", "noop"), scored_tokens=512)
     assert [axis for choice in found for axis, _ in choice.specs] == ["noop"] + ["bits"] * 4
     assert single_choices(MLP, (), scored_tokens=512) == []
-    assert single_choices(Norm(hidden_size=256), ORDER, scored_tokens=512) == []
+    assert single_choices(Norm(hidden_size=256), variants.order(), scored_tokens=512) == []
 
 
 # ------------------------------------------------------------------------------------------------------ dominated
@@ -144,9 +148,9 @@ def test_of_equal_offers_the_first_stays_and_the_order_is_kept():
 @pytest.mark.parametrize("seed", range(8))
 def test_dropping_the_dominated_drops_no_optimum(seed):
     rng = np.random.default_rng(seed)
-    shapes = planning.slots(CONFIG)
+    shapes = families.shapes(CONFIG)
     whole = {
-        slot: offers.offers(slot, shape, scored(shape, seed=seed + 100 * i), WORKLOAD, SECONDS)
+        slot: offers.offers(PLACES[slot].having(shape), scored(shape, seed=seed + 100 * i), WORKLOAD, SECONDS)
         for i, (slot, shape) in enumerate(shapes.items())
     }
     kept = {slot: undominated(row) for slot, row in whole.items()}
@@ -175,12 +179,13 @@ def test_dropping_the_dominated_drops_no_optimum(seed):
 
 # ---------------------------------------------------------------------------------------------------------- bytes
 
+PLACES = families.blocks(CONFIG)
 
-def written(slot: Slot, shape: Shape) -> dict[str, torch.Tensor]:
+
+def written(block: Block) -> dict[str, torch.Tensor]:
     """Tensors of a slot as they are shipped: bfloat16, or packed with the scale and the shape beside."""
-    names, tensors = tensor_names(slot, shape), {}
-    for weight in shape.weights():
-        name = names[weight.name]
+    tensors = {}
+    for name, weight in block.tensors().items():
         if len(weight.shape) == 1 or weight.stored == BFLOAT16:
             tensors[name] = torch.zeros(weight.shape, dtype=torch.bfloat16)
         else:
@@ -197,39 +202,40 @@ def written(slot: Slot, shape: Shape) -> dict[str, torch.Tensor]:
     [
         (
             Slot("mixer", 0),
-            Attention(hidden_size=384, num_heads=6, num_kv_heads=2, head_dim=128, qkv_bias=True, qk_norm=True),
+            Attention(hidden_size=384, num_heads=6, num_kv_heads=2, head_dim=128, qkv_bias=True, qk_norm="each head"),
         ),
-        (Slot("ffn", 257), GatedMLP(hidden_size=384, intermediate_size=896)),
+        (Slot("ffn", 1), GatedMLP(hidden_size=384, intermediate_size=896)),
         (Slot("embed"), Embedding(vocab_size=1001, hidden_size=384)),
         (Slot("head"), Head(vocab_size=1001, hidden_size=384)),
     ],
     ids=["mixer", "ffn", "embed", "head"],
 )
 def test_file_bytes_are_at_least_what_is_written_and_not_much_more(tmp_path, slot, shape, stored):
-    shape = dataclasses.replace(shape, stored=stored)
+    block = PLACES[slot].having(dataclasses.replace(shape, stored=stored))
     save_file({}, tmp_path / "empty", metadata={"format": "pt"})
-    save_file(written(slot, shape), tmp_path / "slot", metadata={"format": "pt"})
+    save_file(written(block), tmp_path / "slot", metadata={"format": "pt"})
     actual = (tmp_path / "slot").stat().st_size - (tmp_path / "empty").stat().st_size
-    promised = offers.file_bytes(slot, shape)
+    promised = offers.file_bytes(block)
     assert actual <= promised <= 1.03 * actual
 
 
 @pytest.mark.parametrize("shape", [Norm(hidden_size=63), Norm(hidden_size=1)])
 def test_small_slots_are_not_promised_too_few_bytes_either(tmp_path, shape):
     save_file({}, tmp_path / "empty", metadata={"format": "pt"})
-    save_file(written(Slot("norm"), shape), tmp_path / "slot", metadata={"format": "pt"})
+    block = PLACES[Slot("norm")].having(shape)
+    save_file(written(block), tmp_path / "slot", metadata={"format": "pt"})
     actual = (tmp_path / "slot").stat().st_size - (tmp_path / "empty").stat().st_size
-    assert actual <= offers.file_bytes(Slot("norm"), shape)
+    assert actual <= offers.file_bytes(block)
     tied = Head(vocab_size=257, hidden_size=63, tied=True)
-    assert offers.file_bytes(Slot("head"), tied) == 0, "a tied head writes nothing"
+    assert offers.file_bytes(PLACES[Slot("head")].having(tied)) == 0, "a tied head writes nothing"
 
 
 @pytest.mark.parametrize("shards", [1, 5])
 def test_a_whole_model_s_files_keep_to_the_sum_and_the_overhead(tmp_path, shards):
-    shapes = planning.slots(CONFIG)
-    tensors = {name: t for slot, shape in shapes.items() for name, t in written(slot, shape).items()}
+    blocks = families.blocks(CONFIG)
+    tensors = {name: t for block in blocks.values() for name, t in written(block).items()}
     for i in range(shards):
         part = {name: tensors[name] for name in list(tensors)[i::shards]}
         save_file(part, tmp_path / f"model-{i}.safetensors", metadata={"format": "pt"})
-    promised = sum(offers.file_bytes(slot, shape) for slot, shape in shapes.items())
+    promised = sum(offers.file_bytes(block) for block in blocks.values())
     assert safetensors_bytes(tmp_path) <= promised + offers.FILE_OVERHEAD

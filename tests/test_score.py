@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from pennyweight import kinds
+from pennyweight import kinds, variants
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.judge import score, stats
 from pennyweight.judge.stats import SlotStats, of_slot
-from pennyweight.live.walk import Walk, run_layer
+from pennyweight.live.walk import Walk
 from pennyweight.model.choices import PARENT, Choice
 from pennyweight.model.slots import Slot
 from pennyweight.prices.offers import single_choices
 from pennyweight.variants import apply
-from tests.conftest import SHAPES
+from tests.conftest import FAMILIES
 
 ROWS, TOKENS = 3, 32
 
@@ -36,7 +36,8 @@ class Scored:
     def __init__(self, folder, work, dtype=torch.float32, max_pending=2**30) -> None:
         self.folder = folder
         self.walk = Walk(Checkpoint(folder), dtype=dtype)
-        stats.calibrate_chunk(folder, ids()[:, :-1], stats.NAMES, work, 0, dtype)
+        wanted = {slot: variants.wanted(shape, variants.order()) for slot, shape in self.walk.shapes.items()}
+        stats.calibrate_chunk(folder, ids()[:, :-1], wanted, work, 0, dtype)
         self.files = {}
         for layer in range(self.walk.layers):
             self.files[layer] = stats.partial_path(work, 0, layer)
@@ -54,7 +55,7 @@ class Scored:
             self.out |= score.score_chunk(folder, ids(), scored(), work, 0, group, self.files, dtype)
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def run(request, pico, tmp_path_factory):
     return Scored(pico(request.param), tmp_path_factory.mktemp("work"))
 
@@ -74,7 +75,6 @@ def test_in_bfloat16_too(pico, tmp_path):
 def test_cached_states_give_what_a_full_forward_gives(run):
     """Each metric of every choice, against the whole model run from the tokens on with that one slot changed."""
     walk = run.walk
-    positions = walk.positions(TOKENS)
     mask = torch.from_numpy(scored())
     targets = torch.from_numpy(ids()[:, 1:])
 
@@ -82,20 +82,19 @@ def test_cached_states_give_what_a_full_forward_gives(run):
         embedding = walk.embedding()
         head = walk.head()
         if slot == Slot("embed"):
-            apply(score.Parts(embedding, "embed", walk.shapes[slot]), choice, SlotStats({}))
-            if walk.tied:
-                head.weight = embedding.weight
-        hidden = embedding(torch.from_numpy(ids()[:, :-1]))
-        for index in range(walk.layers):
-            layer = walk.layer(index)
-            if slot.layer == index:
-                tensors = score._load(run.files[index])
-                apply(walk.parts(layer, slot), choice, of_slot(tensors, slot.kind))
-            hidden = run_layer(layer, hidden, positions)
+            apply(embedding, choice, SlotStats({}))
+            if walk.logits_slot == slot:
+                head.root.weight = embedding.root.weight
+        hidden = embedding.root(torch.from_numpy(ids()[:, :-1]))
+        for layer in walk.each():
+            if slot.layer == layer.index:
+                tensors = score._load(run.files[layer.index])
+                apply(layer.parts[slot], choice, of_slot(tensors, slot.kind))
+            hidden = layer.run(hidden)
         final = walk.norm()(hidden)
         if slot == Slot("head"):
-            apply(score.Parts(head, "head", walk.shapes[slot]), choice, SlotStats({}))
-        return final, head(final)[mask].double().log_softmax(dim=-1)
+            apply(head, choice, SlotStats({}))
+        return final, head.root(final)[mask].double().log_softmax(dim=-1)
 
     parent_state, parent = whole(Slot("embed"), PARENT)
     for slot in map(Slot.parse, ("embed", "0.mixer", "1.ffn", "head")):

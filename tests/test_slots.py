@@ -11,10 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pennyweight import kinds
+from pennyweight import families, kinds
 from pennyweight.model.choices import PARENT, Choice, layout_to_json
-from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, MoE, Noop, Norm, Shape, Weight, parameters
-from pennyweight.model.shapes import Dense as Linear
+from pennyweight.model.shapes import (
+    Attention,
+    Dense,
+    Embedding,
+    GatedMLP,
+    Head,
+    MoE,
+    Noop,
+    Norm,
+    Shape,
+    Weight,
+    parameters,
+)
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import Stored
 from pennyweight.variants import choice_from_json, layout_from_json, reshape, reshape_all, structural
@@ -24,13 +35,13 @@ ATTENTION = Attention(hidden_size=256, num_heads=8, num_kv_heads=4, head_dim=48,
 MLP = GatedMLP(hidden_size=256, intermediate_size=1024, bias=True)
 SHAPES: list[Shape] = [
     ATTENTION,
-    Attention(hidden_size=257, num_heads=6, num_kv_heads=6, head_dim=63, window=128, qk_norm=True, o_bias=True),
+    Attention(hidden_size=257, num_heads=6, num_kv_heads=6, head_dim=63, window=128, qk_norm="each head", o_bias=True),
     Attention(hidden_size=64, num_heads=4, num_kv_heads=1, head_dim=16),
     MLP,
     GatedMLP(hidden_size=63, intermediate_size=257),
     GatedMLP(hidden_size=1, intermediate_size=1),
     MoE(hidden_size=64, intermediate_size=32, num_experts=16, top_k=2, bias=True, router_bias=True),
-    Linear(hidden_size=256),
+    Dense(hidden_size=256),
     Noop(hidden_size=256),
     Embedding(vocab_size=257, hidden_size=256),
     Norm(hidden_size=256),
@@ -49,25 +60,29 @@ def offered(shape: Shape) -> list[tuple[str, object]]:
 
 sizes = st.integers(1, 600)
 attentions = st.builds(
-    lambda kv, per_kv, window, flags, hidden, dim: Attention(
+    lambda kv, per_kv, window, flags, norm, norms, hidden, dim: Attention(
         hidden_size=hidden,
         num_heads=kv * per_kv,
         num_kv_heads=kv,
         head_dim=dim,
         window=window,
-        **dict(zip(("qkv_bias", "o_bias", "qk_norm", "sinks"), flags, strict=True)),
+        qk_norm=norm,
+        norms=norms,
+        **dict(zip(("qkv_bias", "o_bias", "sinks"), flags, strict=True)),
     ),
     st.integers(1, 16),
     st.integers(1, 8),
     st.none() | st.integers(1, 10_000),
-    st.tuples(*[st.booleans()] * 4),
+    st.tuples(*[st.booleans()] * 3),
+    st.sampled_from([None, "each head", "all heads"]),
+    st.sampled_from(["before", "after", "both"]),
     sizes,
     sizes,
 )
 shapes = st.one_of(
     attentions,
     st.builds(GatedMLP, hidden_size=sizes, intermediate_size=sizes, bias=st.booleans()),
-    st.builds(Linear, hidden_size=sizes),
+    st.builds(Dense, hidden_size=sizes),
     st.builds(Embedding, vocab_size=sizes, hidden_size=sizes, tied=st.booleans()),
     st.builds(Head, vocab_size=sizes, hidden_size=sizes, tied=st.booleans()),
 )
@@ -189,7 +204,7 @@ def test_each_axis_changes_what_it_says():
     assert reshape(MLP, spec("ffn_width", 257)) == dataclasses.replace(MLP, intermediate_size=257)
     assert reshape(MLP, spec("bits", 4, 64)) == dataclasses.replace(MLP, stored=Stored(4, 64))
     assert reshape(MLP, spec("noop")) == reshape(ATTENTION, spec("noop")) == Noop(hidden_size=256)
-    assert reshape(ATTENTION, spec("linear", "product")) == Linear(hidden_size=256)
+    assert reshape(ATTENTION, spec("linear", "product")) == Dense(hidden_size=256)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +233,7 @@ def test_a_spec_that_does_not_fit_says_what_came_and_where(shape, choice, messag
 
 def test_a_second_spec_is_applied_to_what_the_first_one_left():
     both = Choice((*spec("linear", "fitted").specs, *spec("bits", 4, 128).specs))
-    assert reshape(MLP, both) == Linear(hidden_size=256, stored=Stored(4, 128))
+    assert reshape(MLP, both) == Dense(hidden_size=256, stored=Stored(4, 128))
     with pytest.raises(ValueError, match="FFN width 64 does not fit Noop"):
         reshape(MLP, Choice((*spec("noop").specs, *spec("ffn_width", 64).specs)))
 
@@ -273,7 +288,7 @@ def test_parameters_are_those_that_transformers_makes(model_type, extra, tied):
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    planned = kinds.family_of(model_type).slots({**config.to_dict(), "model_type": model_type})
+    planned = families.shapes({**config.to_dict(), "model_type": model_type})
     assert parameters(planned) == sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -22,7 +22,7 @@ from pennyweight.model.shapes import Weight
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import Stored
 from pennyweight.variants import layout_from_json, sparsity
-from tests.conftest import SHAPES
+from tests.conftest import FAMILIES
 from tests.test_job import config, run, text  # noqa: F401  (text is a fixture)
 
 
@@ -82,7 +82,7 @@ def test_a_row_of_another_size_costs_nothing():
     from pennyweight.judge.stats import SlotStats
 
     weight = torch.randn(128, 64) * torch.logspace(-3, 0, 128).unsqueeze(1)
-    parts = sparsity.pack("q_proj", weight, SlotStats({}), sparsity.Spec(0.0, 0.0))
+    parts = sparsity.pack(weight, "input", SlotStats({}), sparsity.Spec(0.0, 0.0))
     error = (_matrix.unpack(parts) - weight).norm(dim=1) / weight.norm(dim=1)
     assert error.max() < 0.2
 
@@ -90,7 +90,7 @@ def test_a_row_of_another_size_costs_nothing():
 KINDS = {"llama": {}, "qwen2": {"scales": "affine"}, "qwen3": {"group": 32, "scales": "super", "ordered": True}}
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def finished(request, pico, text, tmp_path_factory):  # noqa: F811
     """A child with sparse blocks, stored in another way for each family: what the axis offers by default, and the rest
     of what it can be asked for."""

@@ -13,16 +13,20 @@ import torch
 from pennyweight import kinds
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.judge.stats import NAMES, Collector, SlotStats, of_slot
-from pennyweight.live.walk import Walk, run_layer, run_slot
+from pennyweight.live.walk import Walk
 from pennyweight.model.choices import Choice
 from pennyweight.model.shapes import Attention, GatedMLP
 from pennyweight.model.slots import Slot
-from pennyweight.prices import cost
 from pennyweight.variants import apply, bits, choice_from_json, ffn_width, kv_heads, linear, noop, window
-from tests.conftest import SHAPES
+from tests.conftest import FAMILIES
+from tests.live import after, computed, entering
 
 AXES = kinds.names("variants")
 STRUCTURAL = [axis for axis in AXES if axis != "bits"]
+
+
+MIXER, FFN = Slot("mixer", 0), Slot("ffn", 0)
+SLOTS = {"mixer": MIXER, "ffn": FFN}
 
 
 class Bench:
@@ -30,30 +34,30 @@ class Bench:
 
     def __init__(self, folder) -> None:
         self.walk = Walk(Checkpoint(folder))
-        self.positions = self.walk.positions(48)
         ids = torch.arange(4 * 48).mul(7919).remainder(300).view(4, 48)
-        self.hidden = self.walk.embedding()(ids)
+        self.hidden = self.walk.embed(ids)
         layer = self.walk.layer(0)
-        self.shapes = {kind: self.walk.shapes[Slot(kind, 0)] for kind in ("mixer", "ffn")}
+        self.shapes = {kind: self.walk.shapes[slot] for kind, slot in SLOTS.items()}
         with torch.no_grad():
-            with Collector(layer, self.shapes, NAMES) as collector:
-                run_layer(layer, self.hidden, self.positions)
-            middle = self.hidden + run_slot(layer, "mixer", self.hidden, self.positions)
-        self.stats = {name: value / collector.tokens for name, value in collector.sums.items()}
-        self.entering = {"mixer": self.hidden, "ffn": middle}  # what each block sees in the parent
+            with Collector(layer.parts, dict.fromkeys(layer.parts, NAMES)) as collector:
+                layer.run(self.hidden)
+            middle = after(layer, MIXER, self.hidden)
+        self.stats = {name: value / ids.numel() for name, value in collector.sums.items()}
+        self.entering = {"mixer": self.hidden, "ffn": middle}  # the stream before each slot of the parent
 
     def of(self, kind: str) -> SlotStats:
         return of_slot(self.stats, kind)
 
     @torch.no_grad()
     def run(self, kind: str, choice: Choice):
-        """(parts after the choice, what the slot adds to the stream)."""
+        """(parts after the choice, what the block then computes)."""
         layer = self.walk.layer(0)
-        parts = apply(self.walk.parts(layer, Slot(kind, 0)), choice, self.of(kind))
-        return parts, run_slot(layer, kind, self.entering[kind], self.positions)
+        parts = apply(layer.parts[SLOTS[kind]], choice, self.of(kind))
+        layer.parts[SLOTS[kind]] = parts
+        return parts, computed(layer, SLOTS[kind], self.entering[kind])
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def bench(request, pico):
     return Bench(pico(request.param))
 
@@ -77,12 +81,12 @@ def test_every_option_makes_the_shape_it_says_and_costs_what_it_holds(bench):
         parts, out = bench.run(kind, Choice(((axis, spec),)))
         assert parts.shape == module.reshape(shape, spec), (kind, spec)
         assert torch.isfinite(out).all()
-        held = {name: tuple(m.weight.shape) for name, m in parts.linears().items()}
+        held = {name: tuple(m.weight.shape) for name, m in parts.matrices().items()}
         assert held == {w.name: w.shape for w in parts.shape.weights() if len(w.shape) == 2}, (kind, spec)
         parameters = sum(p.numel() for m in (parts.block,) for p in m.parameters())
         norm = 0 if axis == "noop" else shape.hidden_size
         assert parameters + norm == sum(w.parameters for w in parts.shape.weights()), (kind, spec)
-        assert cost.weight_bytes(parts.shape) <= cost.weight_bytes(shape)
+        assert parts.shape.nbytes <= shape.nbytes
 
 
 PARENTS_OWN = [
@@ -108,7 +112,7 @@ def test_widths_are_nested_and_keep_the_largest_contributions(bench):
     shape = bench.shapes["ffn"]
     assert isinstance(shape, GatedMLP)
     layer = bench.walk.layer(0)
-    down = layer.mlp.down_proj.weight
+    down = layer.parts[FFN].matrix("down_proj").weight
     mean_abs = bench.of("ffn")["activation_mean_abs"]
     ranked = ffn_width.ranking(down, mean_abs)
     contribution = mean_abs * down.norm(dim=0)
@@ -119,12 +123,13 @@ def test_widths_are_nested_and_keep_the_largest_contributions(bench):
 
 def test_ffn_width_computes_the_kept_channels(bench):
     layer = bench.walk.layer(0)
-    kept = ffn_width.ranking(layer.mlp.down_proj.weight, bench.of("ffn")["activation_mean_abs"])[:48]
+    mlp = layer.parts[FFN].block
+    kept = ffn_width.ranking(mlp.down_proj.weight, bench.of("ffn")["activation_mean_abs"])[:48]
     with torch.no_grad():
-        x = layer.post_attention_layernorm(bench.entering["ffn"])
-        inner = layer.mlp.act_fn(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
+        x = entering(layer, FFN, bench.entering["ffn"])
+        inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
         mask = torch.zeros(inner.shape[-1]).index_fill(0, kept, 1.0)
-        expected = layer.mlp.down_proj(inner * mask)
+        expected = mlp.down_proj(inner * mask)
     _, found = bench.run("ffn", Choice((("ffn_width", ffn_width.Spec(48)),)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -132,7 +137,7 @@ def test_ffn_width_computes_the_kept_channels(bench):
 def test_fewer_kv_heads_by_mean_are_the_means(bench):
     shape = bench.shapes["mixer"]
     assert isinstance(shape, Attention)
-    before = bench.walk.layer(0).self_attn.k_proj.weight.view(shape.num_kv_heads, shape.head_dim, -1)
+    before = bench.walk.layer(0).parts[MIXER].matrix("k_proj").weight.view(shape.num_kv_heads, shape.head_dim, -1)
     parts, _ = bench.run("mixer", Choice((("kv_heads", kv_heads.Spec(1, "mean")),)))
     torch.testing.assert_close(parts.block.k_proj.weight, before.mean(dim=0), rtol=1e-6, atol=1e-7)
 
@@ -143,14 +148,15 @@ def test_best_kv_heads_keep_the_attention_of_the_kept_heads(bench):
     assert isinstance(shape, Attention)
     heads = shape.num_kv_heads // 2
     layer = bench.walk.layer(0)
-    energy = kv_heads.group_energy(layer.self_attn.o_proj.weight, bench.of("mixer")["output_moment"], shape)
+    o = layer.parts[MIXER].matrix("o_proj")
+    energy = kv_heads.group_energy(o.weight, bench.of("mixer")["inner_moment"], shape)
     kept = energy.argsort(descending=True)[:heads]
     width = shape.num_heads // shape.num_kv_heads * shape.head_dim
     mask = torch.zeros(shape.num_kv_heads, width)
     mask[kept] = 1
     with torch.no_grad():
-        layer.self_attn.o_proj.weight.mul_(mask.flatten())
-        expected = run_slot(layer, "mixer", bench.hidden, bench.positions)
+        o.weight.mul_(mask.flatten())
+        expected = computed(layer, MIXER, bench.hidden)
     _, found = bench.run("mixer", Choice((("kv_heads", kv_heads.Spec(heads, "best")),)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -162,19 +168,19 @@ def test_window_equals_a_hand_made_mask(bench, tokens):
     i = torch.arange(48)
     seen = (i[:, None] >= i[None]) & (i[:, None] - i[None] < tokens)
     with torch.no_grad():
-        normed = layer.input_layernorm(bench.hidden)
-        expected = layer.self_attn(normed, attention_mask=seen[None, None], **bench.positions)[0]
+        normed, positions = entering(layer, MIXER, bench.hidden), bench.walk.positions(48)
+        expected = layer.parts[MIXER].block(normed, attention_mask=seen[None, None], **positions)[0]
     _, found = bench.run("mixer", Choice((("window", window.Spec(tokens)),)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_texts_within_the_window_are_computed_as_by_the_parent(bench):
     layer = bench.walk.layer(0)
-    short, positions = bench.hidden[:, :16], bench.walk.positions(16)
+    short = bench.hidden[:, :16]
     with torch.no_grad():
-        expected = run_slot(layer, "mixer", short, positions)
-        window.apply(bench.walk.parts(layer, Slot("mixer", 0)), window.Spec(16), SlotStats({}))
-        found = run_slot(layer, "mixer", short, positions)
+        expected = computed(layer, MIXER, short)
+        window.apply(layer.parts[MIXER], window.Spec(16), SlotStats({}))
+        found = computed(layer, MIXER, short)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -188,12 +194,13 @@ def test_the_fitted_matrix_is_the_best_one(bench):
         assert error < (product - target).square().mean()
         assert error < target.square().mean()
         generator = torch.Generator().manual_seed(0)
-        matrix = next(iter(parts.linears().values()))
+        matrix = parts.matrix("linear")
+        x = entering(bench.walk.layer(0), SLOTS[kind], bench.entering[kind])
         for _ in range(5):
             nudged = copy.deepcopy(matrix.weight)
             matrix.weight.data += 1e-2 * nudged.std() * torch.randn(nudged.shape, generator=generator)
             with torch.no_grad():
-                worse = (run_slot(parts.layer, kind, bench.entering[kind], bench.positions) - target).square().mean()
+                worse = (matrix(x) - target).square().mean()
             matrix.weight.data.copy_(nudged)
             assert worse > error * (1 - 1e-6)
 
@@ -207,9 +214,9 @@ def test_the_product_is_attention_to_oneself(bench):
     layer = bench.walk.layer(0)
     one = bench.hidden[:, :1]
     with torch.no_grad():
-        expected = run_slot(layer, "mixer", one, bench.walk.positions(1))
-        linear.apply(bench.walk.parts(layer, Slot("mixer", 0)), linear.Spec("product"), bench.of("mixer"))
-        found = run_slot(layer, "mixer", one, bench.walk.positions(1))
+        expected = computed(layer, MIXER, one)
+        linear.apply(layer.parts[MIXER], linear.Spec("product"), bench.of("mixer"))
+        found = computed(layer, MIXER, one)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pennyweight import families
 from pennyweight.config import BudgetConfig, FitConfig, WorkloadConfig
 from pennyweight.disk.checkpoint import read_config
 from pennyweight.disk.writer import Writer
@@ -40,7 +41,7 @@ def plan(
     Raises FileNotFoundError or ValueError for a folder or config that cannot be planned.
     """
     config = read_config(Path(model))
-    parent_bytes = planning.stored_bytes(planning.slots(config), 16)
+    parent_bytes = planning.stored_bytes(families.shapes(config), 16)
     bounds = (budget or BudgetConfig()).resolve(parent_bytes=parent_bytes)
     return planning.plan(config, (workload or WorkloadConfig()).resolve(), Machine.load(machine), bounds, axes)
 

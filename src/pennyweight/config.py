@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pennyweight import kinds, units
+from pennyweight import kinds, units, variants
 from pennyweight.model.demand import Budget, Workload
 
 
@@ -85,7 +85,7 @@ class FitConfig(_Strict):
     workload: WorkloadConfig = WorkloadConfig()
     data: DataConfig = DataConfig()
     heal: HealConfig = HealConfig()
-    axes: tuple[str, ...] = ("noop", "linear", "kv_heads", "ffn_width", "window", "bits")
+    axes: tuple[str, ...] = Field(default_factory=variants.default)
     metric: Literal["kl", "lm", "cosine", "nmse"] = "kl"
     search: str = "mip"
     solutions: int = Field(default=1, ge=1)

@@ -21,14 +21,3 @@ def load(room: str, name: str) -> ModuleType:
     if name not in names(room):
         raise ValueError(f"there is no {room} called {name!r}; there are: {', '.join(names(room))}")
     return importlib.import_module(f"pennyweight.{room}.{name}")
-
-
-def family_of(model_type: str) -> ModuleType:
-    """The family whose MODEL_TYPES holds `model_type` (the key of config.json). Raises ValueError if none does."""
-    known = {kind: name for name in names("families") for kind in load("families", name).MODEL_TYPES}
-    if model_type not in known:
-        raise ValueError(
-            f"model_type {model_type!r} is not supported; supported are: {', '.join(sorted(known))}. "
-            "docs/adding.md shows how to add a family in one file"
-        )
-    return load("families", known[model_type])

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import lzma
-import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from pennyweight import texts
 from pennyweight.disk.writer import write_atomic
 from pennyweight.evals.loss import loss
+from pennyweight.heal import loop
 from pennyweight.runs.events import Listener
 
 END_OF_TEXT = "<|endoftext|>"
@@ -95,43 +95,51 @@ def train(recipe: Recipe, *, books: Path, out: Path, listen: Listener, checkpoin
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     optimizers = _optimizers(model, recipe.schedule)
-    step = _resume(out, model, optimizers)
-    body = torch.compile(model.model) if recipe.schedule.compile else model.model
+    named = dict(model.named_parameters())
+    done = _resume(out, named, optimizers)
+    body, head = model.base_model, model.get_output_embeddings()
+    body = torch.compile(body) if recipe.schedule.compile else body
 
     plan = recipe.schedule
     rows_per_epoch = (len(ids) - 1) // recipe.context
     tokens_per_step = plan.batch_rows * recipe.context
     steps = plan.tokens // tokens_per_step
-    curve = [point for point in _curve(out) if point["step"] <= step]  # a point may be younger than the checkpoint
-    saved_at = time.monotonic()
-    listen.begin("train", total=steps, done=step, unit="steps")
-    model.train()
-    while step < steps:
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * _lr_factor(step * tokens_per_step, plan)
+    curve = [point for point in _curve(out) if point["step"] <= done]  # a point may be younger than the checkpoint
+
+    def nats(step: int) -> torch.Tensor:
         batch = torch.from_numpy(_batch(ids, recipe, step, rows_per_epoch))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = body(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
-            logits = model.lm_head(hidden)
-        nats = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        nats.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
+            logits = head(body(input_ids=batch[:, :-1], use_cache=False).last_hidden_state)
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+    def hear(step: int, loss: torch.Tensor) -> None:
         if step % 10 == 0:
-            listen.advance(step, train_nats=float(nats.detach()))
+            listen.advance(step, train_nats=float(loss))
         if step % 250 == 0 or step == steps:
-            point = {"step": step, "tokens": step * tokens_per_step, "train_nats": float(nats.detach())}
+            point = {"step": step, "tokens": step * tokens_per_step, "train_nats": float(loss)}
             point |= {f"{name}_bits_per_byte": _bits_per_byte(model, rows) for name, rows in held_out.items()}
             curve.append(point)
             write_atomic(out / "curve.jsonl", "".join(json.dumps(each) + "\n" for each in curve).encode())
             listen.advance(step, **{k: v for k, v in point.items() if k.endswith("byte")})
-        if step == steps or time.monotonic() - saved_at > checkpoint_s:
-            _checkpoint(out, model, optimizers, step)
-            saved_at = time.monotonic()
+
+    def save(step: int) -> None:
+        temporary = out / "checkpoint.partial"
+        save_file(loop.state(named, optimizers), temporary, metadata={"step": str(step)})
+        temporary.replace(out / "checkpoint.safetensors")
+
+    listen.begin("train", total=steps, done=done, unit="steps")
+    model.train()
+    loop.run(
+        nats,
+        model.parameters(),
+        optimizers,
+        steps=steps,
+        rate=lambda step: _lr_factor(step * tokens_per_step, plan),
+        first=done,
+        hear=hear,
+        save=save,
+        save_every_s=checkpoint_s,
+    )
     listen.end()
     return _finish(out, recipe, documents, model, tokenizer, rows_per_epoch * recipe.context)
 
@@ -247,44 +255,22 @@ def _lr_factor(tokens: int, plan: Schedule) -> float:
 
 
 def _optimizers(model: Any, plan: Schedule) -> list[torch.optim.Optimizer]:
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
+    """Muon for the matrices of the layers, AdamW for everything else."""
+    outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    hidden = [p for p in model.parameters() if p.ndim == 2 and id(p) not in outside]
+    rest = [p for p in model.parameters() if p.ndim != 2 or id(p) in outside]
     muon = torch.optim.Muon(hidden, lr=plan.muon_lr, momentum=0.95, weight_decay=plan.weight_decay)
     adamw = torch.optim.AdamW(rest, lr=plan.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    for optimizer in (muon, adamw):
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
     return [muon, adamw]
 
 
-def _checkpoint(out: Path, model: Any, optimizers: list[torch.optim.Optimizer], step: int) -> None:
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    for number, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{index}.{k}": torch.as_tensor(v).clone() for k, v in state.items()}
-    temporary = out / "checkpoint.partial"
-    save_file(tensors, temporary, metadata={"step": str(step)})
-    temporary.replace(out / "checkpoint.safetensors")
-
-
-def _resume(out: Path, model: Any, optimizers: list[torch.optim.Optimizer]) -> int:
+def _resume(out: Path, named: dict[str, Any], optimizers: list[torch.optim.Optimizer]) -> int:
     path = out / "checkpoint.safetensors"
     if not path.exists():
         return 0
     with safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
-        named = dict(model.named_parameters())
-        states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
-        for key in list(file.keys()):
-            kind, rest = key.split(".", 1)
-            if kind == "model":
-                named[rest].data.copy_(file.get_tensor(key))
-            else:
-                number, index, name = rest.split(".")
-                states[int(number)].setdefault(int(index), {})[name] = file.get_tensor(key)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
+        loop.restore({key: file.get_tensor(key) for key in list(file.keys())}, named, optimizers)
+        return int(file.metadata()["step"])
 
 
 def _curve(out: Path) -> list[dict[str, Any]]:

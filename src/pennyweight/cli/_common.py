@@ -11,11 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-import pennyweight
+from pennyweight import variants
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=pennyweight.__doc__)
+_HELP = "pennyweight: given a model and a budget, which model fits best — and run it."
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=_HELP)
 
-DEFAULT_AXES = "noop,linear,kv_heads,ffn_width,window,bits"
+DEFAULT_AXES = ",".join(variants.default())
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder.")]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import pennyweight
+from pennyweight import variants
 from pennyweight.cli._common import DEFAULT_AXES, Json, Model, app, errors, quiet_libraries
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def fit(
     context: Annotated[str | None, typer.Option(help="Tokens that memory is reserved for, per sequence.")] = None,
     axes: Annotated[
         str | None,
-        typer.Option(help=f"Comma-separated: {DEFAULT_AXES.replace(',', ', ')}, and, if asked for, sparsity."),
+        typer.Option(help=f"Comma-separated, of {', '.join(variants.order())}; by default {DEFAULT_AXES}."),
     ] = None,
     text: Annotated[str | None, typer.Option(help='"builtin", "parent", or a text file or folder.')] = None,
     context_tokens: Annotated[int | None, typer.Option(help="Tokens per row of calibration text.")] = None,
@@ -146,7 +146,7 @@ def demo(
     with errors():
         from pennyweight.config import FitConfig, merged
 
-        parent = model or Path(pennyweight.__file__).parent / "data" / "reference-dense"
+        parent = model or Path(__file__).parents[1] / "data" / "reference-dense"
         settings = {
             "budget": {"weights": weights},
             "sweep": tuple(f"weights={share}%" for share in (18, 25, 30, 40, 60)),

@@ -30,15 +30,17 @@ def plan(
 ) -> None:
     """What a model needs and what would fit, from its config alone."""
     with errors():
+        from pennyweight import families
         from pennyweight.config import BudgetConfig
         from pennyweight.disk.checkpoint import read_config
         from pennyweight.model.demand import Workload
+        from pennyweight.model.shapes import parameters
         from pennyweight.prices import planning
         from pennyweight.prices.machine import Machine
         from pennyweight.units import parse_count, show_bytes, show_seconds
 
         config = read_config(model)
-        shapes = planning.slots(config)
+        shapes = families.shapes(config)
         load = Workload(
             prompt=parse_count(prompt), new=parse_count(new), concurrency=concurrency, context=parse_count(context)
         )
@@ -49,9 +51,9 @@ def plan(
         )
         result = found.to_json()
         if against is not None:
-            parent = planning.slots(read_config(against))
+            parent = families.shapes(read_config(against))
             result["against"] = {
-                "parameters": planning.parameters(parent),
+                "parameters": parameters(parent),
                 "kv_bytes": {tokens: planning.sequence_kv_bytes(parent, tokens) for tokens in found.kv_bytes},
                 "kv_saving": {tokens: planning.kv_saving(parent, shapes, tokens) for tokens in found.kv_bytes},
                 "mean_kv_saving": planning.mean_kv_saving(parent, shapes, load),
@@ -114,15 +116,16 @@ def machine(
         if save is not None:
             save.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if model is not None:
+            from pennyweight import families
             from pennyweight.disk.checkpoint import read_config
             from pennyweight.model.demand import Workload
-            from pennyweight.prices import offers, planning
+            from pennyweight.prices import offers
             from pennyweight.runs.progress import Terminal
             from pennyweight.units import parse_count
 
             quiet_libraries()
             config = read_config(model)
-            shapes = planning.slots(config)
+            shapes = families.shapes(config)
             load = Workload(
                 prompt=parse_count(prompt), new=parse_count(new), concurrency=concurrency, context=parse_count(context)
             )

@@ -1,31 +1,98 @@
-"""What the pre-norm decoders share: reading shapes from a config and finding the live modules of a layer.
+"""What decoders share: layers of attention and an MLP under `model.layers`, named as Llama's are.
 
-A family file says only what differs. Layers are `model.layers.<i>` with `self_attn`, `mlp` and the two norms, which
-holds for every family that transformers derives from Llama.
+A family file says only what differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from types import ModuleType
 from typing import Any
 
-from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, MoE, Noop, Norm, Shape, Sparsity
-from pennyweight.model.shapes import Dense as Linear
+from pennyweight.model.blocks import Block
+from pennyweight.model.shapes import Attention, Dense, Embedding, GatedMLP, Head, Noop, Norm, Norms, Shape, Sparsity
 from pennyweight.model.slots import Kind, Slot
 
 Config = Mapping[str, Any]
 
-NORM = {"mixer": "input_layernorm", "ffn": "post_attention_layernorm"}
-BLOCK = {"mixer": "self_attn", "ffn": "mlp"}
-SKIPPED = {"mixer": "attention", "ffn": "mlp"}  # words of per_layer_config's `skip` and `replace_with_linear`
-INNER = {"mixer": "o_proj", "ffn": "down_proj"}  # the matrix that reads what the block has computed
+PATHS: dict[Kind, str] = {"mixer": "self_attn", "ffn": "mlp"}
+WORDS: dict[str, str] = {"mixer": "attention", "ffn": "mlp"}
+"""What per_layer_config calls the blocks in `skip`, `replace_with_linear` and `sparsity`."""
+
+_ATTENTION = {
+    **{f"{matrix}_proj": f"self_attn.{matrix}_proj.weight" for matrix in "qkvo"},
+    **{f"{matrix}_bias": f"self_attn.{matrix}_proj.bias" for matrix in "qkvo"},
+    "norm": "input_layernorm.weight",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "sinks": "self_attn.sinks",
+    "linear": "self_attn.linear_attn.weight",
+    "magnitudes": "self_attn.magnitudes",
+    "importance": "self_attn.importance",
+    "inner_magnitudes": "self_attn.o_proj.magnitudes",
+    "inner_importance": "self_attn.o_proj.importance",
+}
+_MLP = {
+    **{f"{matrix}_proj": f"mlp.{matrix}_proj.weight" for matrix in ("gate", "up", "down")},
+    **{f"{matrix}_bias": f"mlp.{matrix}_proj.bias" for matrix in ("gate", "up", "down")},
+    "norm": "post_attention_layernorm.weight",
+    "linear": "mlp.linear_mlp.weight",
+    "magnitudes": "mlp.magnitudes",
+    "importance": "mlp.importance",
+    "inner_magnitudes": "mlp.down_proj.magnitudes",
+    "inner_importance": "mlp.down_proj.importance",
+}
+_NAMES: dict[Kind, Mapping[str, str]] = {"mixer": _ATTENTION, "ffn": _MLP}
+
+
+def blocks(family: ModuleType, config: Config) -> dict[Slot, Block]:
+    """Embedding, the layers' blocks, last norm and head. Raises ValueError for a config that lacks what it needs."""
+    hidden, vocab = need(config, "hidden_size"), need(config, "vocab_size")
+    tied = bool(config.get("tie_word_embeddings", False))
+    found: list[Block] = [
+        Block(
+            Slot("embed"),
+            Embedding(vocab_size=vocab, hidden_size=hidden, tied=tied),
+            "model.embed_tokens.",
+            "",
+            {"embedding": "weight"},
+        )
+    ]
+    norms: Norms = getattr(family, "NORMS", "before")
+    for layer in range(need(config, "num_hidden_layers")):
+        own = layer_config(config, layer)
+        unknown = {*own.get("skip", ()), *own.get("replace_with_linear", ())} - set(WORDS.values())
+        if unknown:
+            raise ValueError(
+                f"layer {layer}: per_layer_config names {sorted(unknown)}; known are {sorted(WORDS.values())}"
+            )
+        for kind, path in PATHS.items():
+            shape: Any
+            if WORDS[kind] in own.get("skip", ()):
+                shape = Noop(hidden_size=hidden)
+            elif WORDS[kind] in own.get("replace_with_linear", ()):
+                shape = Dense(hidden_size=hidden, norms=norms)
+            else:
+                shape = replace(getattr(family, kind)(config, layer), norms=norms)
+            names = {**_NAMES[kind], **getattr(family, "NAMES", {}).get(kind, {})}
+            names.pop({"before": "post_norm", "after": "norm"}.get(norms, ""), None)  # what a live layer has not
+            found.append(Block(Slot(kind, layer), shape, f"model.layers.{layer}.", path, names))
+    found.append(Block(Slot("norm"), Norm(hidden_size=hidden), "model.norm.", "", {"norm": "weight"}))
+    head = Head(vocab_size=vocab, hidden_size=hidden, tied=tied)
+    found.append(Block(Slot("head"), head, "lm_head.", "", {"head": "weight"}))
+    return {block.slot: block for block in found}
 
 
 def layer_config(config: Config, layer: int) -> dict[str, Any]:
     """The config of one layer: the global keys, overridden by its entry of `per_layer_config`."""
-    overrides = {int(key): value for key, value in (config.get("per_layer_config") or {}).items()}
-    return {**config, **overrides.get(layer, {})}
+    return {**config, **_overrides(config, layer)}
+
+
+def _overrides(config: Config, layer: int) -> dict[str, Any]:
+    """What `per_layer_config` says of one layer; its keys are numbers, in JSON as text."""
+    said = config.get("per_layer_config") or {}
+    return said.get(str(layer)) or said.get(layer) or {}
 
 
 def need(config: Config, key: str) -> int:
@@ -45,9 +112,9 @@ def head_dim(config: Config) -> int:
 
 def window(config: Config, layer: int) -> int | None:
     """The layer's sliding window: an override, or sliding_window where layer_types says the layer slides."""
-    overridden = {int(k): v for k, v in (config.get("per_layer_config") or {}).items()}.get(layer, {})
-    if "sliding_window" in overridden:
-        return overridden["sliding_window"]
+    own = _overrides(config, layer)
+    if "sliding_window" in own:
+        return own["sliding_window"]
     if config.get("use_sliding_window") is False:
         return None
     types = config.get("layer_types")
@@ -67,35 +134,9 @@ def attention(config: Config, layer: int, **differs: Any) -> Attention:
         num_kv_heads=own.get("num_key_value_heads") or heads,
         head_dim=head_dim(own),
         window=window(config, layer),
-        sparsity=sparsity(own, "mixer"),
+        sparsity=_sparsity(own, "mixer"),
         **differs,
     )
-
-
-def sparsity(own: Config, kind: str) -> Sparsity | None:
-    """What a layer's config says of the channels that its block leaves out."""
-    said = (own.get("sparsity") or {}).get(SKIPPED[kind])
-    return None if said is None else Sparsity(**said)
-
-
-def decoder(config: Config, mixer: Any, ffn: Any) -> dict[Slot, Shape]:
-    """Slots and shapes of a decoder. `mixer` and `ffn` give a layer's shape from (config, layer)."""
-    hidden, vocab = need(config, "hidden_size"), need(config, "vocab_size")
-    tied = bool(config.get("tie_word_embeddings", False))
-    shapes: dict[Slot, Shape] = {Slot("embed"): Embedding(vocab_size=vocab, hidden_size=hidden, tied=tied)}
-    for layer in range(need(config, "num_hidden_layers")):
-        own = layer_config(config, layer)
-        blocks: tuple[tuple[Kind, Any], ...] = (("mixer", mixer), ("ffn", ffn))
-        for kind, make in blocks:
-            if SKIPPED[kind] in own.get("skip", ()):
-                shapes[Slot(kind, layer)] = Noop(hidden_size=hidden)
-            elif SKIPPED[kind] in own.get("replace_with_linear", ()):
-                shapes[Slot(kind, layer)] = Linear(hidden_size=hidden)
-            else:
-                shapes[Slot(kind, layer)] = make(config, layer)
-    shapes[Slot("norm")] = Norm(hidden_size=hidden)
-    shapes[Slot("head")] = Head(vocab_size=vocab, hidden_size=hidden, tied=tied)
-    return shapes
 
 
 def gated_mlp(config: Config, layer: int, **differs: Any) -> GatedMLP:
@@ -103,41 +144,19 @@ def gated_mlp(config: Config, layer: int, **differs: Any) -> GatedMLP:
     return GatedMLP(
         hidden_size=need(config, "hidden_size"),
         intermediate_size=need(own, "intermediate_size"),
-        sparsity=sparsity(own, "ffn"),
+        activation=config.get("hidden_act", "silu"),
+        sparsity=_sparsity(own, "ffn"),
         **differs,
     )
 
 
-def tensor_names(slot: Slot, shape: Shape) -> dict[str, str]:
-    """Checkpoint name of each of the shape's weights, e.g. q_proj -> model.layers.3.self_attn.q_proj.weight."""
-    if slot.kind == "embed":
-        return {"embedding": "model.embed_tokens.weight"}
-    if slot.kind == "norm":
-        return {"norm": "model.norm.weight"}
-    if slot.kind == "head":
-        return {weight.name: "lm_head.weight" for weight in shape.weights()}  # none if tied
-    layer = f"model.layers.{slot.layer}"
-    block = f"{layer}.{BLOCK[slot.kind]}"
-    if isinstance(shape, MoE):
-        raise ValueError(f"{slot}: mixture-of-experts layers can be planned, not yet built")
-    names = {}
-    for weight in shape.weights():
-        if weight.name == "norm":
-            names["norm"] = f"{layer}.{NORM[slot.kind]}.weight"
-        elif weight.name == "linear":
-            names["linear"] = f"{block}.linear_attn.weight" if slot.kind == "mixer" else f"{block}.linear_mlp.weight"
-        elif weight.name.endswith("_bias"):
-            names[weight.name] = f"{block}.{weight.name.removesuffix('_bias')}_proj.bias"
-        elif weight.name in ("magnitudes", "importance"):
-            names[weight.name] = f"{block}.{weight.name}"
-        elif weight.name in ("inner_magnitudes", "inner_importance"):
-            names[weight.name] = f"{block}.{INNER[slot.kind]}.{weight.name.removeprefix('inner_')}"
-        else:
-            names[weight.name] = f"{block}.{weight.name}.weight"
-    return names
+def _sparsity(own: Config, kind: Kind) -> Sparsity | None:
+    """What a layer's config says of the channels that its block leaves out."""
+    said = (own.get("sparsity") or {}).get(WORDS[kind])
+    return None if said is None else Sparsity(**said)
 
 
-def with_shapes(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
+def config_of(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
     """The inverse of reading shapes: the config of a model that has these. Bits are not part of it.
 
     Layers that agree are written as global keys; what differs goes to transformers' `per_layer_config`. A config that
@@ -146,39 +165,33 @@ def with_shapes(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
     layers = range(config["num_hidden_layers"])
     own: list[dict[str, Any]] = []
     for layer in layers:
-        mixer, ffn = shapes[Slot("mixer", layer)], shapes[Slot("ffn", layer)]
+        here: dict[str, Shape] = {kind: shapes[Slot(kind, layer)] for kind in PATHS}
         entry: dict[str, Any] = {}
-        if isinstance(mixer, Attention):
-            entry["num_key_value_heads"] = mixer.num_kv_heads
-            entry["sliding_window"] = mixer.window
-        if isinstance(ffn, GatedMLP):
-            entry["intermediate_size"] = ffn.intermediate_size
+        for shape in here.values():
+            if isinstance(shape, Attention):
+                entry["num_key_value_heads"] = shape.num_kv_heads
+                entry["sliding_window"] = shape.window
+            if isinstance(shape, GatedMLP):
+                entry["intermediate_size"] = shape.intermediate_size
         # A block that is gone has size 0: transformers without our patch, which would ignore `skip` and fill the
         # missing weights with noise, stops at the per-layer size instead.
-        if isinstance(mixer, Noop | Linear):
-            entry["num_key_value_heads"] = 0
-        if isinstance(ffn, Noop | Linear):
-            entry["intermediate_size"] = 0
-        sparse = {
-            SKIPPED[kind]: asdict(shape.sparsity)
-            for kind, shape in (("mixer", mixer), ("ffn", ffn))
-            if isinstance(shape, Attention | GatedMLP) and shape.sparsity is not None
-        }
-        if sparse:
-            entry["sparsity"] = sparse
-        for key, kind in (("skip", Noop), ("replace_with_linear", Linear)):
-            words = [SKIPPED[name] for name, shape in (("mixer", mixer), ("ffn", ffn)) if isinstance(shape, kind)]
+        for kind, key in (("mixer", "num_key_value_heads"), ("ffn", "intermediate_size")):
+            if isinstance(here[kind], Noop | Dense):
+                entry[key] = 0
+        for key, gone in (("skip", Noop), ("replace_with_linear", Dense)):
+            words = [WORDS[kind] for kind, shape in here.items() if isinstance(shape, gone)]
             if words:
                 entry[key] = words
+        sparse = {WORDS[kind]: asdict(shape.sparsity) for kind, shape in here.items() if shape.sparsity is not None}
+        if sparse:
+            entry["sparsity"] = sparse
         own.append(entry)
     out = {key: value for key, value in config.items() if key != "per_layer_config"}
-    parent_windows = [window(config, layer) for layer in layers]
-    windows = [entry.get("sliding_window") for entry in own if "sliding_window" in entry]
     for key in ("num_key_value_heads", "intermediate_size"):
         values = {entry[key] for entry in own if entry.get(key)}
         if len(values) == 1:
             out[key] = values.pop()
-    if any(w is not None for w in windows) or any(w is not None for w in parent_windows):
+    if any(entry.get("sliding_window") is not None for entry in own) or any(window(config, i) for i in layers):
         # Our windows narrow the mask of full attention layers; the parent's own way of sliding is switched off.
         out["layer_types"] = ["full_attention"] * len(own)
         out["sliding_window"] = None
@@ -188,15 +201,18 @@ def with_shapes(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
         out["replace_with_linear"] = []
     if any("sparsity" in entry for entry in own):
         out["sparsity"] = {}
-    per_layer: dict[str, dict[str, Any]] = {}
-    for layer, entry in enumerate(own):
-        differs = {
-            key: value
-            for key, value in entry.items()
-            if key in ("skip", "replace_with_linear") or value != out.get(key)
-        }
-        if differs:
-            per_layer[str(layer)] = differs
-    if per_layer:
-        out["per_layer_config"] = per_layer
+    per_layer = _differing(own, out)
+    if any(per_layer) and not any(entry.keys() & {"num_key_value_heads", "intermediate_size"} for entry in per_layer):
+        # Nothing that transformers looks at while it builds a layer: it would leave our keys unread and compute
+        # something else. A global size that no layer has makes it stop.
+        out["intermediate_size"] = 0
+        per_layer = _differing(own, out)
+    if any(per_layer):
+        out["per_layer_config"] = {str(layer): entry for layer, entry in enumerate(per_layer) if entry}
     return out
+
+
+def _differing(own: list[dict[str, Any]], shared: Config) -> list[dict[str, Any]]:
+    """Of every layer's keys those that are not the model's."""
+    always = ("skip", "replace_with_linear")
+    return [{k: v for k, v in entry.items() if k in always or v != shared.get(k)} for entry in own]

@@ -5,32 +5,36 @@ Planned from its config (parameters, KV cache, prices); building children of it 
 
 from __future__ import annotations
 
-from pennyweight.families import _decoder
-from pennyweight.families._decoder import Config
-from pennyweight.model.shapes import Attention, MoE, Shape
-from pennyweight.model.slots import Slot
+from pennyweight.families._decoder import Config, attention, layer_config, need
+from pennyweight.model.shapes import Attention, MoE
 
 MODEL_TYPES = ("gpt_oss",)
 MODULE = None  # no live modules yet: plan only
 PREFIX = "GptOss"
+NAMES = {
+    "ffn": {
+        "router": "mlp.router.weight",
+        "router_bias": "mlp.router.bias",
+        "gate_up_proj": "mlp.experts.gate_up_proj",
+        "gate_up_bias": "mlp.experts.gate_up_proj_bias",
+        "down_proj": "mlp.experts.down_proj",
+        "down_bias": "mlp.experts.down_proj_bias",
+    }
+}
 
 
-def slots(config: Config) -> dict[Slot, Shape]:
-    """Shapes of every slot, from config.json alone; `per_layer_config` may change experts and windows by layer."""
-    return _decoder.decoder(config, _mixer, _ffn)
+def mixer(config: Config, layer: int) -> Attention:
+    return attention(config, layer, qkv_bias=True, o_bias=True, sinks=True)
 
 
-def _mixer(config: Config, layer: int) -> Attention:
-    return _decoder.attention(config, layer, qkv_bias=True, o_bias=True, sinks=True)
-
-
-def _ffn(config: Config, layer: int) -> MoE:
-    own = _decoder.layer_config(config, layer)
+def ffn(config: Config, layer: int) -> MoE:
+    """`per_layer_config` may change experts by layer."""
+    own = layer_config(config, layer)
     return MoE(
-        hidden_size=_decoder.need(config, "hidden_size"),
-        intermediate_size=_decoder.need(own, "intermediate_size"),
-        num_experts=_decoder.need(own, "num_local_experts"),
-        top_k=_decoder.need(own, "num_experts_per_tok"),
+        hidden_size=need(config, "hidden_size"),
+        intermediate_size=need(own, "intermediate_size"),
+        num_experts=need(own, "num_local_experts"),
+        top_k=need(own, "num_experts_per_tok"),
         bias=True,
         router_bias=True,
     )

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from pennyweight.families import _decoder
-from pennyweight.families._decoder import Config
-from pennyweight.model.shapes import Attention, GatedMLP, Shape
-from pennyweight.model.slots import Slot
+from pennyweight.families._decoder import Config, attention, gated_mlp
+from pennyweight.model.shapes import Attention, GatedMLP
 
 MODEL_TYPES = ("llama",)
 MODULE = "transformers.models.llama.modeling_llama"
-PREFIX = "Llama"  # of the class names in MODULE
+PREFIX = "Llama"
+PICO = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
 
 
-def slots(config: Config) -> dict[Slot, Shape]:
-    """Shapes of every slot, from config.json alone."""
-    return _decoder.decoder(config, _mixer, _ffn)
-
-
-def _mixer(config: Config, layer: int) -> Attention:
+def mixer(config: Config, layer: int) -> Attention:
     bias = bool(config.get("attention_bias", False))
-    return _decoder.attention(config, layer, qkv_bias=bias, o_bias=bias)
+    return attention(config, layer, qkv_bias=bias, o_bias=bias)
 
 
-def _ffn(config: Config, layer: int) -> GatedMLP:
-    return _decoder.gated_mlp(config, layer, bias=bool(config.get("mlp_bias", False)))
+def ffn(config: Config, layer: int) -> GatedMLP:
+    return gated_mlp(config, layer, bias=bool(config.get("mlp_bias", False)))

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from pennyweight.families import _decoder
-from pennyweight.families._decoder import Config
-from pennyweight.model.shapes import Attention, GatedMLP, Shape
-from pennyweight.model.slots import Slot
+from pennyweight.families._decoder import Config, attention, gated_mlp
+from pennyweight.model.shapes import Attention, GatedMLP
 
 MODEL_TYPES = ("qwen2",)
 MODULE = "transformers.models.qwen2.modeling_qwen2"
-PREFIX = "Qwen2"  # of the class names in MODULE
+PREFIX = "Qwen2"
+PICO = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
 
 
-def slots(config: Config) -> dict[Slot, Shape]:
-    """Shapes of every slot, from config.json alone."""
-    return _decoder.decoder(config, _mixer, _ffn)
+def mixer(config: Config, layer: int) -> Attention:
+    return attention(config, layer, qkv_bias=True)
 
 
-def _mixer(config: Config, layer: int) -> Attention:
-    return _decoder.attention(config, layer, qkv_bias=True)
-
-
-def _ffn(config: Config, layer: int) -> GatedMLP:
-    return _decoder.gated_mlp(config, layer)
+def ffn(config: Config, layer: int) -> GatedMLP:
+    return gated_mlp(config, layer)

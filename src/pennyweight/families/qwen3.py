@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from pennyweight.families import _decoder
-from pennyweight.families._decoder import Config
-from pennyweight.model.shapes import Attention, GatedMLP, Shape
-from pennyweight.model.slots import Slot
+from pennyweight.families._decoder import Config, attention, gated_mlp
+from pennyweight.model.shapes import Attention, GatedMLP
 
 MODEL_TYPES = ("qwen3",)
 MODULE = "transformers.models.qwen3.modeling_qwen3"
-PREFIX = "Qwen3"  # of the class names in MODULE
+PREFIX = "Qwen3"
+PICO = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
 
 
-def slots(config: Config) -> dict[Slot, Shape]:
-    """Shapes of every slot, from config.json alone."""
-    return _decoder.decoder(config, _mixer, _ffn)
-
-
-def _mixer(config: Config, layer: int) -> Attention:
+def mixer(config: Config, layer: int) -> Attention:
     bias = bool(config.get("attention_bias", False))
-    return _decoder.attention({"head_dim": 128, **config}, layer, qkv_bias=bias, o_bias=bias, qk_norm=True)
+    return attention({"head_dim": 128, **config}, layer, qkv_bias=bias, o_bias=bias, qk_norm="each head")
 
 
-def _ffn(config: Config, layer: int) -> GatedMLP:
-    return _decoder.gated_mlp(config, layer)
+def ffn(config: Config, layer: int) -> GatedMLP:
+    return gated_mlp(config, layer)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pennyweight.families._decoder import BLOCK, NORM
-from pennyweight.heal import schedule as _schedule
-from pennyweight.live.walk import Walk, autocast, run_layer, run_slot
+from pennyweight.heal import loop, schedule
+from pennyweight.live.walk import Layer, Walk, autocast
 from pennyweight.model.shapes import Noop
 from pennyweight.model.slots import Slot
 from pennyweight.runs.events import Listener
@@ -36,31 +35,29 @@ def heal(
     store: Store,
     listen: Listener,
 ) -> dict[Slot, dict[str, torch.Tensor]]:
-    """New tensors of every changed slot, names relative to the layer; each slot sees `tokens` tokens of `ids` (rows,
+    """New tensors of every changed slot by name on disk; each slot sees `tokens` tokens of `ids` (rows,
     tokens). Finished slots are kept in `store` and not trained again. AdamW, cosine decay to a tenth of `lr`, which
-    None leaves to `_schedule.local_lr`."""
-    if lr is None:
-        lr = _schedule.local_lr(parent.checkpoint.config["hidden_size"])
-    positions = parent.positions(ids.shape[1])
+    None leaves to `schedule.local_lr`."""
+    peak = schedule.local_lr(parent.checkpoint.config["hidden_size"]) if lr is None else lr
     steps = max(1, tokens // (batch_rows * ids.shape[1]))
     slots = [slot for slot in child.shapes if slot in changed and not isinstance(child.shapes[slot], Noop)]
     healed: dict[Slot, dict[str, torch.Tensor]] = {}
     listen.begin("heal blocks", total=len(slots), unit="blocks")
     last = max((slot.layer or 0 for slot in slots), default=-1)
     with torch.no_grad(), autocast(parent.dtype):
-        hidden = parent.embedding()(ids).float()
+        hidden = parent.embed(ids)
     for index in range(last + 1):
         layer = parent.layer(index)
         with torch.no_grad(), autocast(parent.dtype):
-            target = torch.cat([run_layer(layer, rows, positions) for rows in hidden.split(batch_rows)])
+            target = layer.run(hidden, together=batch_rows)
         for slot in [slot for slot in slots if slot.layer == index]:
             key = f"heal/local/{slot}"
             if store.get(key) is None:
-                pupil: Any = child.layer(index)
-                loss = _train(slot, layer, pupil, hidden, target, positions, steps, lr, batch_rows, parent.dtype)
-                names = (BLOCK[slot.kind], NORM[slot.kind])
-                state = {f"{n}.{k}": v for n in names for k, v in getattr(pupil, n).state_dict().items()}
-                store.put_tensors(key, {name: tensor.bfloat16() for name, tensor in state.items()})
+                pupil = child.layer(index).parts[slot]
+                mixed = layer.having(slot, pupil.modules(), pupil.shape)
+                loss = _train(mixed, slot, hidden, target, steps, peak, batch_rows, parent.dtype)
+                tensors = {name: parameter.detach().bfloat16() for name, parameter in pupil.parameters()}
+                store.put_tensors(key, tensors)
                 store.put(f"heal/local-loss/{slot}", loss)
             healed[slot] = store.tensors(key)
             listen.advance(len(healed))
@@ -70,59 +67,47 @@ def heal(
 
 
 def _train(
+    layer: Layer,
     slot: Slot,
-    teacher: Any,
-    pupil: Any,
     hidden: torch.Tensor,
     target: torch.Tensor,
-    positions: dict[str, Any],
     steps: int,
     lr: float,
     batch_rows: int,
     dtype: torch.dtype,
 ) -> list[float]:
-    """Loss before and after on rows kept apart; `pupil`'s slot is trained in place, in float32, or left as it was if
-    training did not help."""
+    """Loss before and after on rows kept apart. `layer` is the parent's with the pupil in one slot, whose modules are
+    trained in place, in float32, or left as they were if training did not help."""
     trained: list[nn.Parameter] = []
-    for name in (BLOCK[slot.kind], NORM[slot.kind]):
-        getattr(pupil, name).float().requires_grad_(True)
-        trained += list(getattr(pupil, name).parameters())
-    kept = _schedule.judges(len(hidden))
+    for module in layer.parts[slot].modules().values():
+        module.float().requires_grad_(True)
+        trained += list(module.parameters())
+    kept = schedule.judges(len(hidden))
     seen = max(1, len(hidden) - kept)
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    before = {name: p.detach().clone() for name, p in pupil.named_parameters() if p.requires_grad}
+    before = [parameter.detach().clone() for parameter in trained]
+
+    def forward(rows: Any) -> torch.Tensor:
+        x, y = hidden[rows], target[rows]
+        with autocast(dtype):
+            out = layer.run(x)
+        return (out.float() - y).square().mean() / ((y - x).square().mean() + 1e-6)
 
     def measure() -> float:
         with torch.no_grad():
-            return float(forward(hidden[-kept:], target[-kept:]))
-
-    def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        with autocast(dtype):
-            if slot.kind == "mixer":
-                middle = x + run_slot(pupil, "mixer", x, positions)
-                out = middle + run_slot(teacher, "ffn", middle, positions)
-            else:
-                with torch.no_grad():
-                    middle = x + run_slot(teacher, "mixer", x, positions)
-                out = middle + run_slot(pupil, "ffn", middle, positions)
-        return (out.float() - y).square().mean() / ((y - x).square().mean() + 1e-6)
+            return float(forward(slice(-kept, None)))
 
     first = measure()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * _schedule.cosine(step, steps)
-        rows = torch.arange(step * batch_rows, (step + 1) * batch_rows) % seen
-        x, y = hidden[rows], target[rows]
-        loss = forward(x, y)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+    loop.run(
+        lambda step: forward(torch.arange(step * batch_rows, (step + 1) * batch_rows) % seen),
+        trained,
+        [loop.adamw(trained, lr)],
+        steps=steps,
+        rate=lambda step: schedule.cosine(step, steps),
+    )
     last = measure()
     if last >= first:  # a block that was nearly right can only lose to a few steps of noise
         with torch.no_grad():
-            for name, p in pupil.named_parameters():
-                if name in before:
-                    p.copy_(before[name])
+            for parameter, old in zip(trained, before, strict=True):
+                parameter.copy_(old)
         last = first
     return [first, last]

@@ -13,8 +13,7 @@ from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
 from pennyweight.formats import _matrix
 from pennyweight.live.load import load_model
 from pennyweight.live.magnitudes import DENSE_TOKENS
-from pennyweight.live.walk import Walk, float_logits, run_layer
-from pennyweight.model.choices import Layout
+from pennyweight.live.walk import Walk
 from pennyweight.model.shapes import Noop, Shapes
 from pennyweight.model.stored import BFLOAT16
 
@@ -94,28 +93,6 @@ def check_reload(folder: Path, memory_child: Any, prompts: torch.Tensor, tokens:
     return Check("greedy tokens after reloading in transformers", same == expected.numel(), expected.numel(), same)
 
 
-@torch.no_grad()
-def stored_tokens(child: Walk, store: Any, layout: Layout, ids: torch.Tensor) -> torch.Tensor:
-    """Greedy next token at every position of `ids`, from the 16-bit child with its packed matrices put in from the run
-    folder, one layer at a time: the child in memory for models too large to hold. (rows, tokens)."""
-    from pennyweight.job.packed import in_memory, put_in, thin_layer
-
-    positions = child.positions(ids.shape[1])
-
-    def matrix(key: str, name: str) -> torch.Tensor:
-        return in_memory(store.tensors(key), name)
-
-    hidden = matrix("pack/embed", "model.embed_tokens.weight")[ids].float()
-    for index in range(child.layers):
-        layer = child.layer(index)
-        tensors = store.tensors(f"pack/{index}")
-        put_in(layer, tensors, f"model.layers.{index}.")
-        thin_layer(layer, index, layout, child.shapes, tensors)
-        hidden = run_layer(layer, hidden, positions)
-    head = matrix("pack/embed", "model.embed_tokens.weight") if child.tied else matrix("pack/head", "lm_head.weight")
-    return float_logits(child.norm()(hidden), head).argmax(dim=-1)
-
-
 _ENGINE_ERROR = {"16 bits": 1e-3, "packed": 0.05}
 """Relative (2-norm). Before packed matrices activations are rounded to 8 bits: 1 % or so; a mistake is far off."""
 
@@ -143,7 +120,7 @@ def check_engine(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> Check
 def check_folder(folder: Path, tokens: int) -> list[Check]:
     """What can be checked of a finished folder alone: its slots against penny.json, equal greedy tokens from
     transformers and from the layer-by-layer walk, both in float32, and the same logits in the native engine."""
-    from pennyweight import kinds
+    from pennyweight import families
     from pennyweight.disk.checkpoint import read_config
     from pennyweight.live.streamed import Streamed
     from pennyweight.variants import layout_from_json, reshape_all
@@ -152,8 +129,8 @@ def check_folder(folder: Path, tokens: int) -> list[Check]:
     checks = []
     if card is not None:
         parent = card["parent"]["config"]
-        shapes = kinds.family_of(parent["model_type"]).slots(parent)
-        checks.append(check_shapes(folder, reshape_all(shapes, layout_from_json(card["layout"]))))
+        layout = layout_from_json(card["layout"])
+        checks.append(check_shapes(folder, reshape_all(families.shapes(parent), layout)))
     vocabulary = read_config(folder)["vocab_size"]
     ids = torch.arange(24).mul(7919).remainder(vocabulary).view(1, -1)
     generated = generate(load_model(folder, dtype=torch.float32), ids, tokens)

@@ -7,20 +7,18 @@ from pathlib import Path
 
 import torch
 
-from pennyweight import units
+from pennyweight import families, units
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.disk.writer import Writer
-from pennyweight.families._decoder import tensor_names, with_shapes
 from pennyweight.heal import local, whole
 from pennyweight.heal.schedule import JUDGES
 from pennyweight.job.job import Job
 from pennyweight.judge import score, stats
 from pennyweight.live.load import load_model
-from pennyweight.live.parts import Parts
-from pennyweight.live.walk import Walk, autocast, run_layer
+from pennyweight.live.walk import Walk, autocast
 from pennyweight.model.choices import PARENT, Choice
 from pennyweight.model.slots import Slot
-from pennyweight.variants import apply, reshape_all, structural
+from pennyweight.variants import apply, structural
 
 
 @torch.no_grad()
@@ -29,27 +27,24 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
     was scored, on the same rows. {metric: mean}; all zero for the parent's layout."""
     rows = job.text.score
     ids, scored = torch.from_numpy(rows.ids), torch.from_numpy(rows.scored)
-    positions = job.walk.positions(ids.shape[1] - 1)
     walk, embed = job.walk, Slot("embed")
     with autocast(job.dtype):
-        embedding = walk.embedding()
-        parent = embedding(ids[:, :-1]).float()
-        apply(Parts(embedding, "embed", job.shapes[embed]), layout.get(embed, PARENT), stats.SlotStats({}))
-        child = embedding(ids[:, :-1]).float()
-        del embedding
-        layer, tensors = None, {}
+        parent = walk.embed(ids[:, :-1])
+        parts = walk.embedding()
+        apply(parts, layout.get(embed, PARENT), stats.SlotStats({}))
+        child = parts.root(ids[:, :-1]).float()
+        del parts
         job.listen.begin("measure child", total=walk.layers, unit="layers")
-        for index in range(walk.layers):
-            layer = walk.layer(index)
-            parent = torch.cat([run_layer(layer, part, positions) for part in parent.split(4)])
-            tensors = job.store.tensors(f"stats/{index}")
-            for slot in (Slot("mixer", index), Slot("ffn", index)):
-                apply(walk.parts(layer, slot), layout.get(slot, PARENT), stats.of_slot(tensors, slot.kind))
-            child = torch.cat([run_layer(layer, part, positions) for part in child.split(4)])
-            job.listen.advance(index + 1)
+        for layer in walk.each():
+            parent = layer.run(parent, together=4)
+            tensors = job.store.tensors(f"stats/{layer.index}")
+            for slot, own in layer.parts.items():
+                apply(own, layout.get(slot, PARENT), stats.of_slot(tensors, slot.kind))
+            child = layer.run(child, together=4)
+            job.listen.advance(layer.index + 1)
+            del layer, tensors  # moments and what was prepared from them: what follows needs the room
         job.listen.end()
-        del layer, tensors  # the last layer's moments and what was prepared from them: logits need the room
-        last = embed if walk.tied else Slot("head")
+        last = walk.logits_slot
         sums = score.compare(walk, parent, [(last, layout.get(last, PARENT), child)], ids[:, 1:], scored)
     return score.mean(next(iter(sums[str(last)].values())))
 
@@ -57,27 +52,28 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
 @torch.no_grad()
 def build(job: Job, layout: Mapping[Slot, Choice], folder: Path) -> Path:
     """Write the child in 16 bits: every slot's structural choice applied, matrices not yet quantised."""
-    walk = job.walk
-    shapes = reshape_all(job.shapes, {slot: structural(choice) for slot, choice in layout.items()})
-    writer = Writer(folder)
-    writer.add("model.embed_tokens.weight", walk.embedding().weight.bfloat16())
+    walk, writer = job.walk, Writer(folder)
+    shapes = {**job.shapes}
+
+    def add(slot: Slot) -> None:
+        for name in walk.blocks[slot].tensors():
+            writer.add(name, walk.matrix(slot).bfloat16())
+
+    add(Slot("embed"))
     job.listen.begin("build", total=walk.layers, unit="layers")
-    for index in range(walk.layers):
-        layer = walk.layer(index)
-        slots = [Slot("mixer", index), Slot("ffn", index)]
-        needed = any(structural(layout.get(slot, PARENT)) for slot in slots)
-        tensors = job.store.tensors(f"stats/{index}") if needed else {}
-        for slot in slots:
-            apply(walk.parts(layer, slot), structural(layout.get(slot, PARENT)), stats.of_slot(tensors, slot.kind))
-            prefix = f"model.layers.{index}."
-            for name in tensor_names(slot, shapes[slot]).values():
-                writer.add(name, layer.get_parameter(name.removeprefix(prefix)).bfloat16())
-        job.listen.advance(index + 1)
-    writer.add("model.norm.weight", walk.norm().get_parameter("weight").bfloat16())
-    if not walk.tied:
-        writer.add("lm_head.weight", walk.head().weight.bfloat16())
+    for layer in walk.each():
+        chosen = {slot: structural(layout.get(slot, PARENT)) for slot in layer.parts}
+        tensors = job.store.tensors(f"stats/{layer.index}") if any(chosen.values()) else {}
+        for slot, choice in chosen.items():
+            parts = apply(layer.parts[slot], choice, stats.of_slot(tensors, slot.kind))
+            shapes[slot] = parts.shape
+            for name, parameter in parts.parameters():
+                writer.add(name, parameter.bfloat16())
+        job.listen.advance(layer.index + 1)
+    add(Slot("norm"))
+    add(Slot("head"))
     job.listen.end()
-    return writer.finish(with_shapes(job.checkpoint.config, shapes), like=job.model)
+    return writer.finish(families.config_of(job.checkpoint.config, shapes), like=job.model)
 
 
 def heal(job: Job, layout: Mapping[Slot, Choice], built: Path, folder: Path) -> Path:
@@ -110,9 +106,7 @@ def _heal_local(job: Job, changed: list[Slot], ids: torch.Tensor, built: Path, f
         store=job.store,
         listen=job.listen,
     )
-    replaced = {
-        f"model.layers.{slot.layer}.{name}": tensor for slot, tensors in new.items() for name, tensor in tensors.items()
-    }
+    replaced = {name: tensor for tensors in new.values() for name, tensor in tensors.items()}
     writer = Writer(folder)
     for name in child.checkpoint.entries:
         writer.add(name, replaced[name] if name in replaced else child.checkpoint.read(name))

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 
-from pennyweight import kinds, texts, units
+from pennyweight import texts, units, variants
 from pennyweight.job.job import Job
 from pennyweight.judge import score, stats
 from pennyweight.model.slots import Slot
@@ -19,11 +19,10 @@ def gather_stats(job: Job) -> None:
     layers = job.checkpoint.config["num_hidden_layers"]
     if all(job.store.get(f"stats/{layer}") for layer in range(layers)):
         return
-    wanted = {name for axis in job.config.axes for name in kinds.load("variants", axis).STATS}
+    wanted = {slot: variants.wanted(shape, job.config.axes) for slot, shape in job.shapes.items()}
     chunks = _chunks(job, job.text.calibration)
     tasks = [
-        (job.model, chunk.ids[:, :-1], tuple(sorted(wanted)), job.scratch, index, job.dtype)
-        for index, chunk in enumerate(chunks)
+        (job.model, chunk.ids[:, :-1], wanted, job.scratch, index, job.dtype) for index, chunk in enumerate(chunks)
     ]
     job.listen.begin("stats", total=len(tasks) * layers, unit="layers")
     tokens = done = 0

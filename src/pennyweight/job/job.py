@@ -10,12 +10,13 @@ from typing import Any
 import psutil
 import torch
 
-from pennyweight import kinds, texts, units
+from pennyweight import families, texts, units
 from pennyweight.config import FitConfig
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.disk.tokenizer import load_tokenizer
 from pennyweight.job import text as _text
 from pennyweight.live.walk import Walk
+from pennyweight.model.blocks import Block
 from pennyweight.model.demand import Budget, Workload
 from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
@@ -46,8 +47,12 @@ class Job:
         return compute_dtype(self.config.compute)
 
     @cached_property
+    def blocks(self) -> dict[Slot, Block]:
+        return families.blocks(self.checkpoint.config)
+
+    @cached_property
     def shapes(self) -> dict[Slot, Shape]:
-        return kinds.family_of(self.checkpoint.config["model_type"]).slots(self.checkpoint.config)
+        return {slot: block.shape for slot, block in self.blocks.items()}
 
     @cached_property
     def workload(self) -> Workload:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from pennyweight import kinds, units
+from pennyweight import units, variants
 from pennyweight.job.job import Job
-from pennyweight.model.shapes import Attention, GatedMLP
-from pennyweight.prices import offers
+from pennyweight.prices import offers, planning
 from pennyweight.prices.cost import Seconds, computed, figures, total, workspace_bytes
 from pennyweight.prices.machine import Machine
-from pennyweight.search import Infeasible
 
 
 def plan(job: Job) -> dict[str, Any]:
@@ -19,19 +17,9 @@ def plan(job: Job) -> dict[str, Any]:
     context = min(
         job.config.data.context, job.checkpoint.config.get("max_position_embeddings", job.config.data.context)
     )
-    singles = {
-        slot: offers.single_choices(shape, job.config.axes, scored_tokens=context) for slot, shape in job.shapes.items()
-    }
     seconds, how = prices(job)
-    free = {slot: {choice.key(): 0.0 for choice in found} for slot, found in singles.items()}
-    offered = {
-        slot: offers.undominated(offers.offers(slot, shape, free[slot], job.workload, seconds))
-        for slot, shape in job.shapes.items()
-    }
-    try:
-        kinds.load("search", "mip").solve(offers.problem(offered, job.shapes, job.budget, job.workload))
-    except Infeasible as err:
-        raise offers.in_users_words(err, job.shapes, job.budget, job.workload) from None
+    found = planning.prospect(job.blocks, job.config.axes, job.workload, seconds, scored_tokens=context)
+    found.hold_against(job.budget, job.shapes, job.workload)
     parent = figures(total(job.shapes, job.workload, seconds), job.workload, workspace_bytes(job.shapes, job.workload))
     disk = _disk_bytes(job, context)
     if disk > job.store.free_bytes():
@@ -43,7 +31,7 @@ def plan(job: Job) -> dict[str, Any]:
         "disk_bytes": disk,
         "parent": parent,
         "prices": how,
-        "choices": sum(len(found) for found in singles.values()),
+        "choices": found.choices,
         "slots": len(job.shapes),
         "dtype": str(job.dtype),
     }
@@ -51,13 +39,11 @@ def plan(job: Job) -> dict[str, Any]:
 
 def _disk_bytes(job: Job, context: int) -> int:
     """About what the run folder grows to: statistics (twice while they are merged), cached states, child folders."""
-    wanted = {name for axis in job.config.axes for name in kinds.load("variants", axis).STATS}
     moments = 0
     for shape in job.shapes.values():
-        if isinstance(shape, Attention):
-            moments += 2 * shape.hidden_size**2 + (shape.num_heads * shape.head_dim) ** 2
-        elif isinstance(shape, GatedMLP):
-            moments += 2 * shape.hidden_size**2 + (shape.intermediate_size**2 if "down_moment" in wanted else 0)
+        wanted = variants.wanted(shape, job.config.axes)
+        moments += sum(name in wanted for name in ("input_moment", "cross_moment")) * shape.hidden_size**2
+        moments += ("inner_moment" in wanted) * shape.inner_size**2
     rows = job.config.data.score_rows + job.config.data.calibration_rows
     states = rows * context * job.checkpoint.config["hidden_size"] * (job.checkpoint.config["num_hidden_layers"] + 1)
     return 4 * (2 * moments + states) + 3 * job.checkpoint.weight_bytes

@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import transformers
 
-import pennyweight
 from pennyweight.job import checks as verify
 from pennyweight.job.gather import scores
 from pennyweight.job.job import Job
@@ -23,7 +23,7 @@ from pennyweight.variants import layout_from_json, reshape_all
 def card(job: Job, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """penny.json: what was chosen and from what, for whoever opens the folder later."""
     return {
-        "pennyweight": pennyweight.__version__,
+        "pennyweight": version("pennyweight"),
         "layout": chosen["solutions"][0]["layout"],
         "predicted": chosen["solutions"][0]["predicted"],
         "parent": {
@@ -59,11 +59,11 @@ def facts(
                 "score": sum(
                     scored[slot][Choice((spec,)).key()][job.config.metric] for spec in layout.get(slot, PARENT).specs
                 ),
-                "bytes": offers.file_bytes(slot, shapes[slot]),
-                "parent_bytes": offers.file_bytes(slot, job.shapes[slot]),
+                "bytes": offers.file_bytes(block.having(shapes[slot])),
+                "parent_bytes": offers.file_bytes(block),
                 "runners_up": [str(other.get(slot, PARENT)) for other in layouts[1:]],
             }
-            for slot in job.shapes
+            for slot, block in job.blocks.items()
         ],
         "metric": job.config.metric,
         "margins": margins(job),
@@ -77,7 +77,7 @@ def facts(
         "config": job.config.model_dump(mode="json"),
         "identity": job.store.get("identity"),
         "versions": {
-            "pennyweight": pennyweight.__version__,
+            "pennyweight": version("pennyweight"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

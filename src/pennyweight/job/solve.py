@@ -93,9 +93,9 @@ def offered(job: Job, workload: Workload, seconds: Seconds) -> dict[Slot, list[O
     scored = scores(job)
     table = {
         slot: offers.offers(
-            slot, shape, {k: v[job.config.metric] for k, v in scored.get(slot, {}).items()}, workload, seconds
+            block, {k: v[job.config.metric] for k, v in scored.get(slot, {}).items()}, workload, seconds
         )
-        for slot, shape in job.shapes.items()
+        for slot, block in job.blocks.items()
     }
     return table if job.config.solutions > 1 else {slot: offers.undominated(row) for slot, row in table.items()}
 

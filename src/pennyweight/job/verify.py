@@ -13,8 +13,8 @@ from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.evals.agree import agree
 from pennyweight.evals.loss import loss
 from pennyweight.job import checks as verify
+from pennyweight.job import packed
 from pennyweight.job.job import Job
-from pennyweight.job.packed import dequantised
 from pennyweight.live.load import load_model
 from pennyweight.live.streamed import Streamed
 from pennyweight.live.walk import Walk
@@ -36,14 +36,14 @@ def verify_child(
     rows = job.text.held_out
     prompts = torch.from_numpy(rows.ids[: min(4, len(rows.ids)), :32])
     if whole:
-        made = Walk(Checkpoint(healed)).shapes
-        memory_child = dequantised(load_model(healed, dtype=torch.float32), job.store, layout, made)
+        made = Walk(Checkpoint(healed))
+        memory_child = packed.whole(load_model(healed, dtype=torch.float32), made, job.store, layout)
         checks.append(verify.check_reload(candidate, memory_child, prompts, 32))
         del memory_child
     else:
         short = prompts[:1]
         expected = Streamed(Walk(Checkpoint(candidate)))(short).logits.argmax(dim=-1)
-        again = verify.stored_tokens(Walk(Checkpoint(healed)), job.store, layout, short)
+        again = Streamed(packed.Packed(Walk(Checkpoint(healed)), job.store, layout))(short).logits.argmax(dim=-1)
         same = int((expected == again).sum())
         checks.append(
             verify.Check(

@@ -16,11 +16,9 @@ slots, fewer if the hidden states of a group's choices do not fit `max_pending_b
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +26,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pennyweight.disk.checkpoint import Checkpoint, read_entry, read_header
-from pennyweight.families._decoder import BLOCK, NORM
 from pennyweight.judge.stats import SlotStats, of_slot
-from pennyweight.live.parts import Parts
-from pennyweight.live.walk import Walk, autocast, float_logits, run_layer
+from pennyweight.live.walk import Layer, Walk, autocast, float_logits
 from pennyweight.model.choices import Choice
 from pennyweight.model.slots import Slot
 from pennyweight.runs import executor
@@ -84,15 +80,18 @@ def parent_chunk(model: Path, ids: np.ndarray, folder: Path, chunk: int, dtype: 
     walk = Walk(Checkpoint(model), dtype=dtype)
     if hidden_path(folder, chunk, walk.layers).exists():
         return
-    positions = walk.positions(ids.shape[1] - 1)
+
+    def keep(index: int, hidden: torch.Tensor) -> None:
+        path = hidden_path(folder, chunk, index)
+        save_file({"hidden": hidden}, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+
     with autocast(dtype):
-        hidden = walk.embedding()(torch.from_numpy(ids[:, :-1])).float()
-        for index in range(walk.layers + 1):
-            path = hidden_path(folder, chunk, index)
-            save_file({"hidden": hidden}, path.with_suffix(".partial"))
-            path.with_suffix(".partial").replace(path)
-            if index < walk.layers:
-                hidden = run_layer(walk.layer(index), hidden, positions)
+        hidden = walk.embed(torch.from_numpy(ids[:, :-1]))
+        for layer in walk.each():
+            keep(layer.index, hidden)
+            hidden = layer.run(hidden)
+        keep(walk.layers, hidden)
 
 
 @torch.no_grad()
@@ -111,61 +110,49 @@ def score_chunk(
     ids (rows, tokens + 1), scored (rows, tokens) bool; stats: layer -> file of its statistics.
     """
     walk = Walk(Checkpoint(model), dtype=dtype)
-    positions = walk.positions(ids.shape[1] - 1)
     wanted = dict(group.slots)
     pending: list[tuple[Slot, Choice, torch.Tensor]] = []
     with autocast(dtype):
         if group.first_layer >= 0:
             for choice in wanted.get(Slot("embed"), ()):
-                embedding = walk.embedding()
-                apply(Parts(embedding, "embed", walk.shapes[Slot("embed")]), choice, SlotStats({}))
-                pending.append((Slot("embed"), choice, embedding(torch.from_numpy(ids[:, :-1])).float()))
-                del embedding
-            for index in range(group.first_layer, walk.layers):
-                here = {slot: offered for slot, offered in group.slots if slot.layer == index}
-                entering = _load(hidden_path(folder, chunk, index))["hidden"] if here else None
-                pending = _through_layer(walk, index, here, entering, stats.get(index), pending, positions)
+                parts = walk.embedding()
+                apply(parts, choice, SlotStats({}))
+                pending.append((Slot("embed"), choice, parts.root(torch.from_numpy(ids[:, :-1])).float()))
+                del parts
+            for layer in walk.each(group.first_layer):
+                here = {slot: offered for slot, offered in group.slots if slot.layer == layer.index}
+                entering = _load(hidden_path(folder, chunk, layer.index))["hidden"] if here else None
+                pending = _through_layer(layer, here, entering, stats.get(layer.index), pending)
+                del layer
         final = _load(hidden_path(folder, chunk, walk.layers))["hidden"]
         pending += [(Slot("head"), choice, final) for choice in wanted.get(Slot("head"), ())]
         return compare(walk, final, pending, torch.from_numpy(ids[:, 1:]), torch.from_numpy(scored))
 
 
 def _through_layer(
-    walk: Walk,
-    index: int,
+    layer: Layer,
     choices: Mapping[Slot, tuple[Choice, ...]],
     entering: torch.Tensor | None,
     stats: Path | None,
     pending: list[tuple[Slot, Choice, torch.Tensor]],
-    positions: dict[str, Any],
 ) -> list[tuple[Slot, Choice, torch.Tensor]]:
     """Pending states one layer further, and those of this layer's own choices begun from what enters the parent's. A
     function of its own, so that the layer and its moments are gone before the next layer or the logits need room."""
-    layer = walk.layer(index)
-    pending = [(slot, choice, run_layer(layer, hidden, positions)) for slot, choice, hidden in pending]
+    pending = [(slot, choice, layer.run(hidden)) for slot, choice, hidden in pending]
     tensors = _load(stats) if choices and stats is not None else {}
     for slot, offered in choices.items():
         of = of_slot(tensors, slot.kind)
         for choice in offered:
-            edited = fork(layer, slot.kind)
-            apply(walk.parts(edited, slot), choice, of)
+            edited = layer.fork(slot)
+            apply(edited.parts[slot], choice, of)
             assert entering is not None
-            pending.append((slot, choice, run_layer(edited, entering, positions)))
+            pending.append((slot, choice, edited.run(entering)))
             executor.tick(len(pending))
     return pending
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
     return {name: read_entry(name, entry) for name, entry in read_header(path).items()}
-
-
-def fork(layer: Any, kind: str) -> Any:
-    """The layer with copies of one slot's modules; the other slot is shared."""
-    edited = copy.copy(layer)
-    edited._modules = dict(layer._modules)
-    for name in (BLOCK[kind], NORM[kind]):
-        edited._modules[name] = copy.deepcopy(layer._modules[name])
-    return edited
 
 
 def compare(
@@ -180,7 +167,7 @@ def compare(
     final: the parent's (rows, tokens, hidden); pending: (slot, choice, child's states of that shape). A choice for the
     head, or for an embedding that is tied to it, also changes the matrix that makes the child's logits.
     """
-    norm, head = walk.norm(), walk.head()
+    norm, head = walk.norm(), walk.head().root
     parent = norm(final)
     out: dict[str, dict[str, dict[str, float]]] = {}
     rows: list[tuple[dict[str, float], torch.Tensor, nn.Linear | None]] = []
@@ -194,14 +181,12 @@ def compare(
             "rows": float(len(final)),
         }
         out.setdefault(str(slot), {})[choice.key()] = sums
-        own_head = choice if slot.kind == "head" or (slot.kind == "embed" and walk.tied) else None
-        if own_head is None or not own_head:
+        if slot != walk.logits_slot or not choice:
             rows.append((sums, child, None))
         else:  # rare and large: its logits are made from its own matrix, one choice at a time
             changed = walk.head()
-            kind = "head" if slot.kind == "head" else "embed"
-            apply(Parts(changed, kind, walk.shapes[Slot(kind)]), own_head, SlotStats({}))
-            _logit_sums(head, parent, [(sums, child, changed)], targets, scored)
+            apply(changed, choice, SlotStats({}))
+            _logit_sums(head, parent, [(sums, child, changed.root)], targets, scored)
             del changed  # before the next choice reads another one
     _logit_sums(head, parent, rows, targets, scored)
     return out

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pennyweight.live.parts import Parts
+from pennyweight.model.shapes import Dense, Noop
 
-def _keep_length(past_key_values: Any, hidden_states: torch.Tensor, layer: int) -> None:
+
+def _keep_length(past_key_values: Any, hidden_states: torch.Tensor, layer: int | None) -> None:
     """Tell the cache that these tokens passed: transformers asks layer 0 how long the sequence is."""
     if past_key_values is not None:
         batch, tokens, _ = hidden_states.shape
@@ -23,7 +26,7 @@ def _keep_length(past_key_values: Any, hidden_states: torch.Tensor, layer: int) 
 class SkippedAttention(nn.Module):
     """Attention taken out: adds nothing to the residual stream."""
 
-    def __init__(self, layer: int) -> None:
+    def __init__(self, layer: int | None) -> None:
         super().__init__()
         self.layer_idx = layer
 
@@ -37,7 +40,7 @@ class SkippedAttention(nn.Module):
 class LinearAttention(nn.Module):
     """Attention replaced by one matrix: every token attends to itself alone. `linear_attn` is the name DeciLM uses."""
 
-    def __init__(self, hidden_size: int, layer: int) -> None:
+    def __init__(self, hidden_size: int, layer: int | None) -> None:
         super().__init__()
         self.layer_idx = layer
         self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -65,6 +68,18 @@ class LinearMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear_mlp(hidden_states)
+
+
+def replace_block(parts: Parts, shape: Noop | Dense) -> Parts:
+    """Put one matrix, yet to be set, where a slot's block stands, or nothing and no norm."""
+    mixes = parts.slot.kind == "mixer"
+    if isinstance(shape, Dense):
+        made = LinearAttention(shape.hidden_size, parts.slot.layer) if mixes else LinearMLP(shape.hidden_size)
+    else:
+        parts.drop_norms()
+        made = SkippedAttention(parts.slot.layer) if mixes else SkippedMLP()
+    parts.replace_block(made)
+    return parts.having(shape)
 
 
 def set_window(attention: nn.Module, window: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pennyweight import families
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.formats import _matrix
 from pennyweight.live.patch import OWN_FORMAT, installed
@@ -43,11 +44,10 @@ def _load_own(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     del config.quantization_config
     with installed():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    checkpoint, tied = Checkpoint(folder), bool(getattr(config, "tie_word_embeddings", False))
-    state, left = {}, set(checkpoint.entries)
-    for name in model.state_dict():
-        if tied and name == "lm_head.weight":
-            continue
+    checkpoint, state = Checkpoint(folder), {}
+    left = set(checkpoint.entries)
+    names = {name for block in families.blocks(checkpoint.config).values() for name in block.tensors()}
+    for name in names:
         packed = _matrix.parts(name, checkpoint.entries, checkpoint.read)
         if not packed and name not in left:
             raise ValueError(f"{folder} does not fit the model its config describes: {name} is missing")
@@ -55,7 +55,9 @@ def _load_own(folder: Path, config: Any, dtype: torch.dtype) -> Any:
         left -= {name.removesuffix("weight") + suffix for suffix in packed} | {name}
     if left:
         raise ValueError(f"{folder} does not fit the model its config describes: no place for {sorted(left)[:3]}")
-    model.load_state_dict(state, strict=not tied)
+    missing, _ = model.load_state_dict(state, strict=False)
+    assert set(missing) <= set(model.state_dict()) - names, missing
+    model.tie_weights()
     return model.eval()
 
 

@@ -6,6 +6,7 @@ leading bits, which add up over chunks of text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,9 +45,13 @@ def threshold(magnitudes: torch.Tensor, share: float) -> torch.Tensor:
     return table[below] + (table[below + 1] - table[below]) * (at - below)
 
 
+def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states among what a module of transformers is called with."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
 def _leave_out(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    name = "hidden_states" if "hidden_states" in kwargs else None
-    x = kwargs[name] if name else args[0]
+    x = entering(args, kwargs)
     if module.left_out > 0:
         size = x.detach().abs().float()
         if module.importance is not None:
@@ -55,7 +60,7 @@ def _leave_out(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         if x.shape[-2] > 1:  # one token alone is one that is being written
             keep[..., :DENSE_TOKENS, :] = True
         x = x * keep
-    return (args, {**kwargs, name: x}) if name else ((x, *args[1:]), kwargs)
+    return (args, {**kwargs, "hidden_states": x}) if "hidden_states" in kwargs else ((x, *args[1:]), kwargs)
 
 
 def fill(module: Any, found: Any) -> None:
@@ -67,8 +72,7 @@ def counting(into: list[Any]) -> Any:
     """A forward pre-hook that adds counts of a thinned module's inputs to a list."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        size = x.detach().abs().float()
+        size = entering(args, kwargs).detach().abs().float()
         into.append(counts(size if module.importance is None else size * module.importance))
 
     return hook
@@ -102,9 +106,3 @@ def quantiles(found: Any) -> Any:
     before = total[at] - found.double()[at]
     share = ((wanted - before) / found.double()[at].clamp_min(1e-300)).clamp(0, 1)
     return (edges[at] + (edges[at + 1] - edges[at]) * share).float()
-
-
-def readers(block: Any, kind: str) -> list[Any]:
-    """The matrices that read a block's normed input."""
-    names = ("q_proj", "k_proj", "v_proj") if kind == "mixer" else ("gate_proj", "up_proj")
-    return [getattr(block, name) for name in names]

@@ -5,10 +5,10 @@ AmbiguousGlobalPerLayerAttributeError and `skip` is silently ignored. `install` 
 families we support so that layer i is built from `config.per_layer_config[i]`:
 
     intermediate_size, num_key_value_heads   the layer's own sizes
-    sliding_window                           a window for this layer alone (blocks.set_window)
-    skip: ["attention", "mlp"]               the block is taken out, norm included (its size says 0)
+    sliding_window                           a window for this layer alone
+    skip: ["attention", "mlp"]               the block is taken out, norms included (its size says 0)
     replace_with_linear: [...]               the block is one matrix (its size says 0)
-    sparsity: {"attention": ..., "mlp": ...} the block leaves channels of its inputs out (blocks.leave_out)
+    sparsity: {"attention": ..., "mlp": ...} the block leaves channels of its inputs out
 
 It also mends compressed-tensors loading with `dequantize`, where transformers unpacks every matrix by the first
 config group, so that a checkpoint of mixed 4 and 8 bits would load as wrong numbers without a word.
@@ -19,14 +19,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from pennyweight import kinds
-from pennyweight.families._decoder import BLOCK, INNER, NORM, SKIPPED, sparsity
-from pennyweight.live import blocks, magnitudes
+from pennyweight import families, kinds
+from pennyweight.live import magnitudes
+from pennyweight.live.blocks import replace_block, set_window
+from pennyweight.live.parts import Parts
+from pennyweight.model.blocks import Block
+from pennyweight.model.shapes import Dense, Noop
 
 _MARK = "_pennyweight_original"
 OWN_FORMAT = "pennyweight-zigzag"
@@ -99,42 +102,23 @@ def _build_layer(original: Any, layer: Any, config: Any, layer_idx: int) -> None
     own.num_key_value_heads = own.num_key_value_heads or own.num_attention_heads
     own.intermediate_size = own.intermediate_size or 1
     original(layer, own, layer_idx)
-    edit_layer(layer, own, layer_idx, config.per_layer_attributes)
+    blocks = families.blocks(config.to_dict())
+    dress(layer, (block for slot, block in blocks.items() if slot.layer == layer_idx))
 
 
-def edit_layer(layer: Any, own: Any, layer_idx: int, differing: Collection[str]) -> None:
-    """Apply the parts of a layer's config that transformers' classes do not know.
-
-    `differing` names the keys that per_layer_config sets: a window counts only if it is among them. Raises ValueError
-    on unknown words.
-    """
-    skip, linear = set(getattr(own, "skip", None) or ()), set(getattr(own, "replace_with_linear", None) or ())
-    unknown = (skip | linear) - set(SKIPPED.values())
-    if unknown:
-        raise ValueError(
-            f"layer {layer_idx}: per_layer_config names {sorted(unknown)}; known are {sorted(SKIPPED.values())}"
-        )
-    for kind, word in SKIPPED.items():
-        if word in skip:
-            setattr(layer, BLOCK[kind], blocks.SkippedAttention(layer_idx) if kind == "mixer" else blocks.SkippedMLP())
-            setattr(layer, NORM[kind], nn.Identity())
-        elif word in linear:
-            hidden = own.hidden_size
-            setattr(
-                layer,
-                BLOCK[kind],
-                blocks.LinearAttention(hidden, layer_idx) if kind == "mixer" else blocks.LinearMLP(hidden),
-            )
-    for kind in SKIPPED:
-        sparse = sparsity({"sparsity": getattr(own, "sparsity", None)}, kind)
-        if sparse is not None:
-            block = getattr(layer, BLOCK[kind])
-            inner = getattr(block, INNER[kind])
-            magnitudes.leave_out(block, own.hidden_size, sparse.entering, weighted=sparse.weighted)
-            magnitudes.leave_out(inner, inner.in_features, sparse.inner, weighted=sparse.weighted)
-    window = getattr(own, "sliding_window", None) if "sliding_window" in differing else None
-    if window is not None and not skip & {"attention"} and not linear & {"attention"}:
-        blocks.set_window(layer.self_attn, window)
+def dress(layer: nn.Module, blocks: Iterable[Block]) -> None:
+    """Make of a decoder layer, built in the sizes that its blocks have, what transformers' classes do not know: blocks
+    that are gone or one matrix, inputs that leave channels out, windows."""
+    for block in blocks:
+        parts, shape = Parts(layer, block), block.shape
+        if isinstance(shape, Noop | Dense):
+            replace_block(parts, shape)
+        if shape.sparsity is not None:
+            for activation, share in (("input", shape.sparsity.entering), ("inner", shape.sparsity.inner)):
+                module, readers = parts.reading(activation)
+                magnitudes.leave_out(module, readers[0].in_features, share, weighted=shape.sparsity.weighted)
+        if shape.window is not None:
+            set_window(parts.block, shape.window)
 
 
 def _convert_by_own_scheme(

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from pennyweight.live.walk import Walk, float_logits, run_layer
+from pennyweight.live.walk import Walk, autocast
 
 
 class Streamed:
-    """A checkpoint that answers like a transformers model, holding one layer at a time: `model(ids).logits`.
+    """One layer in memory at a time: `model(ids).logits`.
 
     Every call reads the whole checkpoint once, so give it many rows at once and few times.
     """
@@ -25,9 +25,8 @@ class Streamed:
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, **ignored: Any) -> Streamed.Output:
-        positions = self.walk.positions(ids.shape[1])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.walk.dtype == torch.bfloat16):
-            hidden = self.walk.vocabulary_matrix("embed")[ids].float()
-            for index in range(self.walk.layers):
-                hidden = run_layer(self.walk.layer(index), hidden, positions)
-            return Streamed.Output(float_logits(self.walk.norm()(hidden), self.walk.vocabulary_matrix("head")))
+        with autocast(self.walk.dtype):
+            hidden = self.walk.embed(ids)
+            for layer in self.walk.each():
+                hidden = layer.run(hidden)
+            return Streamed.Output(self.walk.logits(hidden))

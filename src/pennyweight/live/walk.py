@@ -6,8 +6,10 @@ what a layer computes is what the whole transformers model computes (tests hold 
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -16,53 +18,81 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from pennyweight import kinds
+from pennyweight import families
 from pennyweight.disk.checkpoint import Checkpoint
-from pennyweight.families._decoder import BLOCK, NORM, tensor_names
 from pennyweight.formats import _matrix
-from pennyweight.live import patch as heterogeneous
+from pennyweight.live import patch
 from pennyweight.live.parts import Parts
 from pennyweight.model.shapes import Shape
-from pennyweight.model.slots import Kind, Slot
+from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16, Stored
 
 _VOCABULARY_PART = 2**14  # of the output matrix in float32 at once
 
 
-class Walk:
-    """A checkpoint seen as embed, layers, norm, head.
+class Layer:
+    """One decoder layer at work: transformers' module, and the parts of its slots."""
 
-    Layers run in `dtype` weights with float32 activations between them; use torch.autocast around for bfloat16 math.
+    def __init__(self, index: int, module: Any, parts: Mapping[Slot, Parts], walk: Walk) -> None:
+        self.index, self.module, self.parts, self._walk = index, module, dict(parts), walk
+
+    def run(self, hidden: torch.Tensor, *, together: int | None = None) -> torch.Tensor:
+        """(rows, tokens, hidden_size) through the layer, causal, no cache; at most `together` rows at a time."""
+        positions = self._walk.positions(hidden.shape[1])
+        parts = hidden.split(together or len(hidden))
+        found = [self.module(rows, attention_mask=None, use_cache=False, **positions) for rows in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def fork(self, slot: Slot) -> Layer:
+        """The layer with copies of one slot's modules; others are shared."""
+        copied = {path: copy.deepcopy(module) for path, module in self.parts[slot].modules().items()}
+        return self.having(slot, copied, self.parts[slot].shape)
+
+    def having(self, slot: Slot, modules: Mapping[str, Any], shape: Shape) -> Layer:
+        """The layer with other modules, by path, in one slot; others are shared."""
+        module = copy.copy(self.module)
+        module._modules = dict(self.module._modules)
+        for path, other in modules.items():
+            module.set_submodule(path, other)
+        parts = {each: Parts(module, own.place) for each, own in self.parts.items()}
+        return Layer(self.index, module, {**parts, slot: parts[slot].having(shape)}, self._walk)
+
+
+class Walk:
+    """A checkpoint seen as embedding, layers, last norm, head.
+
+    Layers run in `dtype` weights with float32 activations between them; use `autocast` around for bfloat16 math.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
         """Raises ValueError for an unsupported family or tensors that are missing or of another shape."""
         self.checkpoint = checkpoint
-        self.family: ModuleType = kinds.family_of(checkpoint.config["model_type"])
+        self.family: ModuleType = families.of(checkpoint.config["model_type"])
         if self.family.MODULE is None:
             raise ValueError(f"{checkpoint.config['model_type']} models can be planned (penny plan), not yet built")
-        self.shapes: dict[Slot, Shape] = self.family.slots(checkpoint.config)
+        self.blocks = families.blocks(checkpoint.config)
+        self.shapes: dict[Slot, Shape] = {slot: block.shape for slot, block in self.blocks.items()}
         self.dtype = dtype
         self._modeling = importlib.import_module(self.family.MODULE)
         self.config = AutoConfig.for_model(**checkpoint.config)
         self.config._attn_implementation = "sdpa"
-        for slot, shape in self.shapes.items():
-            expected = {weight.name: weight.shape for weight in shape.weights()}
-            for weight, name in tensor_names(slot, shape).items():
+        for block in self.blocks.values():
+            for name, weight in block.tensors().items():
                 found = self._stored_shape(name)
-                if found != expected[weight]:
+                if found != weight.shape:
                     raise ValueError(
                         f"{checkpoint.folder}: {name} {'is missing' if found is None else f'has shape {found}'}; "
-                        f"config.json promises shape {expected[weight]}"
+                        f"config.json promises shape {weight.shape}"
                     )
 
     @property
     def layers(self) -> int:
         return self.checkpoint.config["num_hidden_layers"]
 
-    @property
-    def tied(self) -> bool:
-        return bool(self.checkpoint.config.get("tie_word_embeddings", False))
+    @cached_property
+    def logits_slot(self) -> Slot:
+        """The slot that holds the matrix of the logits."""
+        return next(slot for slot, shape in self.shapes.items() if shape.makes_logits)
 
     def _stored_shape(self, name: str) -> tuple[int, ...] | None:
         entries = self.checkpoint.entries
@@ -77,7 +107,7 @@ class Walk:
     def stored(self, slot: Slot) -> set[Stored]:
         """How the slot's matrices lie on disk."""
         found = set()
-        for name in tensor_names(slot, self.shapes[slot]).values():
+        for name in self.blocks[slot].tensors():
             if f"{name}_shape" in self.checkpoint.entries:
                 found.add(_matrix.stored_of(self._parts(name)))
             elif len(self.checkpoint.entries[name].shape) > 1:
@@ -102,48 +132,65 @@ class Walk:
             raise ValueError(f"{name} holds {bad} NaN or infinite values; the checkpoint is damaged, fetch it again")
         return tensor
 
-    def layer(self, index: int) -> nn.Module:
+    def layer(self, index: int) -> Layer:
         """One decoder layer with its weights, in eval mode, not training."""
-        with torch.device("meta"), heterogeneous.installed():
-            layer = getattr(self._modeling, f"{self.family.PREFIX}DecoderLayer")(self.config, index)
-        prefix = f"model.layers.{index}."
-        names = [
-            name
-            for slot in (Slot("mixer", index), Slot("ffn", index))
-            for name in tensor_names(slot, self.shapes[slot]).values()
-        ]
-        layer.load_state_dict({name.removeprefix(prefix): self._read(name) for name in names}, assign=True, strict=True)
-        return layer.eval().requires_grad_(False)
+        blocks = {slot: block for slot, block in self.blocks.items() if slot.layer == index}
+        with torch.device("meta"), patch.installed():
+            module = getattr(self._modeling, f"{self.family.PREFIX}DecoderLayer")(self.config, index)
+        if not self.config.is_heterogeneous:
+            patch.dress(module, blocks.values())  # a window of the family's own, which a mask would bring along
+        weights = {
+            block.names[weight.name]: self._read(name)
+            for block in blocks.values()
+            for name, weight in block.tensors().items()
+        }
+        module.load_state_dict(weights, assign=True, strict=True)
+        module.eval().requires_grad_(False)
+        return Layer(index, module, {slot: Parts(module, block) for slot, block in blocks.items()}, self)
 
-    def parts(self, layer: nn.Module, slot: Slot) -> Parts:
-        return Parts(layer, slot.kind, self.shapes[slot])
+    def each(self, first: int = 0) -> Iterator[Layer]:
+        """The layers from `first` on, one at a time."""
+        return (self.layer(index) for index in range(first, self.layers))
 
-    def embedding(self) -> nn.Embedding:
-        weight = self._read("model.embed_tokens.weight")
-        return nn.Embedding.from_pretrained(weight, freeze=True)
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states (rows, tokens, hidden_size) float32 that enter the first layer. Their matrix stays in no more
+        bits than on disk: float32 would double the largest of all."""
+        return self.matrix(Slot("embed"))[ids].to(self.dtype).float()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits of the states that leave the last layer."""
+        return float_logits(self.norm()(hidden), self.matrix(self.logits_slot))
+
+    def matrix(self, slot: Slot) -> torch.Tensor:
+        """The one tensor of the embedding, last norm or head, as on disk."""
+        (name,) = self.blocks[slot].tensors()
+        return self._as_stored(name)
+
+    def embedding(self) -> Parts:
+        """The embedding as a module."""
+        module = nn.Embedding.from_pretrained(self.matrix(Slot("embed")).to(self.dtype), freeze=True)
+        return Parts(module, self.blocks[Slot("embed")])
 
     def norm(self) -> nn.Module:
+        """The last norm."""
         norm = getattr(self._modeling, f"{self.family.PREFIX}RMSNorm")(
             self.config.hidden_size, eps=self.config.rms_norm_eps
         )
-        norm.weight = nn.Parameter(self._read("model.norm.weight"), requires_grad=False)
+        norm.weight = nn.Parameter(self.matrix(Slot("norm")).to(self.dtype), requires_grad=False)
         return norm.eval()
 
-    def head(self) -> nn.Linear:
-        """The output projection; a tied one is the embedding's matrix, read again."""
-        weight = self._read("model.embed_tokens.weight" if self.tied else "lm_head.weight")
+    def head(self) -> Parts:
+        """The output projection as a module; a tied one is the embedding's slot, its matrix read again."""
+        weight = self.matrix(self.logits_slot).to(self.dtype)
         head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         head.weight = nn.Parameter(weight, requires_grad=False)
-        return head
-
-    def vocabulary_matrix(self, kind: Kind) -> torch.Tensor:
-        """The matrix of `embed` or `head` in no more bits than on disk: float32 would double the largest of all."""
-        return self._as_stored("lm_head.weight" if kind == "head" and not self.tied else "model.embed_tokens.weight")
+        return Parts(head, self.blocks[self.logits_slot])
 
     @cached_property
     def _rotary(self) -> Any:
         return rotary_embedding(self.checkpoint.config)
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019  a walk lives as long as whoever asks it
     def positions(self, tokens: int) -> dict[str, Any]:
         """The position arguments every decoder layer takes, for rows that start at position 0."""
         ids = torch.arange(tokens).unsqueeze(0)
@@ -153,7 +200,7 @@ class Walk:
 
 def rotary_embedding(config: Mapping[str, Any]) -> Any:
     """transformers' module that gives (cosines, sines) of positions, for a config.json of a supported family."""
-    family = kinds.family_of(config["model_type"])
+    family = families.of(config["model_type"])
     modeling = importlib.import_module(family.MODULE)
     return getattr(modeling, f"{family.PREFIX}RotaryEmbedding")(config=AutoConfig.for_model(**config))
 
@@ -163,20 +210,6 @@ def float_logits(states: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", enabled=False):
         parts = [states.float() @ rows.float().T for rows in matrix.split(_VOCABULARY_PART)]
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-
-
-def run_layer(layer: nn.Module, hidden: torch.Tensor, positions: dict[str, Any]) -> torch.Tensor:
-    """(rows, tokens, hidden_size) through one causal decoder layer, no cache."""
-    return layer(hidden, attention_mask=None, use_cache=False, **positions)
-
-
-def run_slot(layer: Any, kind: str, hidden: torch.Tensor, positions: dict[str, Any]) -> torch.Tensor:
-    """What the slot adds to the residual stream: its block on the normed hidden states."""
-    normed = getattr(layer, NORM[kind])(hidden)
-    block = getattr(layer, BLOCK[kind])
-    if kind == "ffn":
-        return block(normed)
-    return block(hidden_states=normed, attention_mask=None, past_key_values=None, **positions)[0]
 
 
 def autocast(dtype: torch.dtype) -> Any:

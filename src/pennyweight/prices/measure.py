@@ -26,17 +26,17 @@ import torch
 
 from pennyweight.disk.writer import write_atomic
 from pennyweight.model.demand import Workload
-from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, Noop, Shape, Shapes
-from pennyweight.model.shapes import Dense as Linear
-from pennyweight.model.slots import Slot
+from pennyweight.model.shapes import Attention, Dense, GatedMLP, Noop, Shape, Shapes
+from pennyweight.model.slots import Kind, Slot
 from pennyweight.model.stored import Stored
-from pennyweight.prices.cost import Seconds, makes_logits
+from pennyweight.prices.cost import Seconds
 from pennyweight.prices.machine import Machine
 from pennyweight.runs.events import Listener, Silent
 from pennyweight.runtime.bench import Stepper, prefill_seconds
 from pennyweight.runtime.engine import Engine, native_module, physical_cores
 from pennyweight.sources.random import RandomWeights, tensors
 
+_Timed = Attention | GatedMLP | Dense  # blocks that the engine runs; everything else is the rest
 _STACK_BYTES = 2**26  # a stack need not be larger to be read from memory; a smaller one has as many blocks as the model
 _ROUNDS = 5
 _ROUND_SECONDS = 0.1
@@ -124,11 +124,9 @@ class Latencies:
         """As prices. The rest is charged to the slot that holds the matrix of the logits."""
 
         def look_up(shape: Shape, workload: Workload) -> tuple[float, float]:
-            if isinstance(shape, Attention | GatedMLP | Linear):
+            if isinstance(shape, _Timed):
                 return self.blocks[_timed_as(shape, workload)]
-            return (
-                self.rest[shape.stored] if isinstance(shape, Embedding | Head) and makes_logits(shape) else (0.0, 0.0)
-            )
+            return self.rest[shape.stored] if shape.makes_logits else (0.0, 0.0)
 
         return look_up
 
@@ -136,11 +134,12 @@ class Latencies:
 def _timed_as(shape: Shape, workload: Workload) -> Shape:
     """Shapes that run the same code are measured once: a window of the whole context is none, and comparing channels by
     importance or not takes the same time."""
-    if isinstance(shape, Attention) and shape.window is not None and shape.window >= workload.context:
-        shape = dataclasses.replace(shape, window=None)
-    if isinstance(shape, Attention | GatedMLP) and shape.sparsity is not None:
-        shape = dataclasses.replace(shape, sparsity=dataclasses.replace(shape.sparsity, weighted=False))
-    return shape
+    changes: dict[str, Any] = {}
+    if shape.window is not None and shape.window >= workload.context:
+        changes["window"] = None
+    if shape.sparsity is not None:
+        changes["sparsity"] = dataclasses.replace(shape.sparsity, weighted=False)
+    return dataclasses.replace(shape, **changes) if changes else shape  # type: ignore[type-var]
 
 
 class Models:
@@ -161,16 +160,14 @@ class Models:
         own = hashlib.blake2b(repr(list(shapes.values())).encode(), digest_size=8).hexdigest()
         self._where = f"{platform.node()}|{physical_cores()}|{_native_digest()}|{model}|{own}|{workload}"
         self._make = lru_cache(maxsize=8)(tensors)
-        self._head_slot, self._head = next(
-            (slot, own) for slot, own in shapes.items() if isinstance(own, Embedding | Head) and makes_logits(own)
-        )
+        self._head_slot, self._head = next((slot, own) for slot, own in shapes.items() if own.makes_logits)
 
     def latencies(self, wanted: Iterable[Shape], *, listen: Listener | None = None) -> Latencies:
         """What every distinct shape of `wanted` takes. Raises RuntimeError if a block's time stays negative after three
         tries: the machine is too busy to measure."""
         listen, wanted = listen or Silent(), list(wanted)
-        blocks = {_timed_as(s, self._workload) for s in wanted if isinstance(s, Attention | GatedMLP | Linear)}
-        heads = {s.stored for s in wanted if isinstance(s, Embedding | Head) and makes_logits(s)}
+        blocks = {_timed_as(s, self._workload) for s in wanted if isinstance(s, _Timed)}
+        heads = {s.stored for s in wanted if s.makes_logits}
         listen.begin("measure", total=len(blocks) + len(heads), unit="shapes")
         times: dict[Shape, tuple[float, float]] = {}
         rest: dict[Stored, tuple[float, float]] = {}
@@ -197,10 +194,11 @@ class Models:
 
     def stack(self, shape: Shape | None, copies: int, stored: Stored) -> dict[Slot, Shape]:
         """Shapes of a model whose only blocks are so many of this shape; the logits' matrix is stored this way."""
-        kind = "ffn" if isinstance(shape, GatedMLP) else "mixer"
+        layer: dict[Kind, type] = {slot.kind: type(own) for slot, own in self._shapes.items() if slot.layer == 0}
+        kind = next((kind for kind, own in layer.items() if own is type(shape)), next(iter(layer)))
         row: dict[Slot, Shape] = {slot: own for slot, own in self._shapes.items() if slot.layer is None}
-        row[self._head_slot] = dataclasses.replace(self._head, stored=stored)
-        for slot in (Slot(each, layer) for layer in range(copies) for each in ("mixer", "ffn")):
+        row[self._head_slot] = dataclasses.replace(self._head, stored=stored)  # type: ignore[type-var]
+        for slot in (Slot(each, index) for index in range(copies) for each in layer):
             row[slot] = Noop(hidden_size=self._config["hidden_size"]) if shape is None or slot.kind != kind else shape
         return row
 
@@ -233,7 +231,7 @@ class Models:
         A decode step is what remains of a model when its blocks are subtracted: they throw the matrix out of caches
         that would keep it in a model without any. Such a model is a lower bound, should noise subtract too much.
         """
-        block = next(own for own in self._shapes.values() if isinstance(own, GatedMLP | Attention | Linear))
+        block = next(own for own in self._shapes.values() if isinstance(own, _Timed))
         few, many, _ = self._stacks(block, stored)
         without, with_more = self._steps(few, many)
         alone = self.engine(self.stack(None, 1, stored))
@@ -243,7 +241,7 @@ class Models:
     def _stacks(self, shape: Shape, stored: Stored) -> tuple[Engine, Engine, int]:
         """Two models, the second with so many blocks more. A block of a model that caches hold must be timed in a model
         that caches hold, so the larger one has no more of them than the model to be priced, if they are small."""
-        nbytes = sum(weight.nbytes for weight in shape.weights())
+        nbytes = shape.nbytes
         copies = max(1, min(self._config["num_hidden_layers"] // 2, _STACK_BYTES // nbytes))
         few, many = (self.engine(self.stack(shape, count, stored)) for count in (copies, 2 * copies))
         return few, many, copies
@@ -251,7 +249,7 @@ class Models:
     @cached_property
     def _yardstick(self) -> Engine:
         layer = [own for slot, own in self._shapes.items() if slot.layer == 0]
-        nbytes = sum(weight.nbytes for own in layer for weight in own.weights())
+        nbytes = sum(own.nbytes for own in layer)
         layers = max(1, min(self._config["num_hidden_layers"], 2 * _STACK_BYTES // max(1, nbytes)))
         return self.engine(
             {slot: own for slot, own in self._shapes.items() if slot.layer is None or slot.layer < layers}

@@ -12,18 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pennyweight import kinds
+from pennyweight import kinds, variants
 from pennyweight.disk.checkpoint import header_bytes
-from pennyweight.families._decoder import tensor_names
+from pennyweight.model.blocks import Block
 from pennyweight.model.choices import PARENT, Choice
 from pennyweight.model.demand import Budget, Workload
-from pennyweight.model.shapes import MoE, Shape, Shapes
+from pennyweight.model.shapes import Shape, Shapes
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16
 from pennyweight.prices.cost import Cost, Seconds, price, workspace_bytes
 from pennyweight.search import Infeasible, Problem
 from pennyweight.units import show_bytes, show_seconds
-from pennyweight.variants import ORDER
 
 
 def single_choices(shape: Shape, axes: Sequence[str], *, scored_tokens: int) -> list[Choice]:
@@ -32,7 +31,7 @@ def single_choices(shape: Shape, axes: Sequence[str], *, scored_tokens: int) -> 
     A window of more than half the scored text is left out: a text that hardly reaches beyond it cannot tell its harm.
     """
     found = []
-    for axis in (axis for axis in ORDER if axis in axes):
+    for axis in (axis for axis in variants.order() if axis in axes):
         for spec in kinds.load("variants", axis).options(shape):
             if axis != "window" or spec.tokens <= scored_tokens // 2:
                 found.append(Choice(((axis, spec),)))
@@ -59,7 +58,7 @@ def combinations(shape: Shape, scored: Mapping[str, float]) -> Iterator[tuple[Ch
                 longer = Choice((*choice.specs, (axes[0], spec)))
                 yield from extend(longer, module.reshape(current, spec), score + scored[single.key()], axes[1:])
 
-    yield from extend(PARENT, shape, 0.0, ORDER)
+    yield from extend(PARENT, shape, 0.0, variants.order())
 
 
 def all_shapes(shapes: Shapes, axes: Sequence[str], *, scored_tokens: int) -> set[Shape]:
@@ -81,39 +80,43 @@ class Offer:
     cost: Cost
     file_bytes: int
 
+    @property
+    def resident_bytes(self) -> float:
+        """What of them is in memory while the model runs."""
+        return self.file_bytes - self.cost.weight_bytes + self.cost.resident_bytes
 
-def file_bytes(slot: Slot, shape: Shape) -> int:
+
+def file_bytes(block: Block) -> int:
     """Bytes the slot adds to the written files: tensors, and an upper bound on their header entries."""
-    if isinstance(shape, MoE):
-        return sum(weight.nbytes for weight in shape.weights())
-    names = tensor_names(slot, shape)
     entries: list[tuple[str, tuple[int, ...]]] = []
-    for weight in shape.weights():
-        name = names[weight.name]
-        if len(weight.shape) < 2 or weight.stored == BFLOAT16:
+    for name, weight in block.tensors().items():
+        if not weight.is_matrix or weight.stored == BFLOAT16:
             entries.append((name, weight.shape))
         else:
             base = name.removesuffix("weight")
-            rows, columns = weight.shape
+            rows, columns = weight.shape[-2:]
             suffixes = ("zigzag", "layout", "row_scale") if weight.stored.down else ("packed", "scale")
             suffixes += ("order",) if weight.stored.ordered else ()
             entries += [(f"{base}weight_{suffix}", (rows, columns)) for suffix in suffixes]
             entries.append((base + "weight_shape", (2,)))
-    return sum(weight.nbytes for weight in shape.weights()) + header_bytes(entries)
+    return block.shape.nbytes + header_bytes(entries)
 
 
-def offers(slot: Slot, shape: Shape, scored: Mapping[str, float], workload: Workload, seconds: Seconds) -> list[Offer]:
+def offers(block: Block, scored: Mapping[str, float], workload: Workload, seconds: Seconds) -> list[Offer]:
     """All combinations of one slot."""
-    made = []
-    for choice, resulting, score in combinations(shape, scored):
-        made.append(Offer(choice, resulting, score, price(resulting, workload, seconds), file_bytes(slot, resulting)))
-    return made
+    return [
+        Offer(choice, shape, score, price(shape, workload, seconds), file_bytes(block.having(shape)))
+        for choice, shape, score in combinations(block.shape, scored)
+    ]
 
 
 def undominated(offered: Sequence[Offer]) -> list[Offer]:
     """Offers that no other one beats or equals on score and every cost; of equal ones the first."""
     table = np.array(
-        [[o.score, o.file_bytes, o.cost.state_bytes, o.cost.prefill_seconds, o.cost.decode_seconds] for o in offered]
+        [
+            [o.score, o.file_bytes, o.resident_bytes, o.cost.state_bytes, o.cost.prefill_seconds, o.cost.decode_seconds]
+            for o in offered
+        ]
     )
     order = np.lexsort(table.T[::-1])
     kept: list[int] = []
@@ -151,7 +154,7 @@ def problem(
         bounds["tokens_per_second"] = workload.concurrency * workload.new / bounds["tokens_per_second"]
     spent = {
         "weight_bytes": lambda o: o.file_bytes,
-        "memory_bytes": lambda o: o.file_bytes + o.cost.state_bytes,
+        "memory_bytes": lambda o: o.resident_bytes + o.cost.state_bytes,
         "ttft_seconds": lambda o: o.cost.prefill_seconds,
         "tpot_seconds": lambda o: o.cost.decode_seconds,
         "tokens_per_second": lambda o: o.cost.prefill_seconds + workload.new * o.cost.decode_seconds,

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pennyweight import kinds
+from pennyweight import families, kinds
+from pennyweight.model.blocks import Blocks
 from pennyweight.model.demand import Budget, Workload
-from pennyweight.model.shapes import Shape, Shapes, parameters
+from pennyweight.model.shapes import Shapes, parameters
 from pennyweight.model.slots import Slot
-from pennyweight.model.stored import Stored
+from pennyweight.model.stored import BFLOAT16, Stored
 from pennyweight.prices import offers
-from pennyweight.prices.cost import computed, figures, kv_bytes, total, workspace_bytes
+from pennyweight.prices.cost import Seconds, computed, figures, total, workspace_bytes
 from pennyweight.prices.machine import Machine
 from pennyweight.search import Infeasible
 
@@ -37,21 +38,45 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def slots(config: dict[str, Any]) -> dict[Slot, Shape]:
-    """Slots and shapes of a config. Raises ValueError for an unknown family or a config it cannot read."""
-    return kinds.family_of(config["model_type"]).slots(config)
+@dataclass(frozen=True)
+class Prospect:
+    """What may become of every slot, unscored: how many choices there are to score, and all their combinations."""
+
+    choices: int
+    offered: dict[Slot, list[offers.Offer]]
+
+    def hold_against(self, budget: Budget, shapes: Shapes, workload: Workload) -> None:
+        """Raises Infeasible, in the words of the budget, if no combination meets it."""
+        try:
+            kinds.load("search", "mip").solve(offers.problem(self.offered, shapes, budget, workload))
+        except Infeasible as err:
+            raise offers.in_users_words(err, shapes, budget, workload) from None
+
+    @property
+    def smallest_bytes(self) -> float:
+        return sum(min(offer.file_bytes for offer in row) for row in self.offered.values())
+
+
+def prospect(
+    blocks: Blocks, axes: Sequence[str], workload: Workload, seconds: Seconds, *, scored_tokens: int
+) -> Prospect:
+    """Every slot's undominated offers, each with a score of 0."""
+    choices, offered = 0, {}
+    for slot, block in blocks.items():
+        singles = offers.single_choices(block.shape, axes, scored_tokens=scored_tokens)
+        choices += len(singles)
+        free = {choice.key(): 0.0 for choice in singles}
+        offered[slot] = offers.undominated(offers.offers(block, free, workload, seconds))
+    return Prospect(choices, offered)
 
 
 def plan(config: dict[str, Any], workload: Workload, machine: Machine, budget: Budget, axes: Sequence[str]) -> Plan:
     """Price a model. The verdict says fits, fits after shrinking, or no, naming the bound and the nearest value."""
-    shapes = slots(config)
+    blocks = families.blocks(config)
+    shapes = {slot: block.shape for slot, block in blocks.items()}
     seconds = computed(machine)
     parent = figures(total(shapes, workload, seconds), workload, workspace_bytes(shapes, workload))
-    offered = {}
-    for slot, shape in shapes.items():
-        free = {choice.key(): 0.0 for choice in offers.single_choices(shape, axes, scored_tokens=workload.context)}
-        offered[slot] = offers.undominated(offers.offers(slot, shape, free, workload, seconds))
-    smallest = sum(min(offer.file_bytes for offer in row) for row in offered.values())
+    found = prospect(blocks, axes, workload, seconds, scored_tokens=workload.context)
     limits = budget.bounds() or {"memory_bytes": machine.memory_bytes}
     if all(
         parent[name] <= bound if name != "tokens_per_second" else parent[name] >= bound
@@ -61,32 +86,32 @@ def plan(config: dict[str, Any], workload: Workload, machine: Machine, budget: B
     else:
         bounded = Budget(**{k: int(v) if k.endswith("bytes") else v for k, v in limits.items()})  # type: ignore[arg-type]
         try:
-            kinds.load("search", "mip").solve(offers.problem(offered, shapes, bounded, workload))
+            found.hold_against(bounded, shapes, workload)
             verdict = "fits after shrinking"
         except Infeasible as err:
-            verdict = f"does not fit: {offers.in_users_words(err, shapes, bounded, workload)}"
+            verdict = f"does not fit: {err}"
     return Plan(
         parameters=parameters(shapes),
         weight_bytes={bits: stored_bytes(shapes, bits) for bits in (16, 8, 4)},
         kv_bytes={tokens: sequence_kv_bytes(shapes, tokens) for tokens in sorted({workload.context, *CONTEXTS})},
         workspace_bytes=workspace_bytes(shapes, workload),
         figures=parent,
-        smallest_bytes=smallest,
+        smallest_bytes=found.smallest_bytes,
         verdict=verdict,
     )
 
 
 def sequence_kv_bytes(shapes: Shapes, tokens: int) -> float:
     """KV cache of one sequence, all layers, bfloat16."""
-    return sum(kv_bytes(shape, tokens) for shape in shapes.values())
+    return sum(shape.state_bytes(tokens) for shape in shapes.values())
 
 
 def stored_bytes(shapes: Shapes, bits: int, group: int = 128) -> int:
-    """All weights with every matrix at the same bits (norms and biases stay at 16)."""
+    """All weights with every matrix at the same bits (norms, biases and routers stay at 16)."""
     count = 0
     for shape in shapes.values():
         for weight in shape.weights():
-            stored = Stored() if bits == 16 else Stored(bits, group)
+            stored = BFLOAT16 if bits == 16 or weight.exact else Stored(bits, group)
             count += dataclasses.replace(weight, stored=stored).nbytes
     return count
 

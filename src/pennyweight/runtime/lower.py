@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pennyweight.families._decoder import tensor_names
 from pennyweight.live.magnitudes import threshold
 from pennyweight.live.walk import rotary_embedding
-from pennyweight.model.shapes import Attention, GatedMLP, Noop
-from pennyweight.model.shapes import Dense as Linear
+from pennyweight.model.blocks import Block
+from pennyweight.model.shapes import Attention, Dense, GatedMLP, Noop
 from pennyweight.model.slots import Slot
 from pennyweight.sources.source import Source
 
@@ -49,22 +48,28 @@ def lower(source: Source, *, context: int | None = None, cache: str = "float16",
     model.hidden_size, model.vocab_size = config["hidden_size"], config["vocab_size"]
     model.epsilon, model.cache, model.attention_scale = config["rms_norm_eps"], _native.Cache[cache], 0.0
     model.set_rotary(*_rotary(source, context))
-    model.embedding = source.matrix("model.embed_tokens.weight")
+    model.embedding = source.matrix(_only(source.blocks[Slot("embed")]))
     if sparsity is not None:
         _check_sparsity(source, sparsity)
     for index in range(config["num_hidden_layers"]):
         model.add_layer(_layer(source, index, sparsity))
-    model.set_final_norm(source.vector("model.norm.weight"))
-    head = _native.Linear()
-    head.add(model.embedding if config.get("tie_word_embeddings") else source.matrix("lm_head.weight"))
+    model.set_final_norm(source.vector(_only(source.blocks[Slot("norm")])))
+    head, own = _native.Linear(), source.blocks[Slot("head")]
+    head.add(source.matrix(_only(own)) if own.shape.makes_logits else model.embedding)
     model.head = head
     return model
+
+
+def _only(block: Block) -> str:
+    """The name of a slot's single tensor."""
+    (name,) = block.tensors()
+    return name
 
 
 def _check_sparsity(source: Source, share: float) -> None:
     if not 0 <= share < 1:
         raise ValueError(f"a sparsity of {share}; it is the share left out, at least 0 and below 1")
-    if not any(getattr(shape, "sparsity", None) is not None for shape in source.shapes.values()):
+    if all(block.shape.sparsity is None for block in source.blocks.values()):
         raise ValueError(
             f"no block of {source.name} can leave input channels out: that takes matrices stored column by column and "
             "tables of their inputs' magnitudes. Make such a model with penny fit --axes sparsity"
@@ -76,12 +81,13 @@ def _layer(source: Source, index: int, sparsity: float | None) -> Any:
 
     layer = _native.Layer()
     for slot in (Slot("mixer", index), Slot("ffn", index)):
-        shape = source.shapes[slot]
-        names = tensor_names(slot, shape)
+        block = source.blocks[slot]
+        shape = block.shape
+        names = {weight.name: block.tensor(weight.name) for weight in shape.weights()}
         if isinstance(shape, Noop):
             continue
         (layer.set_mixer_norm if slot.kind == "mixer" else layer.set_ffn_norm)(source.vector(names["norm"]))
-        if isinstance(shape, Linear):
+        if isinstance(shape, Dense):
             setattr(layer, "o" if slot.kind == "mixer" else "down", _stack(source, names, ("linear",)))
         elif isinstance(shape, Attention):
             entering, inner = _shares(shape, sparsity)
@@ -89,7 +95,9 @@ def _layer(source: Source, index: int, sparsity: float | None) -> Any:
             layer.o = _stack(source, names, ("o_proj",), share=inner, which="inner_")
             layer.heads, layer.kv_heads, layer.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
             layer.window = shape.window or 0
-            if shape.qk_norm:
+            if shape.qk_norm == "all heads":
+                raise NotRun(f"{slot}: the engine norms queries and keys head by head alone")
+            if shape.qk_norm is not None:
                 layer.set_q_norm(source.vector(names["q_norm"]))
                 layer.set_k_norm(source.vector(names["k_norm"]))
             if shape.sinks:

@@ -28,7 +28,7 @@ class Folder:
         self._checkpoint = Checkpoint(path)
         self.name = path.resolve().name
         self.config = self._checkpoint.config
-        self.shapes = Walk(self._checkpoint).shapes
+        self.blocks = Walk(self._checkpoint).blocks
         self._mapped, self._rearranged = mapped, 0
 
     @property

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pennyweight.families._decoder import tensor_names
+from pennyweight import families
 from pennyweight.formats import _matrix, zigzag
 from pennyweight.formats._grid import SUPER_GROUPS, Grid
-from pennyweight.model.shapes import Attention, GatedMLP, Shape, Shapes, Weight
+from pennyweight.model.shapes import Shape, Shapes, Weight
 from pennyweight.model.stored import BFLOAT16, Stored
 from pennyweight.quantize import _grids
 from pennyweight.sources.native import native
@@ -44,16 +44,16 @@ class RandomWeights:
         """`make`: `tensors`, or a cache around it that several sources share."""
         self.config = {key: config[key] for key in config if key not in ("layer_types", "per_layer_config")}
         # Compared by importance, a channel is left out whatever its activation.
-        self.shapes = {slot: _weighted(shape) for slot, shape in shapes.items()}
+        places = families.blocks(self.config)
+        self.blocks = {slot: places[slot].having(_weighted(shape)) for slot, shape in shapes.items()}
         self._make = make or lru_cache(maxsize=8)(tensors)
         self._weights: dict[str, Weight] = {}
         self._kept: dict[str, float] = {}
-        for slot, shape in self.shapes.items():
-            names = tensor_names(slot, shape)
-            self._weights |= {names[weight.name]: weight for weight in shape.weights()}
-            if isinstance(shape, Attention | GatedMLP) and shape.sparsity is not None:
-                self._kept[names["importance"]] = 1 - shape.sparsity.entering
-                self._kept[names["inner_importance"]] = 1 - shape.sparsity.inner
+        for block in self.blocks.values():
+            self._weights |= block.tensors()
+            if (sparsity := block.shape.sparsity) is not None:
+                self._kept[block.tensor("importance")] = 1 - sparsity.entering
+                self._kept[block.tensor("inner_importance")] = 1 - sparsity.inner
 
     def vector(self, name: str) -> np.ndarray:
         (size,) = self._weights[name].shape
@@ -76,9 +76,9 @@ class RandomWeights:
 
 
 def _weighted(shape: Shape) -> Shape:
-    if isinstance(shape, Attention | GatedMLP) and shape.sparsity is not None:
-        return replace(shape, sparsity=replace(shape.sparsity, weighted=True))
-    return shape
+    if shape.sparsity is None:
+        return shape
+    return replace(shape, sparsity=replace(shape.sparsity, weighted=True))  # type: ignore[type-var]
 
 
 def _matrix_of(weight: Weight) -> Matrix:

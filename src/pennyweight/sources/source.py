@@ -1,7 +1,7 @@
 """Where a model comes from: what `lower` asks of a folder and of a GGUF file alike.
 
-Tensors go by the names transformers gives them; a source that keeps them under other names, in another order of rows or
-in other bytes sees to that itself.
+Tensors go by the names that the family's blocks give them; a source that keeps them under other names, in another
+order of rows or in other bytes sees to that itself.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pennyweight.model.shapes import Shape
-from pennyweight.model.slots import Slot
+from pennyweight.model.blocks import Blocks
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Source(Protocol):
         ...
 
     @property
-    def shapes(self) -> Mapping[Slot, Shape]:
-        """Every slot; the tensors of each are there, in these shapes."""
+    def blocks(self) -> Blocks:
+        """Every slot; the tensors of each are there, under their names and in these shapes."""
         ...
 
     @property

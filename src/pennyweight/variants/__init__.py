@@ -1,8 +1,20 @@
-"""The axes: one file for each thing that may be changed in a slot; specs are applied one after another."""
+"""The axes: one file for each thing that may be changed in a slot; specs are applied one after another.
+
+An axis is a file with
+
+    Spec               what is wished: a frozen dataclass of JSON values that words itself
+    PLACE              when it is applied: what removes a block first, what stores it last
+    STATS              statistics (judge/stats.py) that `apply` reads of the slots that it offers something for
+    options(shape)     specs that a shape may be given
+    reshape(shape, spec), apply(parts, spec, stats)    the same change to a shape, and to live modules
+    STORES             True if it says how matrices are kept and read, and leaves what they compute nearly as it was;
+                       then also pack(weight, reads, stats, spec)
+    DEFAULT            False if it is searched only where it is asked for
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pennyweight import kinds
@@ -13,11 +25,31 @@ from pennyweight.model.slots import Slot
 if TYPE_CHECKING:
     from pennyweight.live.parts import Parts
 
-ORDER = ("noop", "linear", "kv_heads", "ffn_width", "window", "bits", "sparsity")
-"""Axes in the order their specs are applied: what removes a block first, what stores it last."""
 
-STORING = ("bits", "sparsity")
-"""Axes that say how a slot's matrices are kept and read, and leave what they compute nearly as it was."""
+def order() -> tuple[str, ...]:
+    """All axes, in the order in which their specs are applied."""
+    return tuple(sorted(kinds.names("variants"), key=lambda axis: kinds.load("variants", axis).PLACE))
+
+
+def default() -> tuple[str, ...]:
+    """Those that are searched unless others are asked for."""
+    return tuple(axis for axis in order() if getattr(kinds.load("variants", axis), "DEFAULT", True))
+
+
+def stores(axis: str) -> bool:
+    """Whether an axis only says how matrices are kept and read."""
+    return getattr(kinds.load("variants", axis), "STORES", False)
+
+
+def storing(choice: Choice) -> tuple[str, Any] | None:
+    """(axis, spec) that says how a slot's matrices are kept, if any does."""
+    return next((item for item in choice.specs if stores(item[0])), None)
+
+
+def wanted(shape: Shape, axes: Iterable[str]) -> tuple[str, ...]:
+    """Names of the statistics that the axes read of a slot."""
+    found = (kinds.load("variants", axis) for axis in axes)
+    return tuple(sorted({name for axis in found if axis.options(shape) for name in axis.STATS}))
 
 
 def reshape(shape: Shape, choice: Choice) -> Shape:
@@ -32,7 +64,7 @@ def reshape_all(shapes: Shapes, layout: Layout) -> dict[Slot, Shape]:
     return {slot: reshape(shape, layout.get(slot, PARENT)) for slot, shape in shapes.items()}
 
 
-def apply(parts: Parts, choice: Choice, stats: dict[str, Any]) -> Parts:
+def apply(parts: Parts, choice: Choice, stats: Mapping[str, Any]) -> Parts:
     """Make a slot's modules what the choice says, in float32 arithmetic. The parent's choice changes nothing."""
     import torch
 
@@ -44,7 +76,12 @@ def apply(parts: Parts, choice: Choice, stats: dict[str, Any]) -> Parts:
 
 def structural(choice: Choice) -> Choice:
     """Without what only says how weights are kept and read: what changes the architecture."""
-    return Choice(tuple(item for item in choice.specs if item[0] not in STORING))
+    return Choice(tuple(item for item in choice.specs if not stores(item[0])))
+
+
+def unstructural(choice: Choice) -> Choice:
+    """What `structural` leaves out."""
+    return Choice(tuple(item for item in choice.specs if stores(item[0])))
 
 
 def choice_from_json(data: Mapping[str, Mapping[str, Any]]) -> Choice:

@@ -7,17 +7,21 @@ disk: compressed-tensors pack-quantized (formats/packed_int.py); `apply` leaves 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pennyweight.live.parts import Parts
-from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, Shape
-from pennyweight.model.shapes import Dense as Linear
+from pennyweight import kinds
+from pennyweight.model.shapes import Attention, Dense, Embedding, GatedMLP, Head, Shape
 from pennyweight.model.stored import Stored
-from pennyweight.variants._common import Stats, with_shape
 
+if TYPE_CHECKING:
+    from pennyweight.judge.stats import SlotStats
+    from pennyweight.live.parts import Parts
+
+PLACE = 30
+STORES = True
+STATS = ("input_moment", "inner_moment")
 _VALUES_AT_ONCE = 2**25
-STATS = ("input_moment", "output_moment", "down_moment")
-_Matrices = Attention | GatedMLP | Linear | Embedding | Head
+_Matrices = Attention | GatedMLP | Dense | Embedding | Head
 
 
 @dataclass(frozen=True)
@@ -56,36 +60,30 @@ def reshape(shape: Shape, spec: Spec) -> Shape:
     return replace(shape, stored=spec.stored)
 
 
-MOMENT_OF = {"o_proj": "output_moment", "down_proj": "down_moment"}
-"""Which moments belong to a matrix's inputs; the others read the slot's normed input."""
-
-
-def codes(name: str, weight, stats: Stats, method: str, stored: Stored):
-    """(codes, grid) of the matrix called `name` (q_proj, down_proj, linear ...) as `stored` keeps it."""
-    from pennyweight import kinds
-
-    moment = MOMENT_OF.get(name, "input_moment")
+def codes(weight: Any, reads: str | None, stats: SlotStats, method: str, stored: Stored) -> tuple[Any, Any]:
+    """(codes, grid) of a matrix that multiplies the activation `reads` (model/shapes.py), as `stored` keeps it."""
+    moment = f"{reads}_moment"
     fits = moment in stats and len(stats[moment]) == weight.shape[1]  # not so for a child narrower than the parent
     quantizer = kinds.load("quantize", method if fits else "rtn")
     prepared = stats.prepared(moment, quantizer) if fits else None
     return quantizer.quantize(weight.detach(), prepared, stored.over(weight.shape[1]))
 
 
-def pack(name: str, weight, stats: Stats, spec: Spec):
-    """The tensors of the matrix called `name`, by suffix."""
+def pack(weight: Any, reads: str | None, stats: SlotStats, spec: Spec) -> dict[str, Any]:
+    """The tensors of a matrix, by suffix."""
     from pennyweight.formats import _matrix
 
-    found, grid = codes(name, weight, stats, spec.method, spec.stored)
+    found, grid = codes(weight, reads, stats, spec.method, spec.stored)
     return _matrix.pack(found, grid, spec.stored)
 
 
-def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
+def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
     """Replace every matrix by its dequantised values, in place. Rows do not depend on each other: a large embedding is
     done in parts, so that it is never held twice."""
     from pennyweight.formats.packed_int import dequantize
 
-    for name, linear in parts.linears().items():
+    for name, linear in parts.matrices().items():
         for rows in linear.weight.detach().split(max(1, _VALUES_AT_ONCE // linear.weight.shape[1])):
-            found, grid = codes(name, rows, stats, spec.method, spec.stored)
+            found, grid = codes(rows, parts.shape.reads.get(name), stats, spec.method, spec.stored)
             rows.copy_(dequantize(found, grid.scale))
-    return with_shape(parts, reshape(parts.shape, spec))
+    return parts.having(reshape(parts.shape, spec))

@@ -7,11 +7,15 @@ arXiv:2411.19146). Widths are nested: the channels of a narrower FFN are a subse
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from pennyweight.live.parts import Parts
 from pennyweight.model.shapes import GatedMLP, Shape
-from pennyweight.variants._common import Stats, set_linear, with_shape
 
+if TYPE_CHECKING:
+    from pennyweight.judge.stats import SlotStats
+    from pennyweight.live.parts import Parts
+
+PLACE = 11
 STATS = ("activation_mean_abs",)
 ALIGN = 128  # widths are multiples of this where the parent allows, so that every int4 group size fits
 SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
@@ -53,15 +57,16 @@ def ranking(down_weight, activation_mean_abs):
     return torch.argsort(contribution, descending=True, stable=True)
 
 
-def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
+def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
     """Slice gate, up (rows) and down (columns) to the kept channels, in their original order."""
-    block = parts.block
-    kept = ranking(block.down_proj.weight.detach(), stats["activation_mean_abs"])[: spec.width].sort().values
-    for linear in (block.gate_proj, block.up_proj):
+    from pennyweight.live.parts import set_linear
+
+    down = parts.matrix("down_proj")
+    kept = ranking(down.weight.detach(), stats["activation_mean_abs"])[: spec.width].sort().values
+    for linear in (parts.matrix("gate_proj"), parts.matrix("up_proj")):
         set_linear(
             linear, linear.weight.detach()[kept], linear.bias.detach()[kept] if linear.bias is not None else None
         )
-    down = block.down_proj
     set_linear(down, down.weight.detach()[:, kept], down.bias)
-    block.intermediate_size = spec.width
-    return with_shape(parts, reshape(parts.shape, spec))
+    parts.block.intermediate_size = spec.width
+    return parts.having(reshape(parts.shape, spec))

@@ -8,13 +8,16 @@ attached to the kept ones and their o_proj columns set to zero, where training m
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pennyweight.live.parts import Parts
 from pennyweight.model.shapes import Attention, Shape
-from pennyweight.variants._common import Stats, set_linear, with_shape
 
-STATS = ("output_moment",)
+if TYPE_CHECKING:
+    from pennyweight.judge.stats import SlotStats
+    from pennyweight.live.parts import Parts
+
+PLACE = 10
+STATS = ("inner_moment",)
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,14 @@ def reshape(shape: Shape, spec: Spec) -> Attention:
     return replace(shape, num_kv_heads=spec.heads)
 
 
-def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
+def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
     """Edit k, v and, for `best`, the order of query heads in q and o."""
     shape = parts.shape
     assert isinstance(shape, Attention)
-    block = parts.block
     if spec.heads < shape.num_kv_heads:
-        _mean(block, shape, spec.heads) if spec.init == "mean" else _best(
-            block, shape, spec.heads, stats["output_moment"]
-        )
-    block.num_key_value_groups = shape.num_heads // spec.heads
-    return with_shape(parts, reshape(shape, spec))
+        _mean(parts, spec.heads) if spec.init == "mean" else _best(parts, spec.heads, stats["inner_moment"])
+    parts.block.num_key_value_groups = shape.num_heads // spec.heads
+    return parts.having(reshape(shape, spec))
 
 
 def _heads(tensor: Any, count: int) -> Any:
@@ -60,34 +60,41 @@ def _heads(tensor: Any, count: int) -> Any:
     return tensor.detach().view(count, -1, *tensor.shape[1:])
 
 
-def _mean(block: Any, shape: Attention, heads: int) -> None:
-    for linear in (block.k_proj, block.v_proj):
-        pooled = [
-            _heads(t, shape.num_kv_heads)
-            .float()
-            .view(heads, -1, shape.head_dim, *t.shape[1:])
-            .mean(dim=1)
-            .flatten(0, 1)
-            if t is not None
-            else None
-            for t in (linear.weight, linear.bias)
-        ]
-        set_linear(linear, *pooled)
+def _regroup(parts: Parts, matrices: tuple[str, ...], count: int, new: Any) -> None:
+    """Change the heads of projections: `new` maps (count, head_dim, ...) of their weights, biases and, where that spans
+    all heads, the weights of their norm."""
+    from pennyweight.live.parts import set_linear
+
+    for name in matrices:
+        linear, norm = parts.matrix(name), name.replace("_proj", "_norm")
+        bias = None if linear.bias is None else new(_heads(linear.bias, count)).flatten(0, 1)
+        set_linear(linear, new(_heads(linear.weight, count)).flatten(0, 1), bias)
+        if getattr(parts.shape, "qk_norm", None) == "all heads" and norm in ("q_norm", "k_norm"):
+            weight = parts.parameter(norm)
+            weight.data = new(_heads(weight, count)).flatten(0, 1).contiguous()
 
 
-def _best(block: Any, shape: Attention, heads: int, output_moment: Any) -> None:
+def _mean(parts: Parts, heads: int) -> None:
+    shape: Any = parts.shape
+
+    def pooled(own: Any) -> Any:
+        return own.float().view(heads, -1, *own.shape[1:]).mean(dim=1).to(own.dtype)
+
+    _regroup(parts, ("k_proj", "v_proj"), shape.num_kv_heads, pooled)
+
+
+def _best(parts: Parts, heads: int, inner_moment: Any) -> None:
     import torch
 
+    from pennyweight.live.parts import set_linear
+
+    shape: Any = parts.shape
+    o = parts.matrix("o_proj")
     per_group = shape.num_heads // shape.num_kv_heads
-    energy = group_energy(block.o_proj.weight.detach(), output_moment, shape)
+    energy = group_energy(o.weight.detach(), inner_moment, shape)
     ranked = torch.argsort(energy, descending=True, stable=True).tolist()
     kept, removed = sorted(ranked[:heads]), sorted(ranked[heads:])
-    for linear in (block.k_proj, block.v_proj):
-        taken = [
-            _heads(t, shape.num_kv_heads)[kept].flatten(0, 1) if t is not None else None
-            for t in (linear.weight, linear.bias)
-        ]
-        set_linear(linear, *taken)
+    _regroup(parts, ("k_proj", "v_proj"), shape.num_kv_heads, lambda own: own[kept])
     orphans = [g * per_group + i for g in removed for i in range(per_group)]
     share = len(orphans) // heads
     order, silent = [], []
@@ -96,18 +103,13 @@ def _best(block: Any, shape: Attention, heads: int, output_moment: Any) -> None:
         adopted = orphans[position * share : (position + 1) * share]
         silent += range(len(order), len(order) + len(adopted))
         order += adopted
-    q, o = block.q_proj, block.o_proj
-    set_linear(
-        q,
-        _heads(q.weight, shape.num_heads)[order].flatten(0, 1),
-        _heads(q.bias, shape.num_heads)[order].flatten(0, 1) if q.bias is not None else None,
-    )
+    _regroup(parts, ("q_proj",), shape.num_heads, lambda own: own[order])
     columns = o.weight.detach().view(shape.hidden_size, shape.num_heads, shape.head_dim)[:, order].clone()
     columns[:, silent] = 0
     set_linear(o, columns.flatten(1), o.bias)
 
 
-def group_energy(o_weight: Any, output_moment: Any, shape: Attention) -> Any:
+def group_energy(o_weight: Any, inner_moment: Any, shape: Attention) -> Any:
     """(num_kv_heads,) mean squared norm of what each KV head's queries add to the residual stream.
 
     tr(O_g M_g O_g^T) with M = E[a a^T] over o_proj inputs a; Puzzle averages norms, we average their squares, which
@@ -120,5 +122,5 @@ def group_energy(o_weight: Any, output_moment: Any, shape: Attention) -> Any:
     for g in range(shape.num_kv_heads):
         columns = slice(g * width, (g + 1) * width)
         part = o_weight[:, columns].float()
-        energies.append(((part @ output_moment[columns, columns].float()) * part).sum())
+        energies.append(((part @ inner_moment[columns, columns].float()) * part).sum())
     return torch.stack(energies)

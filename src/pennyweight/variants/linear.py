@@ -8,13 +8,15 @@ squares over the calibration text, from moments that the one pass gathers anyway
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pennyweight.live.parts import Parts
-from pennyweight.model.shapes import Attention, GatedMLP, Shape
-from pennyweight.model.shapes import Dense as Linear
-from pennyweight.variants._common import Stats, fitted_linear, with_shape
+from pennyweight.model.shapes import Attention, Dense, GatedMLP, Shape
 
+if TYPE_CHECKING:
+    from pennyweight.judge.stats import SlotStats
+    from pennyweight.live.parts import Parts
+
+PLACE = 1
 STATS = ("input_moment", "cross_moment")
 
 
@@ -32,35 +34,45 @@ def options(shape: Shape) -> list[Spec]:
     return [Spec("fitted"), Spec("product")] if isinstance(shape, Attention | GatedMLP) else []
 
 
-def reshape(shape: Shape, spec: Spec) -> Linear:
+def reshape(shape: Shape, spec: Spec) -> Dense:
     if not isinstance(shape, Attention | GatedMLP):
         raise ValueError(f"{shape} cannot become linear")
-    return Linear(hidden_size=shape.hidden_size)
+    return Dense(hidden_size=shape.hidden_size, norms=shape.norms)
 
 
-def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
-    """Put LinearAttention or LinearMLP in the block's place; biases of the block are dropped."""
+def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
+    """Put one matrix in the block's place; biases of the block are dropped."""
     import torch
 
-    from pennyweight.live.blocks import LinearAttention, LinearMLP
+    from pennyweight.live.blocks import replace_block
 
-    block, shape = parts.block, parts.shape
-    dtype = next(block.parameters()).dtype
-    matrix = fitted_linear(stats) if spec.init == "fitted" else _product(block, shape)
-    if isinstance(shape, Attention):
-        module: Any = LinearAttention(shape.hidden_size, block.layer_idx)
-        module.linear_attn.weight = torch.nn.Parameter(matrix.to(dtype))
-    else:
-        module = LinearMLP(shape.hidden_size)
-        module.linear_mlp.weight = torch.nn.Parameter(matrix.to(dtype))
-    parts.replace_block(module)
-    return with_shape(parts, reshape(shape, spec))
+    dtype = parts.matrix(parts.shape.readers("inner")[0]).weight.dtype
+    matrix = _fitted(stats) if spec.init == "fitted" else _product(parts)
+    parts = replace_block(parts, reshape(parts.shape, spec))
+    parts.matrix("linear").weight = torch.nn.Parameter(matrix.to(dtype))
+    return parts
 
 
-def _product(block: Any, shape: Shape) -> Any:
+def _fitted(stats: SlotStats, *, damping: float = 1e-4) -> Any:
+    """The matrix A (hidden, hidden) that best maps the slot's normed input x to its output y in least squares.
+
+    A = E[y x^T] (E[x x^T] + damping * mean diagonal)^-1, in float64.
+    """
+    import torch
+
+    moment, cross = stats["input_moment"].double(), stats["cross_moment"].double()
+    damped = moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    return torch.linalg.solve(damped, cross.T).T.float()
+
+
+def _product(parts: Parts) -> Any:
+    def weight(name: str) -> Any:
+        return parts.matrix(name).weight.detach().float()
+
+    shape = parts.shape
     if isinstance(shape, GatedMLP):
-        return block.down_proj.weight.detach().float() @ block.up_proj.weight.detach().float()
+        return weight("down_proj") @ weight("up_proj")
     assert isinstance(shape, Attention)
-    value = block.v_proj.weight.detach().float().view(shape.num_kv_heads, shape.head_dim, -1)
+    value = weight("v_proj").view(shape.num_kv_heads, shape.head_dim, -1)
     value = value.repeat_interleave(shape.num_heads // shape.num_kv_heads, dim=0).flatten(0, 1)
-    return block.o_proj.weight.detach().float() @ value
+    return weight("o_proj") @ value

@@ -1,13 +1,17 @@
-"""A block taken out altogether, its norm too: the residual stream passes through (Puzzle, arXiv:2411.19146)."""
+"""A block taken out altogether, its norms too: the residual stream passes through (Puzzle, arXiv:2411.19146)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pennyweight.live.parts import Parts
 from pennyweight.model.shapes import Attention, GatedMLP, Noop, Shape
-from pennyweight.variants._common import Stats, with_shape
 
+if TYPE_CHECKING:
+    from pennyweight.judge.stats import SlotStats
+    from pennyweight.live.parts import Parts
+
+PLACE = 0
 STATS = ()
 
 
@@ -29,10 +33,7 @@ def reshape(shape: Shape, spec: Spec) -> Noop:
     return Noop(hidden_size=shape.hidden_size)
 
 
-def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
-    from pennyweight.live.blocks import SkippedAttention, SkippedMLP
+def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
+    from pennyweight.live.blocks import replace_block
 
-    attention = isinstance(parts.shape, Attention)
-    parts.replace_block(SkippedAttention(parts.block.layer_idx) if attention else SkippedMLP())
-    parts.drop_norm()
-    return with_shape(parts, reshape(parts.shape, spec))
+    return replace_block(parts, reshape(parts.shape, spec))

@@ -12,15 +12,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pennyweight.families._decoder import INNER
-from pennyweight.live.parts import Parts
 from pennyweight.model.shapes import Attention, GatedMLP, Shape, Sparsity
 from pennyweight.model.stored import BFLOAT16, Stored
-from pennyweight.variants._common import Stats, with_shape
+from pennyweight.variants import bits
 
-STATS = ("input_moment", "output_moment", "down_moment", "magnitudes")
+if TYPE_CHECKING:
+    from pennyweight.judge.stats import SlotStats
+    from pennyweight.live.parts import Parts
+
+PLACE = 31
+STORES = True
+DEFAULT = False  # only where it is asked for: transformers cannot run it
+STATS = ("input_moment", "inner_moment", "magnitudes")
 SHARES = (0.0, 0.3, 0.5, 0.65)
 GROUP = 64
 
@@ -69,57 +74,54 @@ def reshape(shape: Shape, spec: Spec) -> Shape:
     return replace(shape, stored=spec.stored, sparsity=spec.sparsity)
 
 
-def pack(name: str, weight: Any, stats: Stats, spec: Spec) -> dict[str, Any]:
-    """The tensors of the matrix called `name`, by suffix."""
+def pack(weight: Any, reads: str | None, stats: SlotStats, spec: Spec) -> dict[str, Any]:
+    """The tensors of a matrix, by suffix."""
     from pennyweight.formats import _matrix
-    from pennyweight.variants import bits
 
     row_scale = weight.detach().float().square().mean(dim=1).sqrt().clamp_min(1e-12)
-    codes, grid = bits.codes(name, weight.detach().float() / row_scale.unsqueeze(1), stats, spec.method, spec.stored)
-    order = _by_activity(name, weight, stats) if spec.ordered else None
+    codes, grid = bits.codes(weight.detach().float() / row_scale.unsqueeze(1), reads, stats, spec.method, spec.stored)
+    order = _by_activity(weight, f"{reads}_moment", stats) if spec.ordered else None
     return _matrix.pack(codes, grid, spec.stored, row_scale=row_scale, order=order)
 
 
-def _by_activity(name: str, weight: Any, stats: Stats) -> Any:
+def _by_activity(weight: Any, moment: str, stats: SlotStats) -> Any:
     """Columns (columns,) int32, those first whose inputs are largest on average: what stays lies together, and so does
     what is left out, in longer pieces than single columns."""
     import torch
 
-    from pennyweight.variants.bits import MOMENT_OF
-
-    moment = MOMENT_OF.get(name, "input_moment")
     if moment not in stats or len(stats[moment]) != weight.shape[1]:  # a child narrower than the parent
         return torch.arange(weight.shape[1], dtype=torch.int32)
     return stats[moment].diagonal().argsort(descending=True, stable=True).int()
 
 
-def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
+def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
     """Replace every matrix by its dequantised values and leave channels out of their inputs, in place."""
     from pennyweight.formats import _matrix
 
-    for name, linear in parts.linears().items():
-        linear.weight.copy_(_matrix.unpack(pack(name, linear.weight, stats, spec)))
+    for name, linear in parts.matrices().items():
+        linear.weight.copy_(_matrix.unpack(pack(linear.weight, parts.shape.reads[name], stats, spec)))
     return thin(parts, spec, stats)
 
 
-def thin(parts: Parts, spec: Spec, stats: Stats) -> Parts:
+def thin(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
     """Leave channels out of the inputs of a slot's matrices by the parent's statistics, whatever the matrices hold."""
     from pennyweight.live import magnitudes
 
-    for module, prefix in attach(parts, spec.sparsity):
-        magnitudes.fill(module, stats[f"{prefix}_weighted_counts" if spec.weighted else f"{prefix}_counts"])
-    return with_shape(parts, reshape(parts.shape, spec))
+    for activation, module in attach(parts, spec.sparsity).items():
+        magnitudes.fill(module, stats[f"{activation}_weighted_counts" if spec.weighted else f"{activation}_counts"])
+    return parts.having(reshape(parts.shape, spec))
 
 
-def attach(parts: Parts, sparsity: Sparsity) -> list[tuple[Any, str]]:
-    """Give a block and its inner matrix the hooks and tables that `sparsity` needs: both modules, in the order in which
-    they run, and how statistics call their inputs. Importance is set; the tables are to be filled."""
+def attach(parts: Parts, sparsity: Sparsity) -> dict[str, Any]:
+    """Give the modules that a block's input and its inner activation enter the hooks and tables that `sparsity` needs;
+    by activation, in the order in which they run. Importance is set; the tables are to be filled."""
     from pennyweight.live import magnitudes
 
-    inner, first = getattr(parts.block, INNER[parts.kind]), magnitudes.readers(parts.block, parts.kind)
-    found = ((parts.block, "input", first, sparsity.entering), (inner, "inner", [inner], sparsity.inner))
-    for module, _, matrices, share in found:
-        magnitudes.leave_out(module, matrices[0].in_features, share, weighted=sparsity.weighted)
+    found = {}
+    for activation, share in (("input", sparsity.entering), ("inner", sparsity.inner)):
+        module, readers = parts.reading(activation)
+        magnitudes.leave_out(module, readers[0].in_features, share, weighted=sparsity.weighted)
         if sparsity.weighted:  # rounded as it will be stored
-            module.importance.copy_(magnitudes.importance([linear.weight for linear in matrices]).bfloat16())
-    return [(module, prefix) for module, prefix, _, _ in found]
+            module.importance.copy_(magnitudes.importance([linear.weight for linear in readers]).bfloat16())
+        found[activation] = module
+    return found

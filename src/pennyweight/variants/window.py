@@ -7,11 +7,15 @@ scores taken on short texts are blind to windows (section on the window extensio
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from pennyweight.live.parts import Parts
 from pennyweight.model.shapes import Attention, Shape
-from pennyweight.variants._common import Stats, with_shape
 
+if TYPE_CHECKING:
+    from pennyweight.judge.stats import SlotStats
+    from pennyweight.live.parts import Parts
+
+PLACE = 20
 STATS = ()
 SIZES = (8192, 4096, 2048, 1024, 512, 256, 128, 64)
 
@@ -40,9 +44,9 @@ def reshape(shape: Shape, spec: Spec) -> Attention:
     return replace(shape, window=spec.tokens)
 
 
-def apply(parts: Parts, spec: Spec, stats: Stats) -> Parts:
+def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
     """Narrow the attention's mask."""
     from pennyweight.live.blocks import set_window
 
     set_window(parts.block, spec.tokens)
-    return with_shape(parts, reshape(parts.shape, spec))
+    return parts.having(reshape(parts.shape, spec))

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pennyweight import kinds
-from pennyweight.families._decoder import tensor_names
+from pennyweight import families
 from pennyweight.sources.gguf import ggml
 from pennyweight.sources.gguf.file import File, Tensor, read
 from pennyweight.sources.source import Vocabulary, rearranged
@@ -53,20 +52,19 @@ class GgufSource:
         self._file, self._mapped, self._rearranged = read(path), mapped, 0
         self.name = path.stem
         self.config = config_of(self._file)
-        self.shapes = kinds.family_of(self.config["model_type"]).slots(self.config)
+        self.blocks = families.blocks(self.config)
         self._converted: Counter[ggml.Kind] = Counter()
         self._said = _warnings(self._file, self.config)
         self._tensors: dict[str, Tensor] = {}
         left = dict(self._file.tensors)
         divisors = left.pop(_DIVISORS, None)
-        for slot, shape in self.shapes.items():
-            expected = {weight.name: weight.shape for weight in shape.weights()}
-            for weight, name in tensor_names(slot, shape).items():
+        for block in self.blocks.values():
+            for name, weight in block.tensors().items():
                 stored = _stored_name(name)
                 tensor = left.pop(stored, None)
-                if tensor is None or tensor.shape != expected[weight]:
+                if tensor is None or tensor.shape != weight.shape:
                     came = "is missing" if tensor is None else f"has shape {tensor.shape}"
-                    raise ValueError(f"{path}: {stored} {came}; the metadata promise shape {expected[weight]}")
+                    raise ValueError(f"{path}: {stored} {came}; the metadata promise shape {weight.shape}")
                 self._tensors[name] = tensor
         if left:
             raise ValueError(
