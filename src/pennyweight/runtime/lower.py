@@ -1,4 +1,4 @@
-"""Lower a model to what the native engine runs: a flat list of layers, every matrix in the layout of its kernel.
+"""Lower a model to what the native engine runs: a flat list of blocks, every matrix in the layout of its kernel.
 
 Matrices come from the source in the bytes they have (runtime/source.py, native/matrices.h). The rotary tables are
 transformers' own, so every scaling of it (Llama 3, YaRN, linear) is the one the model was trained with.
@@ -6,6 +6,7 @@ transformers' own, so every scaling of it (Llama 3, YaRN, linear) is the one the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from pennyweight.slots import Attention, GatedMLP, Linear, Noop, Slot
 from pennyweight.walk import rotary_embedding
 
 CACHES = ("float16", "fp8", "float32")
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
 
@@ -40,22 +42,26 @@ def lower(source: Source, *, context: int | None = None, cache: str = "float16",
         raise ValueError(f"keys and values cannot be kept in {cache!r}; float16, fp8 or float32")
     config = source.config
     gate = config.get("hidden_act", "silu")
-    if gate not in ("silu", "swish"):
-        raise NotRun(f"hidden_act {gate!r}: the engine's FFN has silu gates alone")
+    if gate not in _ACTIVATIONS:
+        raise NotRun(f"hidden_act {gate!r}: the gates of the engine's FFN are {', '.join(_ACTIVATIONS)}")
     context = min(context or 2**62, config.get("max_position_embeddings", 2**62))
-    model = _native.Model()
-    model.hidden_size, model.vocab_size = config["hidden_size"], config["vocab_size"]
-    model.epsilon, model.cache, model.attention_scale = config["rms_norm_eps"], _native.Cache[cache], 0.0
-    model.set_rotary(*_rotary(source, context))
-    model.embedding = source.matrix("model.embed_tokens.weight")
+    epsilon = config["rms_norm_eps"]
+    attention = {"cache": _native.Cache[cache], "rotary": _native.Rotary(*_rotary(source, context))}
+    gated = {"activation": _native.Activation[_ACTIVATIONS[gate]]}
+    embedding = source.matrix("model.embed_tokens.weight")
     if sparsity is not None:
         _check_sparsity(source, sparsity)
-    for index in range(config["num_hidden_layers"]):
-        model.add_layer(_layer(source, index, sparsity))
-    model.set_final_norm(source.vector("model.norm.weight"))
     head = _native.Linear()
-    head.add(model.embedding if config.get("tie_word_embeddings") else source.matrix("lm_head.weight"))
-    model.head = head
+    head.add(embedding if config.get("tie_word_embeddings") else source.matrix("lm_head.weight"))
+    norm = source.vector("model.norm.weight")
+    model = _native.Model(_native.Embedding(embedding), head, context, norm=norm, epsilon=epsilon)
+    for index in range(config["num_hidden_layers"]):
+        for slot, block, parts, own in _layer(source, index, sparsity):
+            shared = {_native.Attention: attention, _native.Gated: gated}.get(block, {})
+            try:
+                model.add(block(*parts, **own, **shared, epsilon=epsilon))
+            except ValueError as err:
+                raise ValueError(f"{slot}: {err}") from err
     return model
 
 
@@ -69,36 +75,35 @@ def _check_sparsity(source: Source, share: float) -> None:
         )
 
 
-def _layer(source: Source, index: int, sparsity: float | None) -> Any:
+def _layer(
+    source: Source, index: int, sparsity: float | None
+) -> Iterator[tuple[Slot, Any, tuple[Any, ...], dict[str, Any]]]:
+    """Slot, class, matrices and settings of each native block of a layer."""
     from pennyweight import _native
 
-    layer = _native.Layer()
     for slot in (Slot("mixer", index), Slot("ffn", index)):
         shape = source.shapes[slot]
         names = tensor_names(slot, shape)
         if isinstance(shape, Noop):
             continue
-        (layer.set_mixer_norm if slot.kind == "mixer" else layer.set_ffn_norm)(source.vector(names["norm"]))
+        own: dict[str, Any] = {"norm": source.vector(names["norm"])}
         if isinstance(shape, Linear):
-            setattr(layer, "o" if slot.kind == "mixer" else "down", _stack(source, names, ("linear",)))
+            yield slot, _native.Dense, (_stack(source, names, ("linear",)),), own
         elif isinstance(shape, Attention):
             entering, inner = _shares(shape, sparsity)
-            layer.qkv = _stack(source, names, _QKV, share=entering)
-            layer.o = _stack(source, names, ("o_proj",), share=inner, which="inner_")
-            layer.heads, layer.kv_heads, layer.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-            layer.window = shape.window or 0
-            if shape.qk_norm:
-                layer.set_q_norm(source.vector(names["q_norm"]))
-                layer.set_k_norm(source.vector(names["k_norm"]))
-            if shape.sinks:
-                layer.set_sinks(source.vector(names["sinks"]))
+            qkv = _stack(source, names, _QKV, share=entering)
+            o = _stack(source, names, ("o_proj",), share=inner, which="inner_")
+            own |= {"heads": shape.num_heads, "kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
+            own |= {"window": shape.window or 0}
+            own |= {name: source.vector(names[name]) for name in ("q_norm", "k_norm", "sinks") if name in names}
+            yield slot, _native.Attention, (qkv, o), own
         elif isinstance(shape, GatedMLP):
             entering, inner = _shares(shape, sparsity)
-            layer.gate_up = _stack(source, names, _GATE_UP, share=entering)
-            layer.down = _stack(source, names, ("down_proj",), share=inner, which="inner_")
+            gate_up = _stack(source, names, _GATE_UP, share=entering)
+            down = _stack(source, names, ("down_proj",), share=inner, which="inner_")
+            yield slot, _native.Gated, (gate_up, down), own
         else:
             raise NotRun(f"{slot}: the engine has no {type(shape).__name__} yet")
-    return layer
 
 
 def _stack(
