@@ -375,6 +375,7 @@ void check_attend(const Kernels& k, std::mt19937& random) {
 
 int main() {
     std::mt19937 random(1);
+    check_floats(kernels_scalar(), random);
     check_attend(kernels_scalar(), random);
     for (const Kernels* k : {kernels_avx512(), kernels_avx2(), kernels_neon()}) {
         if (!k) continue;
