@@ -16,45 +16,6 @@ std::shared_ptr<void> lender(const Array& array) {
     });
 }
 
-// y = matrix x for every row of x, by one thread: for tests and benchmarks of single products.
-void times(const Matrix& matrix, In<float, 2> x, Out<float, 2> y, const std::string& kernels, float threshold) {
-    const Kernels& k = kernels_named(kernels);
-    expect(int(x.shape(1)) == matrix.in() && int(y.shape(1)) == matrix.out() && x.shape(0) == y.shape(0),
-           "x is (tokens, columns), y is (tokens, rows)");
-    nb::gil_scoped_release released;
-    const int count = int(x.shape(0)), cols = matrix.in(), rows = matrix.out();
-    for (int t = 0; t < count; t++) {
-        const float* from = x.data() + std::size_t(t) * cols;
-        float* to = y.data() + std::size_t(t) * rows;
-        if (matrix.layout == Matrix::Layout::wide) {
-            k.wide_times(matrix.wide, &from, 1, to, rows, 0, rows);
-        } else if (matrix.layout == Matrix::Layout::rows) {
-            const int padded = matrix.rows.padded_cols();
-            std::vector<float> full(padded), scale(padded / 32), sum(padded / 32), out(matrix.rows.tiles() * 16);
-            std::vector<std::int8_t> codes(padded);
-            std::vector<std::int32_t> minus8(padded / 32);
-            std::copy(from, from + cols, full.begin());
-            k.quantise(full.data(), padded, codes.data(), scale.data(), minus8.data(), sum.data());
-            const Activations a{codes.data(), scale.data(), minus8.data(), sum.data()};
-            k.rows_times(matrix.rows, &a, 1, out.data(), 0, 0, matrix.rows.tiles());
-            std::copy(out.begin(), out.begin() + rows, to);
-        } else {
-            std::vector<std::int32_t> index(cols + 16);
-            std::vector<float> value(cols + 16), out(matrix.zigzag.padded_rows());
-            const float* importance = matrix.importance.empty() ? nullptr : matrix.importance.data();
-            std::vector<float> room(cols);
-            const int kept = k.collect(matrix.ordered(from, room.data()), importance, threshold, cols, index.data(), value.data());
-            const float* values = value.data();
-            const Zigzag& w = matrix.zigzag;
-            for (int tile = 0; tile < w.tiles(); tile++)
-                k.zigzag_times(w, tile, 0, w.tile_rows / Zigzag::kUnitRows, index.data(), &values, 1, kept,
-                               out.data() + std::size_t(tile) * w.tile_rows, 0);
-            std::copy(out.begin(), out.begin() + rows, to);
-            for (std::size_t i = 0; i < matrix.row_scale.size(); i++) to[i] *= matrix.row_scale[i];
-        }
-    }
-}
-
 }  // namespace
 
 void bind_matrices(nb::module_& module) {
@@ -124,8 +85,7 @@ void bind_matrices(nb::module_& module) {
         .def("row", [](const Matrix& m, int row, Out<float, 1> out) {
             expect(row >= 0 && row < m.out() && int(out.size()) == m.in(), "row within the matrix, out one row long");
             dequantise_row(m, row, out.data());
-        })
-        .def("times", &times, "x"_a.noconvert(), "y"_a.noconvert(), "kernels"_a = "best", "threshold"_a = -1.0f);
+        });
 
     nb::class_<Linear>(module, "Linear", "Matrices stacked on one input, and a bias.")
         .def(nb::init<>())
