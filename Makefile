@@ -23,7 +23,7 @@ lint: $(VENV)/ready
 gpu: $(VENV)/ready
 	$(BIN)/pip install --quiet -c constraints.txt 'triton; sys_platform == "linux"' wgpu
 
-$(VENV)/ready: pyproject.toml constraints.txt native/CMakeLists.txt $(wildcard native/*.cpp native/*.h)
+$(VENV)/ready: pyproject.toml constraints.txt native/CMakeLists.txt $(wildcard native/*.cpp native/*.h native/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'

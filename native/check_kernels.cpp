@@ -211,6 +211,19 @@ void expect_near(const std::string& what, const std::vector<float>& found, const
     }
 }
 
+double gated(Activation activation, double gate, double up) {
+    switch (activation) {
+        case Activation::silu: return gate / (1 + std::exp(-gate)) * up;
+        case Activation::gelu_tanh:
+            return 0.5 * gate * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (gate + 0.044715 * std::pow(gate, 3)))) * up;
+        case Activation::relu2: return std::pow(std::max(gate, 0.0), 2) * up;
+        case Activation::clamped:
+            gate = std::min(gate, 7.0);
+            return gate / (1 + std::exp(-1.702 * gate)) * (std::clamp(up, -7.0, 7.0) + 1);
+    }
+    return 0;
+}
+
 void check_floats(const Kernels& k, std::mt19937& random) {
     const Kernels& scalar = kernels_scalar();
     const std::string name = k.name;
@@ -220,11 +233,20 @@ void check_floats(const Kernels& k, std::mt19937& random) {
         scalar.rms_norm(x.data(), y.data(), 1e-5f, n, wanted.data());
         k.rms_norm(x.data(), y.data(), 1e-5f, n, found.data());
         expect_near(name + " rms_norm of " + std::to_string(n), found, wanted, 1e-6);
-        scalar.swiglu(x.data(), y.data(), n, wanted.data());
-        k.swiglu(x.data(), y.data(), n, found.data());
-        expect_near(name + " swiglu of " + std::to_string(n), found, wanted, 1e-6);
-        for (int i = 0; i < n; i++) wanted[i] = x[i] / (1 + std::exp(-double(x[i]))) * y[i];
-        expect_near(name + " swiglu against libm", found, wanted, 1e-6);
+        for (int a = 0; a < kActivations; a++) {
+            const std::string what = name + " gate " + std::to_string(a) + " of " + std::to_string(n);
+            scalar.gate[a](x.data(), y.data(), n, wanted.data());
+            k.gate[a](x.data(), y.data(), n, found.data());
+            expect_near(what, found, wanted, 1e-6);
+            for (int i = 0; i < n; i++) wanted[i] = float(gated(Activation(a), x[i], y[i]));
+            expect_near(what + " against libm", found, wanted, 1e-6);
+            const std::vector<float> broken(n, kNaN);
+            for (auto [gate, up] : {std::pair{&broken, &y}, {&x, &broken}}) {
+                k.gate[a](gate->data(), up->data(), n, found.data());
+                if (!std::all_of(found.begin(), found.end(), [](float v) { return std::isnan(v); }))
+                    std::printf("%s: NaN comes out as a number\n", what.c_str()), failures++;
+            }
+        }
         std::vector<float> a = x, b = x;
         scalar.add(a.data(), y.data(), n);
         k.add(b.data(), y.data(), n);
@@ -266,12 +288,12 @@ void check_floats(const Kernels& k, std::mt19937& random) {
 // Against attention in double precision, with caches full of NaN where no position is seen.
 void check_attend(const Kernels& k, std::mt19937& random) {
     for (Cache cache : {Cache::float16, Cache::fp8, Cache::float32})
-        for (int head_dim : {8, 64, 80, 128})
+        for (auto [head_dim, value_dim] : {std::pair{8, 8}, {64, 64}, {80, 80}, {128, 128}, {24, 40}, {72, 16}})
             for (auto [first, last] : {std::pair{0, 1}, {0, 16}, {0, 37}, {5, 37}, {40, 75}})
                 for (int count : {1, 3, 4, 8})
                     for (bool sinks : {false, true}) {
                         const int blocks = 4;  // a ring of 64 positions
-                        const int padded = Attention::padded(head_dim), places = blocks * Attention::kBlock;
+                        const int padded = Cached::padded(value_dim), places = blocks * Cached::kBlock;
                         std::vector<std::uint16_t> keys(places * head_dim, 0x7e00), values(places * padded, 0x7e00);
                         std::vector<std::uint8_t> keys8(places * head_dim, 0x7f), values8(places * padded, 0x7f);
                         std::vector<float> keys32(places * head_dim, kNaN), values32(places * padded, kNaN);
@@ -283,52 +305,53 @@ void check_attend(const Kernels& k, std::mt19937& random) {
                         std::vector<std::vector<float>> key(last), value(last);
                         for (int p = 0; p < last; p++) {
                             key[p] = activations(head_dim, random);
-                            value[p] = activations(head_dim, random);
+                            value[p] = activations(value_dim, random);
                             if (p < first) continue;
                             for (int d = 0; d < padded; d++) {
-                                const float v = d < head_dim ? value[p][d] : 0;
+                                const float v = d < value_dim ? value[p][d] : 0;
                                 values[p % places * padded + d] = to_float16(v);
                                 values8[p % places * padded + d] = to_fp8(v);
                                 values32[p % places * padded + d] = v;
-                                if (d >= head_dim) continue;
+                                if (d < value_dim) value[p][d] = kept(v);
+                            }
+                            for (int d = 0; d < head_dim; d++) {
                                 const int at = (p % places / 16 * head_dim + d) * 16 + p % 16;
                                 keys[at] = to_float16(key[p][d]);
                                 keys8[at] = to_fp8(key[p][d]);
                                 keys32[at] = key[p][d];
                                 key[p][d] = kept(key[p][d]);
-                                value[p][d] = kept(v);
                             }
                         }
-                        std::vector<float> scratch(Attention::kScratch, kNaN);
+                        std::vector<float> scratch(Cached::kScratch, kNaN);
                         const void* all[] = {keys.data(), keys8.data(), keys32.data()};
                         const void* all_values[] = {values.data(), values8.data(), values32.data()};
-                        Attention a{all[int(cache)], all_values[int(cache)], cache, head_dim, blocks, first, last, 0.05f,
+                        Cached a{all[int(cache)], all_values[int(cache)], cache, head_dim, value_dim, blocks, first, last, 0.05f,
                                     scratch.data()};
                         std::vector<std::vector<float>> queries;
                         std::vector<const float*> query;
-                        std::vector<float> found(count * head_dim, kNaN), wanted(count * head_dim), sink(count, 0.7f);
+                        std::vector<float> found(count * value_dim, kNaN), wanted(count * value_dim), sink(count, 0.7f);
                         std::vector<float*> out;
                         for (int m = 0; m < count; m++) queries.push_back(activations(head_dim, random));
                         for (int m = 0; m < count; m++) {
                             query.push_back(queries[m].data());
-                            out.push_back(found.data() + m * head_dim);
+                            out.push_back(found.data() + m * value_dim);
                             double total = sinks ? std::exp(0.7) : 0;
-                            std::vector<double> mixed(head_dim);
+                            std::vector<double> mixed(value_dim);
                             for (int p = first; p < last; p++) {
                                 double dot = 0;
                                 for (int d = 0; d < head_dim; d++) dot += double(queries[m][d]) * key[p][d];
                                 const double weight = std::exp(0.05f * dot);
                                 total += weight;
-                                for (int d = 0; d < head_dim; d++) mixed[d] += weight * value[p][d];
+                                for (int d = 0; d < value_dim; d++) mixed[d] += weight * value[p][d];
                             }
-                            for (int d = 0; d < head_dim; d++) wanted[m * head_dim + d] = float(mixed[d] / total);
+                            for (int d = 0; d < value_dim; d++) wanted[m * value_dim + d] = float(mixed[d] / total);
                         }
                         // In one piece, and as two segments that are merged.
                         const int cut = last - first > 20 ? first + 20 : last;
                         std::vector<Share> share(2 * count);
-                        std::vector<float> rest(count * head_dim, kNaN);
+                        std::vector<float> rest(count * value_dim, kNaN);
                         std::vector<float*> out_rest;
-                        for (int m = 0; m < count; m++) out_rest.push_back(rest.data() + m * head_dim);
+                        for (int m = 0; m < count; m++) out_rest.push_back(rest.data() + m * value_dim);
                         a.last = cut;
                         k.attend(a, query.data(), count, share.data(), out.data());
                         if (cut < last) {
@@ -337,13 +360,13 @@ void check_attend(const Kernels& k, std::mt19937& random) {
                             k.attend(a, query.data(), count, share.data() + count, out_rest.data());
                         }
                         for (int m = 0; m < count; m++) {
-                            std::vector<float> both(found.begin() + m * head_dim, found.begin() + (m + 1) * head_dim);
-                            both.insert(both.end(), rest.begin() + m * head_dim, rest.begin() + (m + 1) * head_dim);
-                            merge(share.data() + m, count, both.data(), head_dim, cut < last ? 2 : 1,
-                                  sinks ? sink.data() + m : nullptr, head_dim, out[m]);
+                            std::vector<float> both(found.begin() + m * value_dim, found.begin() + (m + 1) * value_dim);
+                            both.insert(both.end(), rest.begin() + m * value_dim, rest.begin() + (m + 1) * value_dim);
+                            merge(share.data() + m, count, both.data(), value_dim, cut < last ? 2 : 1,
+                                  sinks ? sink.data() + m : nullptr, value_dim, out[m]);
                         }
-                        expect_near(std::string(k.name) + " attend, head_dim " + std::to_string(head_dim) + ", positions " +
-                                        std::to_string(first) + " to " + std::to_string(last) + ", cache " + std::to_string(int(cache)),
+                        expect_near(std::string(k.name) + " attend, heads of " + std::to_string(head_dim) + " and " +
+                                        std::to_string(value_dim) + ", positions " + std::to_string(first) + " to " + std::to_string(last) + ", cache " + std::to_string(int(cache)),
                                     found, wanted, 2e-6);
                     }
 }
@@ -352,6 +375,7 @@ void check_attend(const Kernels& k, std::mt19937& random) {
 
 int main() {
     std::mt19937 random(1);
+    check_floats(kernels_scalar(), random);
     check_attend(kernels_scalar(), random);
     for (const Kernels* k : {kernels_avx512(), kernels_avx2(), kernels_neon()}) {
         if (!k) continue;

@@ -5,10 +5,18 @@
 // multiply-adds. Sums across lanes (norms, dot products of attention) agree within 1e-6 relative.
 #pragma once
 
-#include "attention.h"
+#include <string>
+#include <vector>
+
+#include "cache.h"
 #include "matrices.h"
 
 namespace pennyweight {
+
+// What a gated MLP does to gate and up. `clamped` is gpt-oss's: gate at most 7, up within 7, gate / (1 + e^-1.702 gate)
+// * (up + 1). relu2 is max(gate, 0)^2 * up.
+enum class Activation : int { silu = 0, gelu_tanh = 1, relu2 = 2, clamped = 3 };
+constexpr int kActivations = 4;
 
 struct Kernels {
     const char* name = nullptr;
@@ -40,8 +48,8 @@ struct Kernels {
     // Rotary embedding of one head, half-split: pairs (i, half + i), in place.
     void (*rotate)(float* head, const float* cosine, const float* sine, int half) = nullptr;
 
-    // out = gate / (1 + e^-gate) * up; out may be gate.
-    void (*swiglu)(const float* gate, const float* up, int n, float* out) = nullptr;
+    // out = activation(gate) * up, by Activation; out may be gate.
+    void (*gate[kActivations])(const float* gate, const float* up, int n, float* out) = {};
 
     // x += y
     void (*add)(float* x, const float* y, int n) = nullptr;
@@ -49,9 +57,9 @@ struct Kernels {
     // x as float16, nearest even.
     void (*to_half)(const float* x, int n, std::uint16_t* out) = nullptr;
 
-    // out[m] (head_dim) = softmax over positions of (query[m] . key * scale) times values, for `count` queries, and what
+    // out[m] (value_dim) = softmax over positions of (query[m] . key * scale) times values, for `count` queries, and what
     // it takes to merge it with others.
-    void (*attend)(const Attention& a, const float* const* query, int count, Share* share, float* const* out) = nullptr;
+    void (*attend)(const Cached& a, const float* const* query, int count, Share* share, float* const* out) = nullptr;
 };
 
 const Kernels& kernels_scalar();
@@ -59,7 +67,10 @@ const Kernels* kernels_avx2();    // null where this build or this processor has
 const Kernels* kernels_avx512();  // needs BW, DQ, VL and VNNI
 const Kernels* kernels_neon();    // needs dotprod
 
-// The fastest this processor runs.
-const Kernels& best_kernels();
+// Those that run here, the fastest first.
+std::vector<const Kernels*> runnable_kernels();
+
+// By name, `best` being the fastest. Throws std::invalid_argument.
+const Kernels& kernels_named(const std::string& name);
 
 }  // namespace pennyweight

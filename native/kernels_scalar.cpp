@@ -27,8 +27,8 @@ struct Lanes {
     static Lanes add(Lanes a, Lanes b) { return {a.v + b.v}; }
     static Lanes sub(Lanes a, Lanes b) { return {a.v - b.v}; }
     static Lanes div(Lanes a, Lanes b) { return {a.v / b.v}; }
-    static Lanes min(Lanes a, Lanes b) { return {std::min(a.v, b.v)}; }
-    static Lanes max(Lanes a, Lanes b) { return {std::max(a.v, b.v)}; }
+    static Lanes min(Lanes a, Lanes b) { return {std::min(b.v, a.v)}; }  // the second where one is NaN
+    static Lanes max(Lanes a, Lanes b) { return {std::max(b.v, a.v)}; }
     static Lanes nearest(Lanes a) { return {std::nearbyintf(a.v)}; }
     static Lanes times_two_to(Lanes a, Lanes n) { return {std::ldexp(a.v, int(n.v))}; }
     float sum() const { return v; }

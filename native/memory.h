@@ -21,6 +21,7 @@ public:
     Buffer& operator=(const Buffer&) = delete;
 
     std::uint8_t* data() const { return data_; }
+    float* floats() const { return reinterpret_cast<float*>(data_); }
     std::size_t size() const { return size_; }
 
 private:

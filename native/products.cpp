@@ -37,8 +37,6 @@ void by_stretches(const std::int32_t* index, const float* value, int count, int 
         }
 }
 
-float* floats(const Buffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
-
 }  // namespace
 
 int Matrix::out() const { return layout == Layout::wide ? wide.rows : layout == Layout::rows ? rows.rows : zigzag.rows; }
@@ -133,9 +131,9 @@ void Products::begin(std::vector<char> sparse) {
     own_[0].sparse = {};
 }
 
-const Products::Input& Products::prepare(int t, const float* x, int count, int width, int stride,
-                                         const std::vector<float>* norm, float epsilon, const Linear& next,
-                                         const std::vector<int>* rows) {
+const Products::Input& Products::prepare(int t, const float* x, int count, int stride, const Norm& norm,
+                                         const Linear& next, const std::vector<int>* rows) {
+    const int width = next.in();
     int padded = 0;
     for (const auto& part : next.parts)
         if (part->layout == Matrix::Layout::rows) padded = std::max(padded, part->rows.padded_cols());
@@ -143,8 +141,8 @@ const Products::Input& Products::prepare(int t, const float* x, int count, int w
                          Input& input) {
         const float* from = x + std::size_t(rows ? (*rows)[i] : i) * stride;
         const int slot = count == 1 ? 0 : i;
-        if (norm) {
-            kernels_.rms_norm(from, norm->data(), epsilon, width, normed);
+        if (!norm.empty()) {
+            kernels_.rms_norm(from, norm.weight.data(), norm.epsilon, width, normed);
             from = normed;
         } else if (padded > width) {
             std::memcpy(normed, from, sizeof(float) * width);
@@ -164,10 +162,10 @@ const Products::Input& Products::prepare(int t, const float* x, int count, int w
     }
     const int blocks = stride_ / Rows::kBlock;
     for (int i = t; i < count; i += pool_.threads())
-        one(i, floats(normed_) + std::size_t(i) * stride_,
+        one(i, normed_.floats() + std::size_t(i) * stride_,
             reinterpret_cast<std::int8_t*>(codes_.data()) + std::size_t(i) * stride_,
-            floats(scale_) + std::size_t(i) * blocks, reinterpret_cast<std::int32_t*>(minus8_.data()) + std::size_t(i) * blocks,
-            floats(sum_) + std::size_t(i) * blocks, shared_);
+            scale_.floats() + std::size_t(i) * blocks, reinterpret_cast<std::int32_t*>(minus8_.data()) + std::size_t(i) * blocks,
+            sum_.floats() + std::size_t(i) * blocks, shared_);
     pool_.barrier();
     return shared_;
 }
@@ -246,7 +244,7 @@ void Products::zigzag_one(int t, const Matrix& matrix, const float* x, float thr
         }
     }
     // Buffers take turns: whoever comes to the barrier of the next product has read this one's.
-    float* partial = floats(partial_) + std::size_t(own.zigzags++ % 2) * threads * zigzag_rows_;
+    float* partial = partial_.floats() + std::size_t(own.zigzags++ % 2) * threads * zigzag_rows_;
     const int steps = (kept + kStep - 1) / kStep;  // parts are whole steps
     const auto run = [&](int part, int first_unit, int last_unit, float* to) {
         const auto [first_step, last_step] = share(steps, part, parts);
@@ -288,7 +286,7 @@ void Products::zigzag_many(int t, const Matrix& matrix, int stride, float* y) {
     Thread& own = own_[t];
     if (!matrix.order.empty()) {
         for (int i = 0; i < count; i++) {
-            float* room = floats(ordered_) + std::size_t(i) * stride_;
+            float* room = ordered_.floats() + std::size_t(i) * stride_;
             if (i % threads == t) matrix.ordered(own.dense[i], room);
             own.dense[i] = room;
         }

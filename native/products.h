@@ -47,6 +47,14 @@ struct Linear {
     bool empty() const { return parts.empty(); }
 };
 
+// Root mean square norm. No weights: none.
+struct Norm {
+    std::vector<float> weight;
+    float epsilon = 1e-5f;
+
+    bool empty() const { return weight.empty(); }
+};
+
 // The share of `n` things that thread t of `threads` does: [first, last).
 inline std::pair<int, int> share(int n, int t, int threads) {
     return {int(long(n) * t / threads), int(long(n) * (t + 1) / threads)};
@@ -80,11 +88,11 @@ public:
     // Before a step: which of its rows leave columns out where a matrix has a threshold.
     void begin(std::vector<char> sparse);
 
-    // Called by all threads. x (count, width) with `stride` floats between rows, or the given `rows` of it; normed if
+    // Called by all threads. x (count, next.in()) with `stride` floats between rows, or the given `rows` of it; normed if
     // asked for, and in 8 bits if the next matrices want that. One row is done by every thread for itself, which saves
     // a barrier; more are shared out and met by one.
-    const Input& prepare(int t, const float* x, int count, int width, int stride, const std::vector<float>* norm,
-                         float epsilon, const Linear& next, const std::vector<int>* rows = nullptr);
+    const Input& prepare(int t, const float* x, int count, int stride, const Norm& norm, const Linear& next,
+                         const std::vector<int>* rows = nullptr);
 
     // Called by all threads. y[r * stride + i] for `count` rows r; returns when this thread's share_of_rows of every
     // part is written. `which`: numbers of the rows within the step, if not 0, 1, ...

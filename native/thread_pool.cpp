@@ -52,6 +52,7 @@ void ThreadPool::stop() {
 }
 
 void ThreadPool::run(const std::function<void(int)>& body) {
+    const std::lock_guard<std::mutex> alone(running_);
     body_ = &body;
     finished_.store(0, std::memory_order_relaxed);
     started_.fetch_add(1, std::memory_order_release);

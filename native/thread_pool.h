@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -22,7 +23,8 @@ public:
 
     int threads() const { return threads_; }
 
-    // body(t) on every thread; returns when all have finished. One caller at a time. body must not throw.
+    // body(t) on every thread; returns when all have finished. Callers from several threads take turns: models of one
+    // process share a pool, as they share its processors. body must not throw.
     void run(const std::function<void(int)>& body);
 
     // Inside a body: wait until every thread is here. What they wrote before is visible to all after.
@@ -34,6 +36,7 @@ private:
 
     const int threads_;
     std::vector<std::thread> workers_;
+    std::mutex running_;
     const std::function<void(int)>* body_ = nullptr;
     alignas(64) std::atomic<unsigned> started_{0};
     alignas(64) std::atomic<int> finished_{0};

@@ -68,13 +68,30 @@ void rotate(float* head, const float* cosine, const float* sine, int half) {
     }
 }
 
+// g / (1 + e^-x)
 template <class V>
-void swiglu(const float* gate, const float* up, int n, float* out) {
-    const V one = V::broadcast(1.0f), zero = V::broadcast(0.0f);
+inline V sigmoid_times(V g, V x) {
+    return V::div(g, V::add(V::broadcast(1.0f), exponential<V>(V::sub(V::broadcast(0.0f), x))));
+}
+
+// Minima and maxima have the constant first: a NaN stays one.
+template <class V, Activation kActivation>
+void gate(const float* gates, const float* ups, int n, float* out) {
     for (int i = 0; i < n; i += V::kWidth) {
-        const V g = load_some<V>(gate + i, n - i);
-        const V silu = V::div(g, V::add(one, exponential<V>(V::sub(zero, g))));
-        store_some<V>(V::mul(silu, load_some<V>(up + i, n - i)), out + i, n - i);
+        V g = load_some<V>(gates + i, n - i), u = load_some<V>(ups + i, n - i);
+        if constexpr (kActivation == Activation::silu) g = sigmoid_times<V>(g, g);
+        if constexpr (kActivation == Activation::gelu_tanh) {  // (1 + tanh z) / 2 = 1 / (1 + e^-2z)
+            const V inner = V::fma(V::mul(g, g), V::broadcast(0.044715f), V::broadcast(1.0f));
+            g = sigmoid_times<V>(g, V::mul(V::mul(g, inner), V::broadcast(1.59576912f)));  // 2 sqrt(2 / pi)
+        }
+        if constexpr (kActivation == Activation::relu2) g = V::mul(g, V::max(V::broadcast(0.0f), g));
+        if constexpr (kActivation == Activation::clamped) {
+            const V limit = V::broadcast(7.0f);
+            g = V::min(limit, g);
+            g = sigmoid_times<V>(g, V::mul(g, V::broadcast(1.702f)));
+            u = V::add(V::max(V::broadcast(-7.0f), V::min(limit, u)), V::broadcast(1.0f));
+        }
+        store_some<V>(V::mul(g, u), out + i, n - i);
     }
 }
 
@@ -184,29 +201,29 @@ inline V load_cached(const void* at, std::size_t index) {
 
 // softmax(q K^T scale) V for up to four queries that share keys and values.
 template <class V, Cache kCache, int kQueries>
-inline void attend_block(const Attention& a, const float* const* query, Share* share, float* const* out) {
-    constexpr int kLanes = Attention::kBlock / V::kWidth;  // vectors of a block of positions
-    const int first = a.first / Attention::kBlock, last = (a.last + Attention::kBlock - 1) / Attention::kBlock;
-    const int stride = (last - first) * Attention::kBlock;
+inline void attend_block(const Cached& a, const float* const* query, Share* share, float* const* out) {
+    constexpr int kLanes = Cached::kBlock / V::kWidth;  // vectors of a block of positions
+    const int first = a.first / Cached::kBlock, last = (a.last + Cached::kBlock - 1) / Cached::kBlock;
+    const int stride = (last - first) * Cached::kBlock;
     float most[kQueries];
     for (int m = 0; m < kQueries; m++) most[m] = -INFINITY;
     for (int b = first; b < last; b++) {
-        const std::size_t at = std::size_t(b % a.blocks) * a.head_dim * Attention::kBlock;
+        const std::size_t at = std::size_t(b % a.blocks) * a.head_dim * Cached::kBlock;
         V dot[kQueries][kLanes];
         for (auto& q : dot)
             for (auto& lane : q) lane = V::broadcast(0);
         for (int d = 0; d < a.head_dim; d++)
             for (int lane = 0; lane < kLanes; lane++) {
-                const std::size_t i = at + d * Attention::kBlock + lane * V::kWidth;
+                const std::size_t i = at + d * Cached::kBlock + lane * V::kWidth;
                 const V key = load_cached<V, kCache>(a.keys, i);
                 for (int m = 0; m < kQueries; m++) dot[m][lane] = V::fma(key, V::broadcast(query[m][d]), dot[m][lane]);
             }
         for (int m = 0; m < kQueries; m++) {
-            float* to = a.scratch + m * stride + (b - first) * Attention::kBlock;
+            float* to = a.scratch + m * stride + (b - first) * Cached::kBlock;
             for (int lane = 0; lane < kLanes; lane++)
                 V::mul(dot[m][lane], V::broadcast(a.scale)).store(to + lane * V::kWidth);
-            for (int i = 0; i < Attention::kBlock; i++) {  // positions of the block that are not seen
-                const int position = b * Attention::kBlock + i;
+            for (int i = 0; i < Cached::kBlock; i++) {  // positions of the block that are not seen
+                const int position = b * Cached::kBlock + i;
                 if (position < a.first || position >= a.last) to[i] = -INFINITY;
                 most[m] = std::max(most[m], to[i]);
             }
@@ -221,37 +238,38 @@ inline void attend_block(const Attention& a, const float* const* query, Share* s
             p.store(a.scratch + m * stride + i);
         }
         for (int i = 0; i < stride; i++) {  // the exponential of minus infinity is cut off above zero: set, not computed
-            const int position = first * Attention::kBlock + i;
+            const int position = first * Cached::kBlock + i;
             if (position < a.first || position >= a.last) a.scratch[m * stride + i] = 0;
         }
         for (int i = 0; i < stride; i += V::kWidth) sum = V::add(sum, V::load(a.scratch + m * stride + i));
         total[m] = sum.sum();
         share[m] = {most[m], total[m]};
     }
-    constexpr int kSpan = 4;  // vectors of head_dim held at once
-    for (int d = 0; d < a.head_dim; d += kSpan * V::kWidth) {
-        const int width = std::min(kSpan, (a.head_dim - d + V::kWidth - 1) / V::kWidth);
+    const int padded = Cached::padded(a.value_dim);
+    constexpr int kSpan = 4;  // vectors of value_dim held at once
+    for (int d = 0; d < a.value_dim; d += kSpan * V::kWidth) {
+        const int width = std::min(kSpan, (a.value_dim - d + V::kWidth - 1) / V::kWidth);
         V mixed[kQueries][kSpan];
         for (auto& q : mixed)
             for (auto& v : q) v = V::broadcast(0);
         for (int p = a.first; p < a.last; p++) {
-            const std::size_t at = (std::size_t(p) % (std::size_t(a.blocks) * Attention::kBlock)) * a.padded_dim() + d;
+            const std::size_t at = (std::size_t(p) % (std::size_t(a.blocks) * Cached::kBlock)) * padded + d;
             for (int v = 0; v < width; v++) {
                 const V value = load_cached<V, kCache>(a.values, at + v * V::kWidth);
                 for (int m = 0; m < kQueries; m++)
-                    mixed[m][v] = V::fma(V::broadcast(a.scratch[m * stride + p - first * Attention::kBlock]), value,
+                    mixed[m][v] = V::fma(V::broadcast(a.scratch[m * stride + p - first * Cached::kBlock]), value,
                                          mixed[m][v]);
             }
         }
         for (int m = 0; m < kQueries; m++)
             for (int v = 0; v < width; v++)
                 store_some<V>(V::mul(mixed[m][v], V::broadcast(1.0f / total[m])), out[m] + d + v * V::kWidth,
-                              a.head_dim - d - v * V::kWidth);
+                              a.value_dim - d - v * V::kWidth);
     }
 }
 
 template <class V, Cache kCache>
-void attend_in(const Attention& a, const float* const* query, int count, Share* share, float* const* out) {
+void attend_in(const Cached& a, const float* const* query, int count, Share* share, float* const* out) {
     int m = 0;
     for (; m + 4 <= count; m += 4) attend_block<V, kCache, 4>(a, query + m, share + m, out + m);
     for (; m + 2 <= count; m += 2) attend_block<V, kCache, 2>(a, query + m, share + m, out + m);
@@ -259,7 +277,7 @@ void attend_in(const Attention& a, const float* const* query, int count, Share* 
 }
 
 template <class V>
-void attend(const Attention& a, const float* const* query, int count, Share* share, float* const* out) {
+void attend(const Cached& a, const float* const* query, int count, Share* share, float* const* out) {
     auto* run = a.cache == Cache::float16 ? attend_in<V, Cache::float16>
                 : a.cache == Cache::fp8   ? attend_in<V, Cache::fp8>
                                           : attend_in<V, Cache::float32>;
@@ -271,7 +289,10 @@ constexpr void fill(Kernels& table) {
     table.wide_times = wide_times<V>;
     table.rms_norm = rms_norm<V>;
     table.rotate = rotate<V>;
-    table.swiglu = swiglu<V>;
+    table.gate[int(Activation::silu)] = gate<V, Activation::silu>;
+    table.gate[int(Activation::gelu_tanh)] = gate<V, Activation::gelu_tanh>;
+    table.gate[int(Activation::relu2)] = gate<V, Activation::relu2>;
+    table.gate[int(Activation::clamped)] = gate<V, Activation::clamped>;
     table.add = add<V>;
     table.to_half = to_half<V>;
     table.attend = attend<V>;

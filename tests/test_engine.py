@@ -51,6 +51,12 @@ def test_16_bit_models_equal_pytorch_in_float32(folder, kernels):
     assert relative(engine.logits(IDS), wanted(folder)) < 1e-4
 
 
+@pytest.mark.parametrize("hidden_act", ["gelu_pytorch_tanh", "relu2"])
+def test_gates_other_than_silu_equal_pytorch(pico, hidden_act):
+    folder = pico("llama", hidden_act=hidden_act)
+    assert relative(Engine(folder, threads=1, cache="float32").logits(IDS), wanted(folder)) < 1e-4
+
+
 def test_layers_of_all_kinds_equal_pytorch(child):
     """Skipped and linear blocks, fewer KV heads, a window of 8 that the text is much longer than, odd widths."""
     assert relative(Engine(child, threads=2, cache="float32").logits(IDS), wanted(child)) < 1e-4
@@ -355,7 +361,7 @@ def test_parts_that_do_not_fit_are_refused(pico, tmp_path):
     source = Folder(folder)
     plain, short = source.vector, "model.layers.1.post_attention_layernorm.weight"
     source.vector = lambda name: plain(name)[:-1] if name == short else plain(name)
-    with pytest.raises(ValueError, match="the FFN's norm of layer 1 has 63 values, expected 64"):
+    with pytest.raises(ValueError, match=r"1\.ffn: the model's parts do not fit: the norm has 63 values, expected 64"):
         Engine(source, threads=1)
 
 

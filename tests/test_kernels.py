@@ -69,6 +69,12 @@ def rows_matrix(rng: np.random.Generator, rows: int, cols: int, bits: int, group
     return made, dense
 
 
+def product(matrix, kernels: str):
+    linear = _native.Linear()
+    linear.add(matrix)
+    return _native.Product(linear, 1, kernels)
+
+
 def activations(rng: np.random.Generator, tokens: int, cols: int) -> np.ndarray:
     """Normal, with a few channels twelve times as large, as language models have them."""
     x = rng.standard_normal((tokens, cols)).astype(np.float32)
@@ -92,7 +98,7 @@ def test_products_with_packed_rows(kernels, bits, rows, cols, group):
     matrix.row(rows - 1, row)
     np.testing.assert_array_equal(row, dense[-1].astype(np.float32))
     x, y = activations(rng, 3, cols), np.full((3, rows), np.nan, np.float32)
-    matrix.times(x, y, kernels)
+    product(matrix, kernels).run(x, y)
     assert relative(y, x @ dense.T) < 0.01
 
 
@@ -101,7 +107,7 @@ def test_products_with_16_bit_rows_are_float32(kernels):
     rng = np.random.default_rng(0)
     dense = rng.standard_normal((63, 257)).astype(np.float16)
     x, y = activations(rng, 5, 257), np.full((5, 63), np.nan, np.float32)
-    _native.Matrix.wide(dense.view(np.uint8), _native.Float.float16).times(x, y, kernels)
+    product(_native.Matrix.wide(dense.view(np.uint8), _native.Float.float16), kernels).run(x, y)
     assert relative(y, x.astype(float) @ dense.astype(float).T) < 1e-6
 
 

@@ -178,12 +178,7 @@ _native = pytest.importorskip("pennyweight._native", reason="the native module w
 
 
 def product(parts, spec: Spec, x: np.ndarray, threshold: float = -1.0, kernels: str = "best") -> np.ndarray:
-    rows, columns = parts[0].shape
-    packed = packed_from(parts, spec)["weight_zigzag"].numpy()
-    matrix = _native.Matrix.zigzag(packed, rows, columns, spec.tile_rows, spec.group, _native.Scales[spec.scales])
-    y = np.full((len(x), rows), np.nan, np.float32)
-    matrix.times(x, y, kernels, threshold)
-    return y
+    return multiplied(linear_of(parts, spec, threshold), 1, x, len(parts[0]), kernels=kernels)
 
 
 def activations(tokens: int, columns: int) -> np.ndarray:
@@ -253,9 +248,9 @@ def linear_of(parts, spec: Spec, threshold: float = -1.0, bias: np.ndarray | Non
     return linear
 
 
-def multiplied(linear, threads: int, x: np.ndarray, rows: int, sparse: bool = True) -> np.ndarray:
+def multiplied(linear, threads: int, x: np.ndarray, rows: int, sparse: bool = True, kernels: str = "best"):
     y = np.full((len(x), rows), np.nan, np.float32)
-    _native.Product(linear, threads).run(x, y, sparse)
+    _native.Product(linear, threads, kernels).run(x, y, sparse)
     return y
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -32,6 +33,19 @@ def native_module() -> Any:
             "apt install g++) and then pennyweight again"
         ) from err
     return _native
+
+
+_POOLS: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
+
+
+def shared_threads(count: int) -> Any:
+    """The threads that all engines of this process with so many have between them: they end with the last of those.
+    Threads stay behind when a process forks, so a child has its own."""
+    key = (os.getpid(), max(1, count))
+    pool = _POOLS.get(key)
+    if pool is None:
+        pool = _POOLS[key] = native_module().Threads(count)
+    return pool
 
 
 class Row(NamedTuple):
@@ -67,15 +81,15 @@ class Engine:
         input channels that blocks leave out, instead of what the config says; `mapped`: matrices of a path that lie
         on disk as the engine reads them stay there. Raises ValueError for what the engine
         does not run and RuntimeError where the native module was not built."""
-        engine = native_module().Engine
+        native = native_module()
         source = open_source(Path(model), mapped=mapped) if isinstance(model, str | Path) else model
         self._model = lower(source, context=context, cache=cache, sparsity=sparsity)
         self.notes = tuple(source.notes)  # what users should know about how the weights were read
-        self._native = engine(self._model, threads or physical_cores(), kernels)
-        self.vocab_size: int = self._model.vocab_size
-        self.context: int = self._model.max_positions
+        self._native = native.Engine(self._model, shared_threads(threads or physical_cores()), kernels)
+        self.vocab_size: int = self._model.vocabulary
+        self.context: int = self._model.context
         self.max_rows: int = self._native.max_rows
-        self.is_sparse: bool = self._native.is_sparse  # whether sparse rows are computed in another way than others
+        self.is_sparse: bool = self._model.is_sparse  # whether sparse rows are computed in another way than others
 
     @property
     def threads(self) -> int:
@@ -88,7 +102,7 @@ class Engine:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all matrices as they lie in memory."""
-        return self._native.weight_bytes
+        return self._model.weight_bytes
 
     @property
     def kept_share(self) -> float:
@@ -112,16 +126,16 @@ class Engine:
     @property
     def bytes_read_per_token(self) -> int:
         """Bytes of the matrices one token has to go through: all but an embedding that is not the head as well."""
-        return self._native.bytes_read_per_token
+        return self._model.bytes_read_per_token
 
     def cache_bytes_of(self, tokens: int) -> int:
         """Bytes of keys and values that the next token of a text of so many tokens looks at."""
-        return self._native.cache_bytes_of(tokens)
+        return self._model.state_bytes(tokens)
 
     @property
     def cache_bytes(self) -> int:
         """Bytes reserved for keys and values of the open sequences."""
-        return self._native.cache_bytes
+        return self._native.state_bytes
 
     def open(self, capacity: int) -> int:
         """Number of a new, empty sequence of up to `capacity` tokens. Raises ValueError beyond the context."""

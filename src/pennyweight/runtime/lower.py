@@ -1,11 +1,12 @@
-"""Lower a model to what the native engine runs: a flat list of layers, every matrix in the layout of its kernel.
+"""Lower a model to what the native engine runs: a flat list of blocks, every matrix in the layout of its kernel.
 
-Matrices come from the source in the bytes they have (runtime/source.py, native/matrices.h). The rotary tables are
+Matrices come from the source in the bytes they have (sources/source.py, native/matrices.h). The rotary tables are
 transformers' own, so every scaling of it (Llama 3, YaRN, linear) is the one the model was trained with.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,12 @@ import torch
 from pennyweight.live.magnitudes import threshold
 from pennyweight.live.walk import rotary_embedding
 from pennyweight.model.blocks import Block
-from pennyweight.model.shapes import Attention, Dense, GatedMLP, Noop
+from pennyweight.model.shapes import Attention, Dense, GatedMLP
 from pennyweight.model.slots import Slot
 from pennyweight.sources.source import Source
 
 CACHES = ("float16", "fp8", "float32")
-_QKV = ("q_proj", "k_proj", "v_proj")
-_GATE_UP = ("gate_proj", "up_proj")
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
 
 
 class NotRun(ValueError):
@@ -39,31 +39,32 @@ def lower(source: Source, *, context: int | None = None, cache: str = "float16",
 
     if cache not in CACHES:
         raise ValueError(f"keys and values cannot be kept in {cache!r}; float16, fp8 or float32")
-    config = source.config
-    gate = config.get("hidden_act", "silu")
-    if gate not in ("silu", "swish"):
-        raise NotRun(f"hidden_act {gate!r}: the engine's FFN has silu gates alone")
-    context = min(context or 2**62, config.get("max_position_embeddings", 2**62))
-    model = _native.Model()
-    model.hidden_size, model.vocab_size = config["hidden_size"], config["vocab_size"]
-    model.epsilon, model.cache, model.attention_scale = config["rms_norm_eps"], _native.Cache[cache], 0.0
-    model.set_rotary(*_rotary(source, context))
-    model.embedding = source.matrix(_only(source.blocks[Slot("embed")]))
     if sparsity is not None:
         _check_sparsity(source, sparsity)
-    for index in range(config["num_hidden_layers"]):
-        model.add_layer(_layer(source, index, sparsity))
-    model.set_final_norm(source.vector(_only(source.blocks[Slot("norm")])))
-    head, own = _native.Linear(), source.blocks[Slot("head")]
-    head.add(source.matrix(_only(own)) if own.shape.makes_logits else model.embedding)
-    model.head = head
+    config = source.config
+    context = min(context or 2**62, config.get("max_position_embeddings", 2**62))
+    attention = {"cache": _native.Cache[cache], "rotary": _native.Rotary(*_rotary(source, context))}
+    top = {slot: _only(block) for slot, block in source.blocks.items() if slot.layer is None}
+    embedding, norm = source.matrix(top[Slot("embed")]), source.vector(top[Slot("norm")])
+    head = _native.Linear()
+    tied = source.blocks[Slot("embed")].shape.makes_logits
+    head.add(embedding if tied else source.matrix(top[Slot("head")]))
+    epsilon = config["rms_norm_eps"]
+    model = _native.Model(_native.Embedding(embedding), head, context, norm=norm, epsilon=epsilon)
+    for slot, block in source.blocks.items():
+        if slot.layer is None or not list(block.shape.weights()):
+            continue
+        kind, matrices, own = _Lowered(source, block, sparsity).made(attention)
+        try:
+            model.add(kind(*matrices, **own, epsilon=epsilon))
+        except ValueError as err:
+            raise ValueError(f"{slot}: {err}") from err
     return model
 
 
 def _only(block: Block) -> str:
-    """The name of a slot's single tensor."""
-    (name,) = block.tensors()
-    return name
+    """The name of a slot's single tensor, "" if it has none."""
+    return next(iter(block.tensors()), "")
 
 
 def _check_sparsity(source: Source, share: float) -> None:
@@ -76,67 +77,67 @@ def _check_sparsity(source: Source, share: float) -> None:
         )
 
 
-def _layer(source: Source, index: int, sparsity: float | None) -> Any:
-    from pennyweight import _native
+@dataclass(frozen=True)
+class _Lowered:
+    """A block on its way to the engine."""
 
-    layer = _native.Layer()
-    for slot in (Slot("mixer", index), Slot("ffn", index)):
-        block = source.blocks[slot]
-        shape = block.shape
-        names = {weight.name: block.tensor(weight.name) for weight in shape.weights()}
-        if isinstance(shape, Noop):
-            continue
-        (layer.set_mixer_norm if slot.kind == "mixer" else layer.set_ffn_norm)(source.vector(names["norm"]))
+    source: Source
+    block: Block
+    sparsity: float | None
+
+    def made(self, attention: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """The native class, its matrices and its settings; `attention` is what all attention shares. Raises NotRun."""
+        from pennyweight import _native
+
+        shape = self.block.shape
+        own = {"norm": self._vector("norm"), "norm_after": self._vector("post_norm")}
+        matrices = tuple(self._stack(activation) for activation in ("input", "inner") if shape.readers(activation))
         if isinstance(shape, Dense):
-            setattr(layer, "o" if slot.kind == "mixer" else "down", _stack(source, names, ("linear",)))
-        elif isinstance(shape, Attention):
-            entering, inner = _shares(shape, sparsity)
-            layer.qkv = _stack(source, names, _QKV, share=entering)
-            layer.o = _stack(source, names, ("o_proj",), share=inner, which="inner_")
-            layer.heads, layer.kv_heads, layer.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-            layer.window = shape.window or 0
-            if shape.qk_norm == "all heads":
-                raise NotRun(f"{slot}: the engine norms queries and keys head by head alone")
-            if shape.qk_norm is not None:
-                layer.set_q_norm(source.vector(names["q_norm"]))
-                layer.set_k_norm(source.vector(names["k_norm"]))
-            if shape.sinks:
-                layer.set_sinks(source.vector(names["sinks"]))
-        elif isinstance(shape, GatedMLP):
-            entering, inner = _shares(shape, sparsity)
-            layer.gate_up = _stack(source, names, _GATE_UP, share=entering)
-            layer.down = _stack(source, names, ("down_proj",), share=inner, which="inner_")
-        else:
-            raise NotRun(f"{slot}: the engine has no {type(shape).__name__} yet")
-    return layer
+            return _native.Dense, matrices, own
+        if isinstance(shape, Attention):
+            own |= {name: self._vector(name) for name in ("q_norm", "k_norm", "sinks")}
+            own |= {"heads": shape.num_heads, "kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
+            return _native.Attention, matrices, {**own, "window": shape.window or 0, **attention}
+        if isinstance(shape, GatedMLP):
+            if shape.activation not in _ACTIVATIONS:
+                known = ", ".join(_ACTIVATIONS)
+                raise NotRun(f"hidden_act {shape.activation!r}: the gates of the engine's FFN are {known}")
+            return _native.Gated, matrices, {**own, "activation": _native.Activation[_ACTIVATIONS[shape.activation]]}
+        raise NotRun(f"{self.block.slot}: the engine has no {type(shape).__name__} yet")
 
+    def _has(self, weight: str) -> bool:
+        return any(own.name == weight for own in self.block.shape.weights())
 
-def _stack(
-    source: Source, names: dict[str, str], parts: tuple[str, ...], *, share: float = 0.0, which: str = ""
-) -> Any:
-    """Matrices that share an input, one under the other, with their biases. They leave out a `share` of its channels,
-    by the tables of the block's input or, `which` being "inner_", of what the block has computed."""
-    from pennyweight import _native
+    def _vector(self, weight: str) -> np.ndarray | None:
+        return self.source.vector(self.block.tensor(weight)) if self._has(weight) else None
 
-    made = _native.Linear()
-    for matrix in source.matrices([names[part] for part in parts]):
-        if share:
-            magnitudes = torch.from_numpy(source.vector(names[f"{which}magnitudes"]))
-            matrix.threshold = float(threshold(magnitudes, share))
-            if f"{which}importance" in names:
-                matrix.set_importance(source.vector(names[f"{which}importance"]))
-        made.add(matrix)
-    biases = [names.get(f"{part.removesuffix('_proj')}_bias") for part in parts]
-    found = [bias for bias in biases if bias is not None]
-    if found:
-        made.set_bias(np.concatenate([source.vector(bias) for bias in found]))
-    return made
+    def _share(self, activation: str) -> float:
+        """The share of an activation's channels that is left out."""
+        own = self.block.shape.sparsity
+        if own is None:
+            return 0.0
+        if self.sparsity is not None:
+            return self.sparsity
+        return own.entering if activation == "input" else own.inner
 
+    def _stack(self, activation: str) -> Any:
+        """The matrices that multiply an activation, one under the other, with their biases. They leave out a share of
+        its channels by the tables of its magnitudes."""
+        from pennyweight import _native
 
-def _shares(shape: Attention | GatedMLP, sparsity: float | None) -> tuple[float, float]:
-    if shape.sparsity is None:
-        return 0.0, 0.0
-    return (shape.sparsity.entering, shape.sparsity.inner) if sparsity is None else (sparsity, sparsity)
+        made, share = _native.Linear(), self._share(activation)
+        names, which = self.block.shape.readers(activation), "inner_" if activation == "inner" else ""
+        for matrix in self.source.matrices([self.block.tensor(name) for name in names]):
+            if share:
+                magnitudes = self._vector(f"{which}magnitudes")
+                matrix.threshold = float(threshold(torch.from_numpy(magnitudes), share))
+                if (importance := self._vector(f"{which}importance")) is not None:
+                    matrix.set_importance(importance)
+            made.add(matrix)
+        biases = [self._vector(name.replace("_proj", "_bias")) for name in names]
+        if found := [bias for bias in biases if bias is not None]:
+            made.set_bias(np.concatenate(found))
+        return made
 
 
 def _rotary(source: Source, context: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,8 +19,8 @@ constexpr std::size_t bytes_of(Cache cache) { return cache == Cache::fp8 ? 1 : c
 
 // What the queries of one key-value head look at: up to kSegment positions [first, last) of a cache of `blocks` blocks of
 // 16 positions, used as a ring. Keys lie block by block transposed (head_dim, 16), so that 16 dot products need no sums
-// across lanes; values lie position by position (16, padded_dim).
-struct Attention {
+// across lanes; values lie position by position (16, padded value_dim).
+struct Cached {
     static constexpr int kBlock = 16;
     static constexpr int kSegment = 512;  // positions that are looked at in one go
     static constexpr int kScratch = 4 * (kSegment + 2 * kBlock);
@@ -28,14 +28,13 @@ struct Attention {
     const void* keys = nullptr;
     const void* values = nullptr;
     Cache cache = Cache::float16;
-    int head_dim = 0;
+    int head_dim = 0, value_dim = 0;
     int blocks = 0;
     int first = 0, last = 0;
     float scale = 1;
     float* scratch = nullptr;  // kScratch floats
 
-    static int padded(int head_dim) { return round_up(head_dim, kBlock); }
-    int padded_dim() const { return padded(head_dim); }
+    static int padded(int value_dim) { return round_up(value_dim, kBlock); }
 };
 
 // Of a softmax over some positions: the largest score, and the sum of e^(score - largest).

@@ -1,0 +1,56 @@
+#include "model.h"
+
+#include <algorithm>
+
+namespace pennyweight {
+
+Model::Model(std::shared_ptr<const Embedding> embedding, Norm norm, Linear head, int context)
+    : embedding(std::move(embedding)), norm(std::move(norm)), head(std::move(head)), context(context) {
+    if (context < 1) misfit("a context of " + std::to_string(context));
+    expect_shape("the head", this->head, this->embedding->vocabulary(), this->embedding->hidden());
+    if (!this->norm.empty()) expect_values("the last norm", this->norm.weight, this->embedding->hidden());
+}
+
+void Model::add(std::shared_ptr<const Block> block) {
+    if (block->hidden != embedding->hidden())
+        misfit("a block of width " + std::to_string(block->hidden) + " in a model of width " + std::to_string(embedding->hidden()));
+    if (block->positions() < context)
+        misfit("rotary tables of " + std::to_string(block->positions()) + " positions for a context of " + std::to_string(context));
+    blocks_.push_back(std::move(block));
+}
+
+std::vector<const Linear*> Model::linears() const {
+    std::vector<const Linear*> all;
+    for (const auto& block : blocks_)
+        for (const Linear* linear : block->linears()) all.push_back(linear);
+    all.push_back(&head);
+    return all;
+}
+
+bool Model::is_sparse() const {
+    for (const Linear* linear : linears())
+        for (const auto& part : linear->parts)
+            if (part->threshold >= 0) return true;
+    return false;
+}
+
+std::size_t Model::weight_bytes() const {
+    std::size_t total = embedding->table()->nbytes();
+    for (const Linear* linear : linears())
+        for (const auto& part : linear->parts)
+            if (part != embedding->table()) total += part->nbytes();
+    return total;
+}
+
+std::size_t Model::bytes_read_per_token() const {
+    const bool tied = std::find(head.parts.begin(), head.parts.end(), embedding->table()) != head.parts.end();
+    return weight_bytes() - (tied ? 0 : embedding->table()->nbytes());
+}
+
+std::size_t Model::state_bytes(int tokens) const {
+    std::size_t total = 0;
+    for (const auto& block : blocks_) total += block->state_bytes(tokens);
+    return total;
+}
+
+}  // namespace pennyweight

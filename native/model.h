@@ -1,0 +1,31 @@
+// A decoder as a flat list of blocks between an embedding and a head.
+#pragma once
+
+#include "blocks/block.h"
+#include "blocks/embedding.h"
+
+namespace pennyweight {
+
+class Model {
+public:
+    // For sequences of up to `context` tokens. Throws std::invalid_argument if parts do not fit, as `add` does.
+    Model(std::shared_ptr<const Embedding> embedding, Norm norm, Linear head, int context);
+    void add(std::shared_ptr<const Block> block);
+
+    std::vector<const Linear*> linears() const;  // of all blocks, then the head
+    bool is_sparse() const;                      // whether any matrix leaves columns out for rows that are `sparse`
+    std::size_t weight_bytes() const;
+    std::size_t bytes_read_per_token() const;          // of weights
+    std::size_t state_bytes(int tokens) const;  // that a token after so many looks at
+
+    const std::shared_ptr<const Embedding> embedding;
+    const Norm norm;  // before the head
+    const Linear head;
+    const int context;
+    const std::vector<std::shared_ptr<const Block>>& blocks() const { return blocks_; }
+
+private:
+    std::vector<std::shared_ptr<const Block>> blocks_;
+};
+
+}  // namespace pennyweight
