@@ -21,6 +21,7 @@ from pennyweight.sources.source import Source
 
 CACHES = ("float16", "fp8", "float32")
 _QKV = ("q_proj", "k_proj", "v_proj")
+_MOST_QUERIES = 128  # that share a key-value head: native/engine.h
 _GATE_UP = ("gate_proj", "up_proj")
 
 
@@ -89,6 +90,11 @@ def _layer(source: Source, index: int, sparsity: float | None) -> Any:
             layer.o = _stack(source, names, ("o_proj",), share=inner, which="inner_")
             layer.heads, layer.kv_heads, layer.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
             layer.window = shape.window or 0
+            if shape.num_heads > _MOST_QUERIES * shape.num_kv_heads:
+                raise NotRun(
+                    f"{slot}: {shape.num_heads} heads on {shape.num_kv_heads} key-value heads; in the engine up to "
+                    f"{_MOST_QUERIES} share one"
+                )
             if shape.qk_norm:
                 layer.set_q_norm(source.vector(names["q_norm"]))
                 layer.set_k_norm(source.vector(names["k_norm"]))
