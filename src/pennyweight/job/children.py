@@ -20,6 +20,7 @@ from pennyweight.live.parts import Parts
 from pennyweight.live.walk import Walk, autocast, run_layer
 from pennyweight.model.choices import PARENT, Choice
 from pennyweight.model.slots import Slot
+from pennyweight.runs.events import waiting
 from pennyweight.variants import apply, reshape_all, structural
 
 
@@ -28,6 +29,7 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
     """What the scores predicted a sum of, measured together: the parent with every choice applied as it was when it
     was scored, on the same rows. {metric: mean}; all zero for the parent's layout."""
     rows = job.text.score
+    job.listen.begin("measure child", total=job.walk.layers, unit="layers")
     ids, scored = torch.from_numpy(rows.ids), torch.from_numpy(rows.scored)
     positions = job.walk.positions(ids.shape[1] - 1)
     walk, embed = job.walk, Slot("embed")
@@ -38,7 +40,6 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
         child = embedding(ids[:, :-1]).float()
         del embedding
         layer, tensors = None, {}
-        job.listen.begin("measure child", total=walk.layers, unit="layers")
         for index in range(walk.layers):
             layer = walk.layer(index)
             parent = torch.cat([run_layer(layer, part, positions) for part in parent.split(4)])
@@ -47,10 +48,10 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
                 apply(walk.parts(layer, slot), layout.get(slot, PARENT), stats.of_slot(tensors, slot.kind))
             child = torch.cat([run_layer(layer, part, positions) for part in child.split(4)])
             job.listen.advance(index + 1)
-        job.listen.end()
         del layer, tensors  # the last layer's moments and what was prepared from them: logits need the room
         last = embed if walk.tied else Slot("head")
         sums = score.compare(walk, parent, [(last, layout.get(last, PARENT), child)], ids[:, 1:], scored)
+    job.listen.end()
     return score.mean(next(iter(sums[str(last)].values())))
 
 
@@ -76,8 +77,9 @@ def build(job: Job, layout: Mapping[Slot, Choice], folder: Path) -> Path:
     writer.add("model.norm.weight", walk.norm().get_parameter("weight").bfloat16())
     if not walk.tied:
         writer.add("lm_head.weight", walk.head().weight.bfloat16())
+    made = writer.finish(with_shapes(job.checkpoint.config, shapes), like=job.model)
     job.listen.end()
-    return writer.finish(with_shapes(job.checkpoint.config, shapes), like=job.model)
+    return made
 
 
 def heal(job: Job, layout: Mapping[Slot, Choice], built: Path, folder: Path) -> Path:
@@ -113,10 +115,11 @@ def _heal_local(job: Job, changed: list[Slot], ids: torch.Tensor, built: Path, f
     replaced = {
         f"model.layers.{slot.layer}.{name}": tensor for slot, tensors in new.items() for name, tensor in tensors.items()
     }
-    writer = Writer(folder)
-    for name in child.checkpoint.entries:
-        writer.add(name, replaced[name] if name in replaced else child.checkpoint.read(name))
-    return writer.finish(child.checkpoint.config, like=built)
+    with waiting(job.listen, "write child"):
+        writer = Writer(folder)
+        for name in child.checkpoint.entries:
+            writer.add(name, replaced[name] if name in replaced else child.checkpoint.read(name))
+        return writer.finish(child.checkpoint.config, like=built)
 
 
 def _heal_whole(job: Job, ids: torch.Tensor, built: Path, folder: Path) -> Path:
@@ -127,8 +130,9 @@ def _heal_whole(job: Job, ids: torch.Tensor, built: Path, folder: Path) -> Path:
             f"{units.show_bytes(job.max_ram)}; raise it or set --heal-tokens 0"
         )
     plan = job.config.heal
-    parent = load_model(job.model, dtype=job.dtype).requires_grad_(False)
-    child = load_model(built, dtype=torch.float32)
+    with waiting(job.listen, "load models"):
+        parent = load_model(job.model, dtype=job.dtype).requires_grad_(False)
+        child = load_model(built, dtype=torch.float32)
     whole.heal(
         parent,
         child,
@@ -142,7 +146,8 @@ def _heal_whole(job: Job, ids: torch.Tensor, built: Path, folder: Path) -> Path:
     )
     checkpoint = Checkpoint(built)
     state = child.state_dict()
-    writer = Writer(folder)
-    for name in checkpoint.entries:
-        writer.add(name, state[name].bfloat16())
-    return writer.finish(checkpoint.config, like=built)
+    with waiting(job.listen, "write child"):
+        writer = Writer(folder)
+        for name in checkpoint.entries:
+            writer.add(name, state[name].bfloat16())
+        return writer.finish(checkpoint.config, like=built)

@@ -16,9 +16,7 @@ from pennyweight.search import Infeasible
 
 def plan(job: Job) -> dict[str, Any]:
     """Check that the budget can be met and say what the job will do. Raises Infeasible before any work."""
-    context = min(
-        job.config.data.context, job.checkpoint.config.get("max_position_embeddings", job.config.data.context)
-    )
+    context = job.row_tokens
     singles = {
         slot: offers.single_choices(shape, job.config.axes, scored_tokens=context) for slot, shape in job.shapes.items()
     }
@@ -73,7 +71,7 @@ def prices(job: Job) -> tuple[Seconds, str]:
     if known is None:
         from pennyweight.prices import measure
 
-        known = asdict(measure.machine())
+        known = asdict(measure.machine(listen=job.listen))
         job.store.put("machine", known)
     machine = Machine(**known)
     if config.prices == "computed":
