@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,10 +67,14 @@ def test_fit_check_eval_report(pico, tmp_path):
     done = penny("fit", pico("qwen3"), "--weights", "35%", "--out", out, *QUICK)
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[-1] == str(out)
-    assert penny("check", out).exit_code == 0
-    found = json.loads(
-        penny("eval", out, "--against", pico("qwen3"), "--rows", 2, "--context-tokens", 64, "--json").stdout
-    )
+    checked = penny("check", out)
+    assert checked.exit_code == 0 and checked.stdout.splitlines()[-1].startswith(("3 of 3 passed", "2 of 2 passed, 1"))
+    for stage in ("slots", "load model", "greedy tokens", "layer by layer", "native engine"):
+        assert f"{stage}: done in" in checked.stderr
+    judged = penny("eval", out, "--against", pico("qwen3"), "--rows", 2, "--context-tokens", 64, "--json")
+    for stage in ("load model", "text", "loss", "load parent", "agreement"):
+        assert f"{stage}: done in" in judged.stderr
+    found = json.loads(judged.stdout)
     assert found["agreement"]["kl"] > 0
     assert found["bits_per_byte"] > 0
     page = penny("report", out, "--out", tmp_path / "page.html").stdout.strip()
@@ -83,7 +89,9 @@ def test_local_tasks_of_every_layout(pico, tmp_path):
     ]
     (tmp_path / "tasks.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     arguments = ("eval", pico("llama"), "--rows", 1, "--context-tokens", 64, "--json")
-    found = json.loads(penny(*arguments, "--task-file", tmp_path / "tasks.jsonl").stdout)
+    done = penny(*arguments, "--task-file", tmp_path / "tasks.jsonl")
+    assert "tasks.jsonl: done in" in done.stderr
+    found = json.loads(done.stdout)
     task = found["tasks"]["tasks.jsonl"]
     assert task["items"] == 3
     assert task["chance"] == pytest.approx(1 / 3)
@@ -185,6 +193,8 @@ def test_run_and_bench(pico):
     measured = json.loads(penny("bench", folder, "--prompt", "20", "--new", "5", "--threads", "1", "--json").stdout)
     assert 0 < measured["tpot_p05"] <= measured["tpot"] and measured["bytes_per_step"] > 0
     assert measured["energy"]
+    forced = penny("bench", folder, "--prompt", "4", "--new", "2", "--threads", "99", "--force-threads", "--json")
+    assert json.loads(forced.stdout)["threads"] == 99
     for wrong, said in (
         (["run", folder, "hello", "--top-p", "2"], "between 0 and 1"),
         (["run", folder, "hello", "--cache", "int3"], "float16, fp8 or float32"),
@@ -192,10 +202,68 @@ def test_run_and_bench(pico):
         (["run", folder, "hello", "--chat"], "no chat template"),
         (["run", folder, "hello " * 300], "tokens"),
         (["run", folder + "-not", "hello"], "not"),
+        (["run", folder, "hello", "--threads", "4096"], "--force-threads"),
+        (["run", folder, "hello", "--draft", folder, "--threads", "-1"], "at least 1"),
+        (["bench", folder, "--threads", "4096"], "processors this process may use"),
+        (["serve", folder, "--port", "0", "--threads", "4096"], "--force-threads"),
         (["bench", folder, "--prompt", "300"], "256"),
     ):
         result = penny(*wrong)
         assert result.exit_code == 2 and said in result.stderr and len(result.stderr) < 1000, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "inside", "code"),
+    [
+        (("fit", "MODEL", "--weights", "50%", "--out", "OUT", *QUICK), "pennyweight.job.run.run_job", 75),
+        (("demo", "--model", "MODEL", "--out", "OUT"), "pennyweight.job.run.run_job", 75),
+        (("train", "RECIPE", "--books", "BOOKS", "--out", "OUT"), "pennyweight.train.train", 75),
+        (("machine", "MODEL"), "pennyweight.prices.measure.machine", 75),
+        (("machine", "MODEL", "--again"), "pennyweight.prices.measure.machine", 130),
+        (("machine",), "pennyweight.prices.measure.machine", 130),
+        (("plan", "MODEL"), "pennyweight.prices.planning.plan", 130),
+        (("eval", "MODEL", "--rows", "1", "--context-tokens", "64"), "pennyweight.evals.loss.loss", 130),
+        (("check", "MODEL"), "pennyweight.job.checks.check_folder", 130),
+        (("report", "REPORT"), "pennyweight.report.html.render", 130),
+        (("run", "MODEL", "x"), "pennyweight.runtime.model.open_model", 130),
+        (("bench", "MODEL"), "pennyweight.runtime.engine.Engine", 130),
+    ],
+)
+@pytest.mark.parametrize("stop", ["Ctrl-C", "disk full"])
+def test_only_what_goes_on_says_so(arguments, inside, code, stop, pico, tmp_path, monkeypatch):
+    """Stopped by Ctrl-C or a full disk, a command promises to go on only if it does."""
+    (tmp_path / "report.json").write_text("{}")
+    recipe = Path(__file__).parent.parent / "recipes" / "reference-dense.yaml"
+    places = {"MODEL": pico("llama"), "OUT": tmp_path / "out", "REPORT": tmp_path, "RECIPE": recipe, "BOOKS": tmp_path}
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt if stop == "Ctrl-C" else OSError(errno.ENOSPC, "no space left", "file")
+
+    monkeypatch.setattr(inside, stopped)
+    done = penny(*(places.get(a, a) for a in arguments))
+    assert done.exit_code == (code if stop == "Ctrl-C" or code == 75 else 2), done.output
+    assert ("the same command goes on" in done.stderr) == (code == 75)
+
+
+@pytest.mark.parametrize(
+    "command", ["plan", "machine", "fit", "demo", "train", "eval", "check", "report", "run", "bench", "serve"]
+)
+def test_help_is_h_too(command):
+    long, short = penny(command, "--help"), penny(command, "-h")
+    assert short.exit_code == 0 and short.stdout == long.stdout
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_seen_enough_is_no_error(buffered, tmp_path):
+    """As in `penny plan model | head -1`."""
+    (tmp_path / "config.json").write_text(json.dumps(PARENT))
+    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "pennyweight", "plan", str(tmp_path)]
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=kept) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_demo_fits_the_shipped_model(monkeypatch, tmp_path):

@@ -19,7 +19,8 @@ from tests.conftest import FAMILIES
 from tests.test_heterogeneous import LAYOUT, build
 
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
-from pennyweight.runtime.engine import Engine, Row  # noqa: E402  (needs the native module)
+from pennyweight.runtime.engine import Engine, Row, processors  # noqa: E402  (needs the native module)
+from pennyweight.runtime.lower import NotRun  # noqa: E402
 from pennyweight.sources.folder import Folder  # noqa: E402
 
 IDS = [int(i) for i in torch.arange(70).mul(7919).remainder(300)]
@@ -59,7 +60,7 @@ def test_gates_other_than_silu_equal_pytorch(pico, hidden_act):
 
 def test_layers_of_all_kinds_equal_pytorch(child):
     """Skipped and linear blocks, fewer KV heads, a window of 8 that the text is much longer than, odd widths."""
-    assert relative(Engine(child, threads=2, cache="float32").logits(IDS), wanted(child)) < 1e-4
+    assert relative(Engine(child, threads=2, force_threads=True, cache="float32").logits(IDS), wanted(child)) < 1e-4
 
 
 @pytest.mark.parametrize(("cache", "allowed"), [("float16", 2e-3), ("fp8", 0.2)])
@@ -93,7 +94,7 @@ def test_greedy_tokens_of_the_shipped_model_are_those_of_transformers():
 @pytest.mark.parametrize("group", [32, 64])
 def test_packed_models_equal_the_dequantised_one(pico, tmp_path, bits, group):
     folder = quantised(pico("qwen3"), tmp_path / "packed", Stored(bits, group))
-    expected, engine = wanted(folder), Engine(folder, threads=2, cache="float32")
+    expected, engine = wanted(folder), Engine(folder, threads=2, force_threads=True, cache="float32")
     assert engine.weight_bytes < 0.75 * Checkpoint(pico("qwen3")).weight_bytes
     assert relative(engine.logits(IDS), expected) < 0.03  # 64 wide: 8-bit activations of blocks of 32
 
@@ -143,7 +144,7 @@ def test_packed_weights_cannot_stay_in_their_file_and_that_is_said(pico, tmp_pat
 
 def test_sharing_a_step_changes_no_bit(child):
     """One by one, in chunks, and beside another sequence: the same floats."""
-    engine = Engine(child, threads=2)
+    engine = Engine(child, threads=2, force_threads=True)
     whole = engine.logits(IDS)
     one = engine.open(128)
     single = np.concatenate([engine.step([Row(one, i, token)]) for i, token in enumerate(IDS)])
@@ -253,7 +254,7 @@ def test_threads_that_share_a_head_change_no_bit(pico, tmp_path, kv_heads):
     """A text of three segments: alone a row's heads are shared between threads, in a long prompt they are not."""
     folder = pico("llama", max_position_embeddings=2048, num_key_value_heads=kv_heads)
     ids = [int(i) for i in torch.arange(1300).mul(7919).remainder(300)]
-    one, three = (Engine(folder, threads=threads, cache="float32") for threads in (1, 3))
+    one, three = (Engine(folder, threads=threads, force_threads=True, cache="float32") for threads in (1, 3))
     expected = one.logits(ids)
     assert relative(expected, wanted(folder, ids)) < 1e-4
     np.testing.assert_array_equal(three.logits(ids), expected)
@@ -350,8 +351,20 @@ def test_bad_rows_are_refused(folder):
 
 def test_too_many_heads_on_one_are_refused(pico):
     folder = pico("qwen3", num_attention_heads=129, num_key_value_heads=1, head_dim=2)
-    with pytest.raises(ValueError, match="129 heads on 1 key-value heads"):
+    with pytest.raises(NotRun, match="129 heads on 1 key-value heads"):
         Engine(folder, threads=1)
+
+
+def test_more_threads_than_processors_are_refused_unless_forced(folder):
+    """They would only wait for each other; thousands would take the machine down."""
+    many = processors() + 1
+    for wanted, said in ((many, f"{many} threads on the {many - 1} processors"), (4096, "--force-threads"), (-1, "at")):
+        with pytest.raises(ValueError, match=said):
+            Engine(folder, threads=wanted)
+    assert Engine(folder, threads=many, force_threads=True).threads == many
+    assert 1 <= Engine(folder, threads=0).threads <= processors()
+    with pytest.raises(ValueError, match="at least 1"):
+        Engine(folder, threads=-1, force_threads=True)
 
 
 def test_parts_that_do_not_fit_are_refused(pico, tmp_path):
@@ -411,7 +424,7 @@ def zigzag_model(pico, tmp_path_factory):
         with monkeypatch.context() as patched:
             patched.setattr(Folder, "matrix", matrix)
             patched.setattr(Folder, "matrices", lambda source, names: [matrix(source, name) for name in names])
-            return Engine(folder, threads=threads, cache="float32")
+            return Engine(folder, threads=threads, force_threads=True, cache="float32")
 
     return folder, engine
 

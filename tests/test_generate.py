@@ -27,7 +27,7 @@ def child(pico, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(child):
-    return Engine(child, threads=2)
+    return Engine(child, threads=2, force_threads=True)
 
 
 def finish(batch: Batch) -> None:

@@ -164,7 +164,7 @@ def pico_layers(folder):
 @pytest.mark.parametrize("kind", ["F32", "F16"])
 def test_floats_equal_pytorch(family, pico, tmp_path, kind):
     file, same = convert(pico(family), tmp_path, kind)
-    assert relative(Engine(file, threads=2, cache="float32").logits(IDS), wanted(same)) < 1e-4
+    assert relative(Engine(file, threads=2, force_threads=True, cache="float32").logits(IDS), wanted(same)) < 1e-4
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -174,7 +174,7 @@ def test_quantised_models_equal_pytorch_on_their_weights(kind, pico, tmp_path):
     family = {"Q4_0": "qwen2", "Q4_K": "llama", "Q6_K": "qwen2"}.get(kind, "qwen3")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64} if KINDS[kind].columns == 256 else {}
     file, same = convert(pico(family, **sizes), tmp_path, kind)
-    engine = Engine(file, threads=2, cache="float32")
+    engine = Engine(file, threads=2, force_threads=True, cache="float32")
     expected = wanted(same)
     assert relative(engine.logits(IDS), expected) < (0.05 if kind == "Q6_K" else 0.04)
     layers = 3 * 7 + 1 + (family != "qwen2")  # matrices, the embedding, the head unless tied

@@ -81,7 +81,8 @@ class Stop(Silent):
     seen: list[float] = field(default_factory=list)
 
     def advance(self, done: int, **figures: float) -> None:
-        self.seen.append(figures.get("loss", 0.0))
+        if "loss" in figures:
+            self.seen.append(figures["loss"])
         if done == self.after:
             raise KeyboardInterrupt
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,14 @@ from pennyweight.job import checks as verify
 from pennyweight.job.job import open_job
 from pennyweight.job.plan import plan
 from pennyweight.job.run import run_job
+from pennyweight.job.verify import _speed
 from pennyweight.live.load import load_model
 from pennyweight.model import shapes as slots
+from pennyweight.model.demand import Workload
+from pennyweight.report import summary
 from pennyweight.runs.events import Silent
 from pennyweight.runtime import engine
+from pennyweight.runtime.lower import NotRun
 from pennyweight.search import Infeasible
 from tests.conftest import FAMILIES
 
@@ -107,7 +113,7 @@ def test_asking_again_gives_the_same_folder_without_work(finished):
 
     class Nothing(Silent):
         def begin(self, stage, **kwargs):
-            raise AssertionError(f"{stage} ran again")
+            assert stage in ("read inputs", "report"), f"{stage} ran again"
 
     run(model, out, wanted, listen=Nothing())
     assert digests(out) == before
@@ -137,12 +143,75 @@ def test_check_holds_the_engine_against_other_logits(finished, monkeypatch):
     assert verify.check_engine(out, ids, logits).ok
     assert not verify.check_engine(out, ids, logits.roll(1, dims=1)).ok
 
+    def raising(err):
+        def native_module():
+            raise err
+
+        monkeypatch.setattr(engine, "native_module", native_module)
+        return verify.check_engine(out, ids, logits)
+
+    check = raising(engine.NativeMissing("the native module is missing"))
+    assert (check.ok, check.failed, check.not_run) == (False, False, "the native module is missing")
+    check = raising(NotRun("hidden_act 'gelu'"))
+    assert (check.ok, check.failed, check.not_run) == (False, False, "hidden_act 'gelu'")
+    for err in (RuntimeError("no threads left"), ValueError("damaged")):
+        check = raising(err)
+        assert (check.ok, check.failed, check.not_run) == (False, True, None)
+        assert str(err) in check.found
+    with pytest.raises(MemoryError):
+        raising(MemoryError())
+
+
+@pytest.mark.parametrize(
+    ("err", "said"),
+    [
+        (engine.NativeMissing("the native module is missing"), "not measured: the native module is missing"),
+        (NotRun("hidden_act 'gelu'"), "not measured: hidden_act 'gelu'"),
+        (RuntimeError("no threads left"), None),
+        (ValueError("damaged"), None),
+    ],
+)
+def test_only_what_the_engine_does_not_run_is_left_unmeasured(err, said, pico, monkeypatch):
+    job: Any = SimpleNamespace(
+        config=FitConfig(),
+        fits_whole=True,
+        workload=Workload(prompt=16, new=8),
+        model=pico("llama"),
+        checkpoint=Checkpoint(pico("llama")),
+        listen=Silent(),
+    )
+
+    def native_module():
+        raise err
+
+    monkeypatch.setattr(engine, "native_module", native_module)
+    if said is None:
+        with pytest.raises(type(err), match=str(err)):
+            _speed(job, pico("llama"))
+    else:
+        assert _speed(job, pico("llama")) == (None, said)
+    job.workload = Workload(prompt=300, new=8)
+    speed, how = _speed(job, pico("llama"))
+    assert speed is None and "takes up to 256 in all" in how
+
+
+def test_a_check_that_was_not_run_is_not_counted_as_passed(finished, tmp_path, monkeypatch):
+    model, _, wanted, _ = finished
+    if "llama" not in str(model):
+        pytest.skip("one family is enough: the engine is told apart, not the model")
+
     def missing():
-        raise RuntimeError("the native module is missing")
+        raise engine.NativeMissing("the native module is missing")
 
     monkeypatch.setattr(engine, "native_module", missing)
-    check = verify.check_engine(out, ids, logits)
-    assert (check.ok, check.expected, check.found) == (True, "not run", "the native module is missing")
+    report = run(model, tmp_path / "out", wanted)
+    told = "4 of 4 passed, 1 not run: the native module is missing"
+    assert f"checks     {told}" in summary.render(report)
+    for page in ("README.md", "report.html"):
+        assert told in (tmp_path / "out" / page).read_text()
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["verified"]["checks"]
+    assert [check["not_run"] for check in found] == [None] * 4 + ["the native module is missing"]
+    assert sum(check["ok"] for check in found) == 4
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -182,6 +251,31 @@ def test_stopped_in_any_stage_it_goes_on_to_the_same_bytes(stage, finished, tmp_
     assert digests(tmp_path / "out") == digests(out)
 
 
+def test_what_an_earlier_call_did_is_not_told_as_done_now(finished, tmp_path):
+    model, _, wanted, _ = finished
+    if "qwen3" not in str(model):
+        pytest.skip("one family is enough: stages do not depend on it")
+    stages: dict[str, tuple[int, int]] = {}
+
+    class StopAfterBlocks(Silent):
+        def begin(self, stage, *, total, done=0, unit=""):
+            stages[stage] = done, total
+            if stage == "heal model" and not stopped:
+                raise KeyboardInterrupt
+
+    stopped = False
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "out", wanted, listen=StopAfterBlocks())
+    blocks = stages["heal blocks"][1]
+    assert blocks > 0 and stages["heal blocks"] == (0, blocks)
+    stopped = True
+    stages.clear()
+    run(model, tmp_path / "out", wanted, listen=StopAfterBlocks())
+    assert stages["heal blocks"] == (blocks, blocks)
+    assert not {"stats", "score", "solve", "build"} & set(stages)
+    assert {"pack", "verify", "loss of parent", "loss of child", "agreement", "samples", "report"} <= set(stages)
+
+
 def test_another_config_model_or_text_is_refused_with_the_reason(finished, pico, text, tmp_path):
     model, out, wanted, _ = finished
     folder = out.with_name(out.name + ".run")
@@ -207,7 +301,7 @@ def test_another_config_model_or_text_is_refused_with_the_reason(finished, pico,
 def test_an_impossible_budget_is_refused_before_any_work(pico, text, tmp_path):
     class Nothing(Silent):
         def begin(self, stage, **kwargs):
-            raise AssertionError(f"{stage} began")
+            assert stage == "read inputs", f"{stage} began"
 
     with pytest.raises(Infeasible) as caught:
         run(pico("llama"), tmp_path / "out", config(text, budget={"weights": "2%"}), listen=Nothing())

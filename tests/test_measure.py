@@ -16,6 +16,7 @@ from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16, Stored
 from pennyweight.prices import measure
 from pennyweight.prices.machine import Machine
+from pennyweight.runs.events import Silent
 from pennyweight.runtime.bench import Stepper, bench, prefill_seconds
 from pennyweight.runtime.engine import Row
 
@@ -127,6 +128,23 @@ def test_what_is_in_the_cache_is_not_measured_again(monkeypatch, tmp_path: Path)
     assert len(clock.engines) == measured
     measure.Models(CONFIG, SHAPES, dataclasses.replace(LOAD, prompt=33), cache=cache).latencies([FFN])
     assert len(clock.engines) > measured
+
+
+def test_progress_counts_what_is_known_as_known(monkeypatch, tmp_path: Path):
+    """Otherwise the time left is that of looking things up, and measuring nothing is told as done in no time."""
+    Clock(monkeypatch)
+    cache, told = tmp_path / "latencies.json", []
+
+    class Listening(Silent):
+        def begin(self, stage: str, *, total: int, done: int = 0, unit: str = "") -> None:
+            told.append((stage, done, total))
+
+        def advance(self, done: int, **figures: float) -> None:
+            told.append(done)
+
+    for wanted in ([FFN], [ATTENTION, FFN, HEAD], [FFN, HEAD]):
+        measure.Models(CONFIG, SHAPES, LOAD, cache=cache).latencies(wanted, listen=Listening())
+    assert told == [("measure", 0, 1), 1, ("measure", 1, 3), 2, 2, 3]
 
 
 def test_a_machine_too_busy_to_measure_is_refused(monkeypatch):

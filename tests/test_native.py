@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pennyweight.runtime import engine
 
 BUILT = importlib.util.find_spec("pennyweight._native") is not None
 
@@ -21,6 +24,20 @@ def test_features_are_those_of_this_processor():
     if cpuinfo.exists():
         flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
         assert set(found) <= set(flags.split())
+
+
+def test_a_module_that_is_not_there_is_told_from_one_that_cannot_be_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pennyweight._native", None)
+    with pytest.raises(engine.NativeMissing, match="without a C"):
+        engine.native_module()
+
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol: _ZN3foo")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(RuntimeError, match="undefined symbol") as caught:
+        engine.native_module()
+    assert not isinstance(caught.value, engine.NativeMissing)
 
 
 def test_the_package_works_without_it():

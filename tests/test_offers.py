@@ -96,7 +96,7 @@ def test_costs_are_those_of_the_resulting_shape_and_scores_add_up(shape):
         resulting = reshape(shape, offer.choice)
         assert offer.shape == resulting
         assert offer.cost == price(resulting, WORKLOAD, SECONDS)
-        assert offer.file_bytes == offers.file_bytes(slot, resulting)
+        assert offer.file_bytes == offers.file_bytes(PLACES[slot].having(resulting))
         assert offer.score == pytest.approx(sum(scores[Choice((item,)).key()] for item in offer.choice.specs))
 
 

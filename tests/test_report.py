@@ -131,6 +131,7 @@ def report() -> dict[str, Any]:
             },
         ],
         "metric": "kl",
+        "workload": {"prompt": 256, "new": 128, "concurrency": 1, "context": 384},
         "margins": {
             "weight_bytes": {"5% tighter": None, "as asked": 0.02, "5% looser": 0.015},
             "memory_bytes": {"5% tighter": 0.02, "as asked": 0.02, "5% looser": 0.02},
@@ -396,5 +397,20 @@ def test_the_terminal_gets_the_outcome_in_a_few_lines(report, bare):
         "speed",
         "checks",
     ]
-    assert "0.90 x as fast" in lines[5]
+    assert "0.90 x as fast; median in the native engine)" in lines[5]
+    report["workload"]["concurrency"] = 4
+    assert "median in the native engine, 4 texts at once)" in summary.render(report)
     assert "speed" not in summary.render(bare)
+
+
+def test_a_check_that_could_not_be_made_has_neither_passed_nor_failed(report):
+    unmade = {"name": "logits", "ok": False, "expected": "at most 0.05", "found": None, "not_run": "no <engine>"}
+    report["verified"]["checks"].append(unmade)
+    assert "checks     1 of 1 passed, 1 not run: no <engine>" in summary.render(report)
+    assert "1 of 1 passed, 1 not run: no <engine>" in card.render(report)
+    assert "The budget was kept" in card.render(report)
+    page = html.render(report)
+    assert "1 of 1 passed, 1 not run: no &lt;engine&gt;" in page and '<li class="unrun">logits' in page
+    report["verified"]["checks"].append({**unmade, "not_run": None, "found": 0.4})
+    assert "checks     1 of 2 passed, 1 not run" in summary.render(report)
+    assert "**not kept**" in card.render(report)

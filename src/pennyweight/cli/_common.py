@@ -14,7 +14,13 @@ import typer
 from pennyweight import variants
 
 _HELP = "pennyweight: given a model and a budget, which model fits best — and run it."
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=_HELP)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=_HELP,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 DEFAULT_AXES = ",".join(variants.default())
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -22,7 +28,7 @@ Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder.")]
 
 
 @contextlib.contextmanager
-def errors(*, resumes: bool = True) -> Iterator[None]:
+def errors(*, resumes: bool = False) -> Iterator[None]:
     """Turn what users can cause into one screen and an exit code; bugs keep their traceback. `resumes`: whether an
     interrupted command goes on where it stopped when it is called again."""
     from pennyweight.search import Infeasible
@@ -37,10 +43,13 @@ def errors(*, resumes: bool = True) -> Iterator[None]:
             raise typer.Exit(130) from err
         say("interrupted; the same command goes on where it stopped")
         raise typer.Exit(75) from err
+    except BrokenPipeError as err:  # whoever reads has seen enough
+        raise typer.Exit(141) from err
     except OSError as err:
         if err.errno == errno.ENOSPC:
-            say(f"the disk is full ({err.filename or 'while writing'}); free some space, the same command goes on")
-            raise typer.Exit(75) from err
+            goes_on = ", the same command goes on" if resumes else ""
+            say(f"the disk is full ({err.filename or 'while writing'}); free some space{goes_on}")
+            raise typer.Exit(75 if resumes else 2) from err
         say(str(err))
         raise typer.Exit(2) from err
     except (ValueError, RuntimeError) as err:

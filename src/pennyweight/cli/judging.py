@@ -36,26 +36,34 @@ def evaluate(
         from pennyweight.disk.tokenizer import load_tokenizer
         from pennyweight.evals import agree, loss
         from pennyweight.live.load import load_model
+        from pennyweight.runs.events import waiting
+        from pennyweight.runs.progress import Terminal
 
-        child, tokenizer = load_model(model), load_tokenizer(model)
-        documents = texts.stdlib(held_out=True) if text == "builtin" else texts.from_path(Path(text))
-        measured = texts.rows(documents, tokenizer, context_tokens).take(rows)
-        found = loss.loss(child, measured)
-        result: dict[str, Any] = {
-            "bits_per_byte": found.bits_per_byte,
-            "perplexity": found.perplexity,
-            "tokens": found.tokens,
-        }
-        if against is not None:
-            result["agreement"] = asdict(agree.agree(load_model(against), child, measured))
-        if tasks or task_file:
-            from pennyweight.evals import tasks as task_room
-
-            result["tasks"] = {
-                path.name: asdict(task_room.local(child, tokenizer, path, items=task_items)) for path in task_file or []
+        with Terminal() as listen:
+            with waiting(listen, "load model"):
+                child, tokenizer = load_model(model), load_tokenizer(model)
+            with waiting(listen, "text"):
+                documents = texts.stdlib(held_out=True) if text == "builtin" else texts.from_path(Path(text))
+                measured = texts.rows(documents, tokenizer, context_tokens).take(rows)
+            found = loss.loss(child, measured, listen=listen)
+            result: dict[str, Any] = {
+                "bits_per_byte": found.bits_per_byte,
+                "perplexity": found.perplexity,
+                "tokens": found.tokens,
             }
-            if tasks:
-                result["tasks"] |= task_room.harness(child, tokenizer, tasks.split(","), items=task_items)
+            if against is not None:
+                with waiting(listen, "load parent"):
+                    parent = load_model(against)
+                result["agreement"] = asdict(agree.agree(parent, child, measured, listen=listen))
+            if tasks or task_file:
+                from pennyweight.evals import tasks as task_room
+
+                result["tasks"] = {
+                    path.name: asdict(task_room.local(child, tokenizer, path, items=task_items, listen=listen))
+                    for path in task_file or []
+                }
+                if tasks:  # lm_eval draws its own progress
+                    result["tasks"] |= task_room.harness(child, tokenizer, tasks.split(","), items=task_items)
         if as_json:
             print(json.dumps(result))
         else:
@@ -72,13 +80,21 @@ def check(
     with errors():
         quiet_libraries()
         from pennyweight.job.checks import check_folder
+        from pennyweight.report._facts import tally
+        from pennyweight.runs.progress import Terminal
 
-        checks = check_folder(model, tokens)
+        with Terminal() as listen:
+            checks = check_folder(model, tokens, listen=listen)
         if as_json:
             print(json.dumps([c.to_json() for c in checks]))
-        for c in checks if not as_json else []:
-            print(f"{'ok  ' if c.ok else 'FAIL'} {c.name}: expected {c.expected}, found {c.found}")
-        if not all(c.ok for c in checks):
+        else:
+            for c in checks:
+                if c.not_run is not None:
+                    print(f"not run {c.name}: {c.not_run}")
+                else:
+                    print(f"{'ok  ' if c.ok else 'FAIL'} {c.name}: expected {c.expected}, found {c.found}")
+            print(tally([c.to_json() for c in checks]))
+        if any(c.failed for c in checks):
             raise typer.Exit(4)
 
 

@@ -63,7 +63,7 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Make the model that fits a budget best, and check it."""
-    with errors():
+    with errors(resumes=True):
         from pennyweight.config import FitConfig, merged, read
         from pennyweight.units import parse_count
 
@@ -122,17 +122,18 @@ def _fit(
 
     if not any(config.budget.model_dump().values()):
         raise ValueError("a budget is needed: at least one of --memory, --weights, --ttft, --tpot, --throughput")
-    job = open_job(model, out, config, run=run, where=engine, listen=Terminal())  # type: ignore[arg-type]
-    if job.fits_whole:  # otherwise memory is what is short, not time
-        allocator.keep_freed_memory()
+    with Terminal() as listen:
+        job = open_job(model, out, config, run=run, where=engine, listen=listen)  # type: ignore[arg-type]
+        if job.fits_whole:  # otherwise memory is what is short, not time
+            allocator.keep_freed_memory()
+        made = job_plan(job) if dry_run else run_job(job)
     if dry_run:
-        print(json.dumps(job_plan(job), indent=None if as_json else 1))
+        print(json.dumps(made, indent=None if as_json else 1))
         return
-    report = run_job(job)
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(made))
     else:
-        print(summary.render(report))
+        print(summary.render(made))
     print(out)
 
 
@@ -143,7 +144,7 @@ def demo(
     model: Annotated[Path | None, typer.Option(help="Another model folder; default: the shipped one.")] = None,
 ) -> None:
     """The whole job on the model that ships with pennyweight: about 4 minutes on 2 cores, offline."""
-    with errors():
+    with errors(resumes=True):
         from pennyweight.config import FitConfig, merged
 
         parent = model or Path(__file__).parents[1] / "data" / "reference-dense"
@@ -163,7 +164,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Run folder; the model is written to OUT/model.")],
 ) -> None:
     """Train a small reference model from a recipe; goes on where it stopped."""
-    with errors():
+    with errors(resumes=True):
         import yaml
         from pydantic import ValidationError
 
@@ -177,4 +178,6 @@ def train(
             wanted = Recipe(**yaml.safe_load(recipe.read_text()))
         except (yaml.YAMLError, ValidationError, TypeError) as err:
             raise ValueError(f"{recipe}: {err}") from err
-        print(run(wanted, books=books, out=out, listen=Terminal()))
+        with Terminal() as listen:
+            made = run(wanted, books=books, out=out, listen=listen)
+        print(made)

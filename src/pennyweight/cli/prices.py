@@ -100,7 +100,7 @@ def machine(
     as_json: Json = False,
 ) -> None:
     """Measure this computer once: bandwidth, arithmetic, and the time of a model's possible blocks."""
-    with errors():
+    with errors(resumes=model is not None and not again):  # every block is remembered as soon as it is measured
         from pennyweight.prices.machine import Machine
 
         if listed:
@@ -110,8 +110,10 @@ def machine(
         import dataclasses
 
         from pennyweight.prices import measure
+        from pennyweight.runs.progress import Terminal
 
-        found = measure.machine(again=again)
+        with Terminal() as listen:
+            found = measure.machine(again=again, listen=listen)
         result: dict[str, Any] = dataclasses.asdict(found)
         if save is not None:
             save.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -133,7 +135,8 @@ def machine(
             if again:
                 cache.unlink(missing_ok=True)
             wanted = offers.all_shapes(shapes, axes.split(","), scored_tokens=context_tokens)
-            times = measure.Models(config, shapes, load, cache=cache).latencies(wanted, listen=Terminal())
+            with Terminal() as listen:
+                times = measure.Models(config, shapes, load, cache=cache).latencies(wanted, listen=listen)
             result["blocks"] = [
                 {"shape": str(shape), "prefill_seconds": prefill, "decode_seconds": decode}
                 for shape, (prefill, decode) in times.blocks.items()

@@ -17,6 +17,9 @@ from pennyweight.cli._common import Json, app, errors, quiet_libraries, say
 
 Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder or a GGUF file.")]
 Threads = Annotated[int, typer.Option(help="Threads; 0: one per core.")]
+ForceThreads = Annotated[
+    bool, typer.Option("--force-threads", help="Start so many threads even where there are fewer processors.")
+]
 Cache = Annotated[str, typer.Option(help="How keys and values are kept: float16, fp8 or float32.")]
 Sparsity = Annotated[
     float | None,
@@ -52,6 +55,7 @@ def run(
     draft: Annotated[Path | None, typer.Option(help="A smaller model of the same vocabulary to guess ahead.")] = None,
     lookup: Annotated[bool, typer.Option(help="Guess ahead what followed the same words before.")] = False,
     threads: Threads = 0,
+    force_threads: ForceThreads = False,
     cache: Cache = "float16",
     kernels: Kernels = "best",
     sparsity: Sparsity = None,
@@ -59,7 +63,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Continue a text, streaming."""
-    with errors(resumes=False):
+    with errors():
         quiet_libraries()
         from pennyweight.runtime.engine import Engine
         from pennyweight.runtime.generate import Batch, Request
@@ -71,7 +75,13 @@ def run(
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         started = time.perf_counter()
         opened = open_model(
-            model, mapped=mapped, threads=threads or None, cache=cache, kernels=kernels, sparsity=sparsity
+            model,
+            mapped=mapped,
+            threads=threads,
+            force_threads=force_threads,
+            cache=cache,
+            kernels=kernels,
+            sparsity=sparsity,
         )
         _tell(opened.notes)
         loaded = time.perf_counter() - started
@@ -81,7 +91,7 @@ def run(
         capacity = context or min(len(ids) + max_tokens, opened.engine.context)
         guesser = None
         if draft is not None:
-            smaller = Engine(draft, threads=threads or None, cache=cache, kernels=kernels)
+            smaller = Engine(draft, threads=threads, force_threads=force_threads, cache=cache, kernels=kernels)
             _tell(smaller.notes)
             if smaller.vocab_size != opened.engine.vocab_size:
                 raise ValueError(
@@ -139,6 +149,7 @@ def bench(
     concurrency: Annotated[int, typer.Option(help="Texts written at once.")] = 1,
     repeats: int = 3,
     threads: Threads = 0,
+    force_threads: ForceThreads = False,
     cache: Cache = "float16",
     kernels: Kernels = "best",
     sparsity: Sparsity = None,
@@ -146,7 +157,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time to first token, time per token, and how much of this machine's memory bandwidth that is."""
-    with errors(resumes=False):
+    with errors():
         quiet_libraries()
         from pennyweight.model.demand import Workload
         from pennyweight.prices import measure
@@ -157,7 +168,8 @@ def bench(
         engine = Engine(
             model,
             context=prompt + new,
-            threads=threads or None,
+            threads=threads,
+            force_threads=force_threads,
             cache=cache,
             kernels=kernels,
             sparsity=sparsity,
@@ -192,6 +204,7 @@ def serve(
     max_body: Annotated[str, typer.Option(help="Largest request.")] = "1MB",
     lookup: Annotated[bool, typer.Option(help="Guess ahead what followed the same words before.")] = False,
     threads: Threads = 0,
+    force_threads: ForceThreads = False,
     cache: Cache = "float16",
     kernels: Kernels = "best",
     sparsity: Sparsity = None,
@@ -199,7 +212,7 @@ def serve(
 ) -> None:
     """Serve a model as OpenAI's API does, with a chat page at /. Ctrl-C gives answers a few seconds to end."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with errors(resumes=False), contextlib.suppress(KeyboardInterrupt), socket.socket(family) as listening:
+    with errors(), contextlib.suppress(KeyboardInterrupt), socket.socket(family) as listening:
         quiet_libraries()
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:  # before the model is read: that takes a while
@@ -219,7 +232,8 @@ def serve(
             model,
             mapped=mapped,
             context=context or None,
-            threads=threads or None,
+            threads=threads,
+            force_threads=force_threads,
             cache=cache,
             kernels=kernels,
             sparsity=sparsity,

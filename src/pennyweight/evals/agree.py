@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pennyweight.runs.events import Listener, Silent
 from pennyweight.texts import Rows
 
 
@@ -20,8 +21,10 @@ class Agreement:
 
 
 @torch.no_grad()
-def agree(parent: Any, child: Any, rows: Rows, *, batch_size: int = 8) -> Agreement:
+def agree(parent: Any, child: Any, rows: Rows, *, batch_size: int = 8, listen: Listener | None = None) -> Agreement:
     """Run two causal LMs over the same rows, logits in float32. Raises ValueError if their vocabularies differ."""
+    listen = listen or Silent()
+    listen.begin("agreement", total=len(rows.ids), unit="rows")
     kl, same, tokens = 0.0, 0, 0
     for start in range(0, len(rows.ids), batch_size):
         ids = torch.from_numpy(rows.ids[start : start + batch_size, :-1])
@@ -37,4 +40,6 @@ def agree(parent: Any, child: Any, rows: Rows, *, batch_size: int = 8) -> Agreem
         )
         same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
         tokens += len(p)
+        listen.advance(start + len(ids))
+    listen.end()
     return Agreement(kl / tokens, same / tokens, tokens)

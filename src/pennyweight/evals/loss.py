@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pennyweight.runs.events import Listener, Silent
 from pennyweight.texts import Rows
 
 
@@ -39,11 +40,14 @@ def nats_per_target(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 @torch.no_grad()
-def loss(model: Any, rows: Rows, *, batch_size: int = 8) -> Loss:
-    """Run a transformers causal LM over rows. Separators are read but not counted.
+def loss(model: Any, rows: Rows, *, batch_size: int = 8, listen: Listener | None = None, stage: str = "loss") -> Loss:
+    """Run a transformers causal LM over rows. Separators are read but not counted. `stage`: what it is called to who
+    listens.
 
     Rows are independent: no state goes from one to the next, so early tokens of a row see little context.
     """
+    listen = listen or Silent()
+    listen.begin(stage, total=len(rows.ids), unit="rows")
     nats, tokens, nbytes = 0.0, 0, 0
     for start in range(0, len(rows.ids), batch_size):
         ids = torch.from_numpy(rows.ids[start : start + batch_size])
@@ -52,4 +56,6 @@ def loss(model: Any, rows: Rows, *, batch_size: int = 8) -> Loss:
         nats += float(per_target[scored].double().sum())
         tokens += int(scored.sum())
         nbytes += int(rows.nbytes[start : start + batch_size].sum())
+        listen.advance(start + len(ids))
+    listen.end()
     return Loss(nats, tokens, nbytes)

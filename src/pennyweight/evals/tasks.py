@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from pennyweight.evals.loss import nats_per_target
+from pennyweight.runs.events import Listener, Silent
 from pennyweight.texts import separator_id
 
 
@@ -32,10 +33,14 @@ class Accuracy:
     items: int
 
 
-def local(model: Any, tokenizer: Any, path: Path, *, items: int) -> Accuracy:
+def local(model: Any, tokenizer: Any, path: Path, *, items: int, listen: Listener | None = None) -> Accuracy:
     """The first `items` items of a task file. Raises FileNotFoundError, or ValueError for a line of no known layout."""
+    listen, found = listen or Silent(), list(_lines(path, items))
+    if not found:
+        raise ValueError(f"{path} holds no items")
+    listen.begin(path.name, total=len(found), unit="items")
     right, chances = [], []
-    for number, item in enumerate(_lines(path, items), 1):
+    for number, item in enumerate(found, 1):
         if {"query", "choices", "gold"} <= item.keys():
             scores = [_score(model, tokenizer, item["query"].rstrip(), " " + c.strip())[0] for c in item["choices"]]
             right.append(scores.index(max(scores)) == item["gold"])
@@ -54,8 +59,8 @@ def local(model: Any, tokenizer: Any, path: Path, *, items: int) -> Accuracy:
             raise ValueError(
                 f"{path}, line {number}: keys {sorted(item)} are no known task layout; docs/formats.md lists them"
             )
-    if not right:
-        raise ValueError(f"{path} holds no items")
+        listen.advance(number)
+    listen.end()
     accuracy = sum(right) / len(right)
     error = (accuracy * (1 - accuracy) / len(right)) ** 0.5
     return Accuracy(accuracy, error, sum(chances) / len(chances), len(right))

@@ -42,7 +42,8 @@ def heal(
     steps = max(1, tokens // (batch_rows * ids.shape[1]))
     slots = [slot for slot in child.shapes if slot in changed and not isinstance(child.shapes[slot], Noop)]
     healed: dict[Slot, dict[str, torch.Tensor]] = {}
-    listen.begin("heal blocks", total=len(slots), unit="blocks")
+    known = sum(store.get(f"heal/local/{slot}") is not None for slot in slots)
+    listen.begin("heal blocks", total=len(slots), done=known, unit="blocks")
     last = max((slot.layer or 0 for slot in slots), default=-1)
     with torch.no_grad(), autocast(parent.dtype):
         hidden = parent.embed(ids)
@@ -59,8 +60,8 @@ def heal(
                 tensors = {name: parameter.detach().bfloat16() for name, parameter in pupil.parameters()}
                 store.put_tensors(key, tensors)
                 store.put(f"heal/local-loss/{slot}", loss)
+                listen.advance(len(healed) + 1)  # slots go in order: all before this one are in `healed`
             healed[slot] = store.tensors(key)
-            listen.advance(len(healed))
         hidden = target
     listen.end()
     return healed

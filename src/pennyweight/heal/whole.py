@@ -13,7 +13,7 @@ from torch import nn
 
 from pennyweight.heal import loop, schedule
 from pennyweight.live.walk import autocast
-from pennyweight.runs.events import Listener
+from pennyweight.runs.events import Listener, waiting
 from pennyweight.runs.store import Store
 
 _CHECKPOINT = "heal/whole/checkpoint"
@@ -51,7 +51,7 @@ def heal(
                 taught = parent(batch, use_cache=False, output_hidden_states=True)
             return distillation_loss(child(batch, use_cache=False, output_hidden_states=True), taught)
 
-    with torch.no_grad():
+    with waiting(listen, "loss unhealed"), torch.no_grad():
         first = float(forward(judges))
     if lr is None:
         lr = schedule.whole_lr(child.config.hidden_size, first / (child.config.num_hidden_layers + 1))

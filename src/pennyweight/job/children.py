@@ -18,6 +18,7 @@ from pennyweight.live.load import load_model
 from pennyweight.live.walk import Walk, autocast
 from pennyweight.model.choices import PARENT, Choice
 from pennyweight.model.slots import Slot
+from pennyweight.runs.events import waiting
 from pennyweight.variants import apply, structural
 
 
@@ -26,6 +27,7 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
     """What the scores predicted a sum of, measured together: the parent with every choice applied as it was when it
     was scored, on the same rows. {metric: mean}; all zero for the parent's layout."""
     rows = job.text.score
+    job.listen.begin("measure child", total=job.walk.layers, unit="layers")
     ids, scored = torch.from_numpy(rows.ids), torch.from_numpy(rows.scored)
     walk, embed = job.walk, Slot("embed")
     with autocast(job.dtype):
@@ -34,7 +36,6 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
         apply(parts, layout.get(embed, PARENT), stats.SlotStats({}))
         child = parts.root(ids[:, :-1]).float()
         del parts
-        job.listen.begin("measure child", total=walk.layers, unit="layers")
         for layer in walk.each():
             parent = layer.run(parent, together=4)
             tensors = job.store.tensors(f"stats/{layer.index}")
@@ -43,9 +44,9 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
             child = layer.run(child, together=4)
             job.listen.advance(layer.index + 1)
             del layer, tensors  # moments and what was prepared from them: what follows needs the room
-        job.listen.end()
         last = walk.logits_slot
         sums = score.compare(walk, parent, [(last, layout.get(last, PARENT), child)], ids[:, 1:], scored)
+    job.listen.end()
     return score.mean(next(iter(sums[str(last)].values())))
 
 
@@ -72,8 +73,9 @@ def build(job: Job, layout: Mapping[Slot, Choice], folder: Path) -> Path:
         job.listen.advance(layer.index + 1)
     add(Slot("norm"))
     add(Slot("head"))
+    made = writer.finish(families.config_of(job.checkpoint.config, shapes), like=job.model)
     job.listen.end()
-    return writer.finish(families.config_of(job.checkpoint.config, shapes), like=job.model)
+    return made
 
 
 def heal(job: Job, layout: Mapping[Slot, Choice], built: Path, folder: Path) -> Path:
@@ -107,10 +109,11 @@ def _heal_local(job: Job, changed: list[Slot], ids: torch.Tensor, built: Path, f
         listen=job.listen,
     )
     replaced = {name: tensor for tensors in new.values() for name, tensor in tensors.items()}
-    writer = Writer(folder)
-    for name in child.checkpoint.entries:
-        writer.add(name, replaced[name] if name in replaced else child.checkpoint.read(name))
-    return writer.finish(child.checkpoint.config, like=built)
+    with waiting(job.listen, "write child"):
+        writer = Writer(folder)
+        for name in child.checkpoint.entries:
+            writer.add(name, replaced[name] if name in replaced else child.checkpoint.read(name))
+        return writer.finish(child.checkpoint.config, like=built)
 
 
 def _heal_whole(job: Job, ids: torch.Tensor, built: Path, folder: Path) -> Path:
@@ -121,8 +124,9 @@ def _heal_whole(job: Job, ids: torch.Tensor, built: Path, folder: Path) -> Path:
             f"{units.show_bytes(job.max_ram)}; raise it or set --heal-tokens 0"
         )
     plan = job.config.heal
-    parent = load_model(job.model, dtype=job.dtype).requires_grad_(False)
-    child = load_model(built, dtype=torch.float32)
+    with waiting(job.listen, "load models"):
+        parent = load_model(job.model, dtype=job.dtype).requires_grad_(False)
+        child = load_model(built, dtype=torch.float32)
     whole.heal(
         parent,
         child,
@@ -136,7 +140,8 @@ def _heal_whole(job: Job, ids: torch.Tensor, built: Path, folder: Path) -> Path:
     )
     checkpoint = Checkpoint(built)
     state = child.state_dict()
-    writer = Writer(folder)
-    for name in checkpoint.entries:
-        writer.add(name, state[name].bfloat16())
-    return writer.finish(checkpoint.config, like=built)
+    with waiting(job.listen, "write child"):
+        writer = Writer(folder)
+        for name in checkpoint.entries:
+            writer.add(name, state[name].bfloat16())
+        return writer.finish(checkpoint.config, like=built)

@@ -40,31 +40,35 @@ def gather_stats(job: Job) -> None:
 
 def score_choices(job: Job) -> None:
     """All replace-1-block scores, `score/<chunk>/<group>` in the store: {slot: {choice key: sums}}."""
-    context = job.text.score.ids.shape[1] - 1
+    context = job.row_tokens
     singles = {
         slot: offers.single_choices(shape, job.config.axes, scored_tokens=context) for slot, shape in job.shapes.items()
     }
-    chunks = _chunks(job, job.text.score)
     hidden_bytes = 4 * job.config.data.rows_per_chunk * context * job.checkpoint.config["hidden_size"]
     groups = score.groups(
         {slot: found for slot, found in singles.items() if found},
         hidden_bytes,
         units.parse_bytes(job.config.max_pending),
     )
-    todo = [(c, g) for c in range(len(chunks)) for g in range(len(groups)) if job.store.get(f"score/{c}/{g}") is None]
+    chunk_count = -(-job.config.data.score_rows // job.config.data.rows_per_chunk)
+    every = [(c, g) for c in range(chunk_count) for g in range(len(groups))]
+    todo = [(c, g) for c, g in every if job.store.get(f"score/{c}/{g}") is None]
     if not todo:
         return
+    chunks = _chunks(job, job.text.score)
     needed = sorted({c for c, _ in todo})
-    for _ in executor.run(
-        score.parent_chunk, [(job.model, chunks[c].ids, job.scratch, c, job.dtype) for c in needed], job.where
-    ):
-        pass
+    job.listen.begin("score parent", total=len(needed), unit="chunks")
+    parents = [(job.model, chunks[c].ids, job.scratch, c, job.dtype) for c in needed]
+    for number, _ in enumerate(executor.run(score.parent_chunk, parents, job.where), 1):
+        job.listen.advance(number)
+    job.listen.end()
     files = {layer: job.store.path(f"stats/{layer}") for layer in range(job.checkpoint.config["num_hidden_layers"])}
     tasks = [(job.model, chunks[c].ids, chunks[c].scored, job.scratch, c, groups[g], files, job.dtype) for c, g in todo]
-    choices = [sum(len(found) for _, found in groups[g].slots) for _, g in todo]
-    listen_total = sum(choices)
-    job.listen.begin("score", total=listen_total, unit="variants")
-    done = 0
+    sizes = [sum(len(found) for _, found in group.slots) for group in groups]
+    choices = [sizes[g] for _, g in todo]
+    total = chunk_count * sum(sizes)
+    done = total - sum(choices)
+    job.listen.begin("score", total=total, done=done, unit="variants")
     ran = executor.run(score.score_chunk, tasks, job.where, on_tick=lambda n: job.listen.advance(done + n))
     for (c, g), count, result in zip(todo, choices, ran, strict=True):
         job.store.put(f"score/{c}/{g}", result)

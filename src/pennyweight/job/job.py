@@ -21,7 +21,7 @@ from pennyweight.model.demand import Budget, Workload
 from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
 from pennyweight.runs import executor
-from pennyweight.runs.events import Listener, Silent
+from pennyweight.runs.events import Listener, Silent, waiting
 from pennyweight.runs.store import Store
 
 
@@ -71,6 +71,12 @@ class Job:
         return _text.read(self.checkpoint, self.tokenizer, self.config, self.store, self.listen)
 
     @property
+    def row_tokens(self) -> int:
+        """Tokens of a row of text."""
+        wanted = self.config.data.context
+        return min(wanted, self.checkpoint.config.get("max_position_embeddings", wanted))
+
+    @property
     def fits_whole(self) -> bool:
         """Whether whole models may be loaded: two of them in float32 and room to work, 5 times the parent's bytes."""
         return 5 * self.checkpoint.weight_bytes < self.max_ram
@@ -111,16 +117,21 @@ def open_job(
     except OSError as err:
         raise RuntimeError(f"cannot create the run folder {folder}: {err}") from err
     documents = None if config.data.text in ("builtin", "parent") else texts.from_path(Path(config.data.text))
+    listen = listen or Silent()
+    with waiting(listen, "read inputs"):  # every byte of them
+        fingerprints = {
+            "model": checkpoint.fingerprint(),
+            "text": texts.fingerprint(texts.stdlib(held_out=False) if documents is None else documents),
+        }
     identity = {
-        "model": checkpoint.fingerprint(),
-        "text": texts.fingerprint(texts.stdlib(held_out=False) if documents is None else documents),
+        **fingerprints,
         "config": config.model_dump(mode="json"),
         "out": str(out.resolve()),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "compute": str(compute_dtype(config.compute)),
     }
-    job = Job(model, out, config, where, listen or Silent(), checkpoint, Store(folder, identity), tokenizer)
+    job = Job(model, out, config, where, listen, checkpoint, Store(folder, identity), tokenizer)
     assert walk_check.shapes == job.shapes
     return job
 

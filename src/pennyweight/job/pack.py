@@ -44,7 +44,8 @@ def pack(
 ) -> Path:
     """Write the model folder `out`. `calibration` (rows, tokens) int64 is what GPTQ fits; `files` are JSON files to
     add. Matrices whose slot has no bits stay bfloat16."""
-    listen.begin("pack", total=child.layers, unit="layers")
+    known = sum(store.get(f"pack/{index}") is not None for index in range(child.layers))
+    listen.begin("pack", total=child.layers, done=known, unit="layers")
     if store.get("pack/embed") is None:
         store.put_tensors("pack/embed", _packed(child.embedding(), layout, SlotStats({}), leave=False))
     hidden = None
@@ -60,19 +61,20 @@ def pack(
             store.put_tensors(f"pack/hidden-{index + 1}", {"hidden": hidden})
             store.put_tensors(key, tensors)
             store.drop(f"pack/hidden-{index}")
-        listen.advance(index + 1)
+            listen.advance(index + 1)
     if store.get("pack/head") is None:
         (name,) = child.blocks[Slot("norm")].tensors()
         tensors = {name: child.matrix(Slot("norm")).bfloat16()}
         if child.logits_slot == Slot("head"):
             tensors |= _packed(child.head(), layout, SlotStats({}), leave=False)
         store.put_tensors("pack/head", tensors)
-    listen.end()
     writer = Writer(out)
     for key in ("pack/embed", *(f"pack/{index}" for index in range(child.layers)), "pack/head"):
         for name, tensor in store.tensors(key).items():
             writer.add(name, tensor)
-    return writer.finish(_config(child, layout), like=child.checkpoint.folder, files=files)
+    made = writer.finish(_config(child, layout), like=child.checkpoint.folder, files=files)
+    listen.end()
+    return made
 
 
 def _entering(child: Walk, index: int, store: Store, calibration: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,7 @@ from pennyweight.prices.machine import Machine
 
 def plan(job: Job) -> dict[str, Any]:
     """Check that the budget can be met and say what the job will do. Raises Infeasible before any work."""
-    context = min(
-        job.config.data.context, job.checkpoint.config.get("max_position_embeddings", job.config.data.context)
-    )
+    context = job.row_tokens
     seconds, how = prices(job)
     found = planning.prospect(job.blocks, job.config.axes, job.workload, seconds, scored_tokens=context)
     found.hold_against(job.budget, job.shapes, job.workload)
@@ -59,7 +57,7 @@ def prices(job: Job) -> tuple[Seconds, str]:
     if known is None:
         from pennyweight.prices import measure
 
-        known = asdict(measure.machine())
+        known = asdict(measure.machine(listen=job.listen))
         job.store.put("machine", known)
     machine = Machine(**known)
     if config.prices == "computed":

@@ -41,7 +41,9 @@ class Chosen:
 
 def solve_all(job: Job) -> dict[str, Any]:
     """The asked budget, and every budget of the sweep from the same scores."""
+    job.listen.begin("solve", total=1 + len(job.config.sweep), unit="budgets")
     best = solve(job, job.budget, solutions=job.config.solutions)
+    job.listen.advance(1)
     sweep = []
     for bounds in job.config.sweep:
         name, _, text = bounds.partition("=")
@@ -54,6 +56,8 @@ def solve_all(job: Job) -> dict[str, Any]:
             sweep.append({"budget": {name: text}, **solve(job, changed)[0].to_json()})
         except Infeasible as err:
             sweep.append({"budget": {name: text}, "infeasible": str(err)})
+        job.listen.advance(1 + len(sweep))
+    job.listen.end()
     return {"solutions": [chosen.to_json() for chosen in best], "sweep": sweep}
 
 

@@ -14,7 +14,7 @@ from pennyweight.config import FitConfig
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.heal.schedule import JUDGES
 from pennyweight.live.load import load_model
-from pennyweight.runs.events import Listener
+from pennyweight.runs.events import Listener, waiting
 from pennyweight.runs.store import Store
 
 
@@ -36,12 +36,14 @@ def read(checkpoint: Checkpoint, tokenizer: Any, config: FitConfig, store: Store
         rows, count = _sampled(checkpoint, tokenizer, config, context, store, listen), data.sampled_rows
         held, seen = rows.pick(np.arange(data.held_out_rows)), rows.pick(np.arange(data.held_out_rows, count))
     elif data.text == "builtin":
-        documents = list(texts.stdlib(held_out=False))
-        shuffled = [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
-        seen = texts.rows(shuffled, tokenizer, context, most=_rows_needed(config, context))
-        held = texts.rows(texts.stdlib(held_out=True), tokenizer, context).take(data.held_out_rows)
+        with waiting(listen, "text"):
+            documents = list(texts.stdlib(held_out=False))
+            shuffled = [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
+            seen = texts.rows(shuffled, tokenizer, context, most=_rows_needed(config, context))
+            held = texts.rows(texts.stdlib(held_out=True), tokenizer, context).take(data.held_out_rows)
     else:
-        rows = texts.rows(texts.from_path(Path(data.text)), tokenizer, context)
+        with waiting(listen, "text"):
+            rows = texts.rows(texts.from_path(Path(data.text)), tokenizer, context)
         tenth = np.arange(len(rows.ids)) % 10 == 9
         held, seen = rows.pick(np.flatnonzero(tenth)).take(data.held_out_rows), rows.pick(np.flatnonzero(~tenth))
     vocabulary = checkpoint.config["vocab_size"]

@@ -20,20 +20,22 @@ from pennyweight.live.streamed import Streamed
 from pennyweight.live.walk import Walk
 from pennyweight.model.choices import Choice
 from pennyweight.model.slots import Slot
+from pennyweight.runs.events import waiting
 from pennyweight.variants import reshape_all
 
 
 def verify_child(
     job: Job, layout: Mapping[Slot, Choice], chosen: Mapping[str, Any], healed: Path, candidate: Path
 ) -> dict[str, Any]:
-    job.listen.begin("verify", total=4, unit="checks")
+    """Checks, then what was measured beside them, as data. What goes wrong on the way is raised: only a promise that is
+    not kept is an answer."""
+    whole, listen, rows = job.fits_whole, job.listen, job.text.held_out
+    listen.begin("verify", total=3 + whole + (job.budget.weight_bytes is not None), unit="checks")
     predicted = chosen["solutions"][0]["predicted"]
     checks = verify.check_bytes(candidate, job.budget.weight_bytes, predicted["file_bytes"])
     shapes = reshape_all(job.shapes, layout)
     checks.append(verify.check_shapes(candidate, shapes))
-    job.listen.advance(1)
-    whole = job.fits_whole
-    rows = job.text.held_out
+    listen.advance(len(checks))
     prompts = torch.from_numpy(rows.ids[: min(4, len(rows.ids)), :32])
     if whole:
         made = Walk(Checkpoint(healed))
@@ -53,7 +55,7 @@ def verify_child(
                 same,
             )
         )
-    job.listen.advance(2)
+    listen.advance(len(checks))
 
     def model(folder: Path) -> Any:
         return load_model(folder, dtype=torch.float32) if whole else Streamed(Walk(Checkpoint(folder), dtype=job.dtype))
@@ -62,24 +64,24 @@ def verify_child(
     if whole:
         with torch.no_grad():
             checks.append(verify.check_engine(candidate, prompts[0], child(prompts[:1]).logits[0].float()))
+        listen.advance(len(checks))
+    listen.end()
     batch = 8 if whole else len(rows.ids)
     quality = {
-        "parent": asdict(loss(parent, rows, batch_size=batch)),
-        "child": asdict(loss(child, rows, batch_size=batch)),
-        "agreement": asdict(agree(parent, child, rows, batch_size=batch)),
+        "parent": asdict(loss(parent, rows, batch_size=batch, listen=listen, stage="loss of parent")),
+        "child": asdict(loss(child, rows, batch_size=batch, listen=listen, stage="loss of child")),
+        "agreement": asdict(agree(parent, child, rows, batch_size=batch, listen=listen)),
     }
-    job.listen.advance(3)
     samples = {}
     if whole:
         texts_of = lambda m: [job.tokenizer.decode(row) for row in verify.generate(m, prompts[:, :24], 48)]  # noqa: E731
-        samples = {
-            "prompts": [job.tokenizer.decode(row) for row in prompts[:, :24]],
-            "parent": texts_of(parent),
-            "child": texts_of(child),
-        }
+        with waiting(listen, "samples"):
+            samples = {
+                "prompts": [job.tokenizer.decode(row) for row in prompts[:, :24]],
+                "parent": texts_of(parent),
+                "child": texts_of(child),
+            }
     speed, how = _speed(job, candidate)
-    job.listen.advance(4)
-    job.listen.end()
     return {
         "checks": [check.to_json() for check in checks],
         "whole": whole,
@@ -94,21 +96,27 @@ def _speed(job: Job, candidate: Path) -> tuple[dict[str, Any] | None, str]:
     """Parent and child in the native engine, as `penny run` would run them, and in words how that was measured or why
     it was not."""
     from pennyweight.runtime.bench import bench
-    from pennyweight.runtime.engine import Engine
+    from pennyweight.runtime.engine import Engine, NativeMissing
+    from pennyweight.runtime.lower import NotRun
 
     if job.config.machine != "this":
         return None, "not measured: the prices are another machine's"
     if not job.fits_whole:
         return None, "not measured: the models are too large to be loaded whole here"
+    prompt, new = job.workload.prompt, job.workload.new
+    longest = job.checkpoint.config.get("max_position_embeddings")
+    if longest is not None and prompt + new > longest:
+        return None, f"not measured: a prompt of {prompt} and {new} new tokens; the model takes up to {longest} in all"
     found = {}
+    job.listen.begin("speed", total=2, unit="models")
     try:
         for name, folder in (("parent", job.model), ("child", candidate)):
             engine = Engine(folder, context=job.workload.context)
             found[name] = bench(engine, job.workload).to_json()
-    except (
-        RuntimeError,
-        ValueError,
-    ) as err:  # no native module, or a rotary scaling or context the engine does not run
+            job.listen.advance(len(found))
+    except (NativeMissing, NotRun) as err:
+        job.listen.end("not measured")
         return None, f"not measured: {err}"
+    job.listen.end()
     speed = found["child"]
     return found, f"measured in the native engine, {speed['kernels']} kernels on {speed['threads']} threads"

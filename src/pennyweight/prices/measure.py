@@ -31,7 +31,7 @@ from pennyweight.model.slots import Kind, Slot
 from pennyweight.model.stored import Stored
 from pennyweight.prices.cost import Seconds
 from pennyweight.prices.machine import Machine
-from pennyweight.runs.events import Listener, Silent
+from pennyweight.runs.events import Listener, Silent, waiting
 from pennyweight.runtime.bench import Stepper, prefill_seconds
 from pennyweight.runtime.engine import Engine, native_module, physical_cores
 from pennyweight.sources.random import RandomWeights, tensors
@@ -50,13 +50,14 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pennyweight"
 
 
-def machine(*, again: bool = False) -> Machine:
+def machine(*, again: bool = False, listen: Listener | None = None) -> Machine:
     """This computer, measured once and remembered in `cache_folder()`; `again` measures anew."""
     path = cache_folder() / "machine.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     key = f"{platform.node()}|{processor()}|{torch.get_num_threads()}|{torch.__version__}|{_memory_is_told_by()}"
     if again or key not in kept:
-        kept[key] = dataclasses.asdict(measured_machine())
+        with waiting(listen or Silent(), "measure machine"):
+            kept[key] = dataclasses.asdict(measured_machine())
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(kept, indent=1).encode())
     return Machine(**kept[key])
@@ -165,18 +166,23 @@ class Models:
     def latencies(self, wanted: Iterable[Shape], *, listen: Listener | None = None) -> Latencies:
         """What every distinct shape of `wanted` takes. Raises RuntimeError if a block's time stays negative after three
         tries: the machine is too busy to measure."""
-        listen, wanted = listen or Silent(), list(wanted)
+        wanted = list(wanted)
         blocks = {_timed_as(s, self._workload) for s in wanted if isinstance(s, _Timed)}
         heads = {s.stored for s in wanted if s.makes_logits}
-        listen.begin("measure", total=len(blocks) + len(heads), unit="shapes")
+        known = {what for what in (*blocks, *heads) if self._key(what) in self._known}
+        done, total = len(known), len(blocks) + len(heads)
+        listen = Silent() if listen is None or done == total else listen
+        listen.begin("measure", total=total, done=done, unit="shapes")
         times: dict[Shape, tuple[float, float]] = {}
         rest: dict[Stored, tuple[float, float]] = {}
         for shape in sorted(blocks, key=repr):
             times[shape] = self._once(shape, lambda shape=shape: self._block(shape))
-            listen.advance(len(times))
+            done += shape not in known
+            listen.advance(done)
         for stored in sorted(heads, key=repr):
             rest[stored] = self._once(stored, lambda stored=stored: self._rest(stored))
-            listen.advance(len(times) + len(rest))
+            done += stored not in known
+            listen.advance(done)
         listen.end()
         return Latencies(times, rest)
 
@@ -202,8 +208,11 @@ class Models:
             row[slot] = Noop(hidden_size=self._config["hidden_size"]) if shape is None or slot.kind != kind else shape
         return row
 
+    def _key(self, what: object) -> str:
+        return f"{self._where}|{what}"
+
     def _once(self, what: object, measured: Callable[[], tuple[float, float]]) -> tuple[float, float]:
-        key = f"{self._where}|{what}"
+        key = self._key(what)
         if key not in self._known:
             self._known[key] = measured()
             if self._cache is not None:

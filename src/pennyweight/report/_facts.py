@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +77,20 @@ def _how(report: Mapping[str, Any], bound: str) -> str:
 
 
 def kept(report: Mapping[str, Any]) -> bool:
-    """Whether every bound holds and every check passed."""
-    return all(p.kept for p in promises(report)) and all(check["ok"] for check in report["verified"]["checks"])
+    """Whether every bound holds and no check failed."""
+    return all(p.kept for p in promises(report)) and not any(map(failed, report["verified"]["checks"]))
+
+
+def failed(check: Mapping[str, Any]) -> bool:
+    """Whether a check was made and not passed."""
+    return not check["ok"] and check.get("not_run") is None
+
+
+def tally(checks: Sequence[Mapping[str, Any]]) -> str:
+    """How many of the checks that were made passed, and why others were not made."""
+    reasons = [check["not_run"] for check in checks if check.get("not_run") is not None]
+    said = f"{sum(check['ok'] for check in checks)} of {len(checks) - len(reasons)} passed"
+    return f"{said}, {len(reasons)} not run: {'; '.join(reasons)}" if reasons else said
 
 
 def best(report: Mapping[str, Any]) -> Mapping[str, Any]:

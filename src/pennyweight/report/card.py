@@ -131,7 +131,7 @@ def _history(report: Mapping[str, Any]) -> str:
         steps.append(f"The whole model was distilled against the parent, on {whole}.")
     if not report["local_heal"] and not report["whole_heal"]:
         steps.append("Nothing was trained afterwards.")
-    steps.append(f"The written folder was opened again; {len(report['verified']['checks'])} checks were made.")
+    steps.append(f"The written folder was opened again and checked: {_facts.tally(report['verified']['checks'])}.")
     return "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 
 class Listener(Protocol):
-    """Told about one stage at a time. `done` and `total` count `unit`s; figures are named numbers worth showing."""
+    """Told about one stage at a time. `done` and `total` count `unit`s, those done by an earlier call included; figures
+    are named numbers worth showing, `note` a word on how the stage ended."""
 
     def begin(self, stage: str, *, total: int, done: int = 0, unit: str = "") -> None: ...
 
@@ -26,3 +29,12 @@ class Silent:
 
     def end(self, note: str = "") -> None:
         pass
+
+
+@contextlib.contextmanager
+def waiting(listen: Listener, stage: str) -> Iterator[None]:
+    """A stage that cannot tell how far it is: named while it lasts."""
+    listen.begin(stage, total=1)
+    yield
+    listen.advance(1)
+    listen.end()

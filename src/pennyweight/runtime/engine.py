@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,24 +16,47 @@ from pennyweight.sources.open import open_source
 from pennyweight.sources.source import Source
 
 
+def processors() -> int:
+    """Processors that this process may use, every hyper-thread one."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def physical_cores() -> int:
     """Cores that this process may use, hyper-threads counted once: more threads than that only wait for each other."""
     import psutil
 
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+    return max(1, min(processors(), psutil.cpu_count(logical=False) or processors()))
+
+
+def _threads(wanted: int | None, force: bool) -> int:
+    """None and 0 mean one per core. Raises ValueError below that, and above what there is unless forced."""
+    if not wanted:
+        return physical_cores()
+    if wanted < 0:
+        raise ValueError(f"{wanted} threads; at least 1, or 0 for one per core")
+    if wanted > processors() and not force:
+        raise ValueError(
+            f"{wanted} threads on the {processors()} processors this process may use: they would only wait for each "
+            "other. --force-threads starts them all the same"
+        )
+    return wanted
+
+
+class NativeMissing(RuntimeError):
+    """pennyweight was installed without its native half: nothing is wrong with the model."""
 
 
 def native_module() -> Any:
-    """Raises RuntimeError where pennyweight was installed without its native half."""
+    """Raises NativeMissing where the native module was not built, RuntimeError where it was and cannot be loaded."""
     try:
-        from pennyweight import _native
-    except ImportError as err:
-        raise RuntimeError(
+        return importlib.import_module("pennyweight._native")
+    except ModuleNotFoundError as err:
+        raise NativeMissing(
             "the native module is missing: pennyweight was installed without a C++ compiler. Install one (Debian: "
             "apt install g++) and then pennyweight again"
         ) from err
-    return _native
+    except ImportError as err:
+        raise RuntimeError(f"the native module cannot be loaded: {err}. Install pennyweight again") from err
 
 
 _POOLS: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
@@ -71,21 +95,23 @@ class Engine:
         *,
         context: int | None = None,
         threads: int | None = None,
+        force_threads: bool = False,
         cache: str = "float16",
         kernels: str = "best",
         sparsity: float | None = None,
         mapped: bool = False,
     ) -> None:
-        """`model`: a Hugging Face folder or a GGUF file; `context`: most tokens of a sequence; `cache`: float16, fp8 or
+        """`model`: a Hugging Face folder or a GGUF file; `context`: most tokens of a sequence; `threads`: None
+        for one per core, more than there are processors only with `force_threads`; `cache`: float16, fp8 or
         float32 keys and values; `kernels`: an instruction set of `_native.kernel_names()`; `sparsity`: the share of
         input channels that blocks leave out, instead of what the config says; `mapped`: matrices of a path that lie
-        on disk as the engine reads them stay there. Raises ValueError for what the engine
-        does not run and RuntimeError where the native module was not built."""
-        native = native_module()
+        on disk as the engine reads them stay there. Raises NotRun for what the engine
+        does not run, ValueError for damaged weights, NativeMissing where the native module was not built."""
+        native, count = native_module(), _threads(threads, force_threads)
         source = open_source(Path(model), mapped=mapped) if isinstance(model, str | Path) else model
         self._model = lower(source, context=context, cache=cache, sparsity=sparsity)
         self.notes = tuple(source.notes)  # what users should know about how the weights were read
-        self._native = native.Engine(self._model, shared_threads(threads or physical_cores()), kernels)
+        self._native = native.Engine(self._model, shared_threads(count), kernels)
         self.vocab_size: int = self._model.vocabulary
         self.context: int = self._model.context
         self.max_rows: int = self._native.max_rows

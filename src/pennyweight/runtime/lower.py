@@ -20,6 +20,7 @@ from pennyweight.model.slots import Slot
 from pennyweight.sources.source import Source
 
 CACHES = ("float16", "fp8", "float32")
+_MOST_QUERIES = 128  # that share a key-value head: native/blocks/attention.h
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
 
 
@@ -95,6 +96,11 @@ class _Lowered:
         if isinstance(shape, Dense):
             return _native.Dense, matrices, own
         if isinstance(shape, Attention):
+            if shape.num_heads > _MOST_QUERIES * shape.num_kv_heads:
+                raise NotRun(
+                    f"{self.block.slot}: {shape.num_heads} heads on {shape.num_kv_heads} key-value heads; in the "
+                    f"engine up to {_MOST_QUERIES} share one"
+                )
             own |= {name: self._vector(name) for name in ("q_norm", "k_norm", "sinks")}
             own |= {"heads": shape.num_heads, "kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
             return _native.Attention, matrices, {**own, "window": shape.window or 0, **attention}
@@ -134,7 +140,7 @@ class _Lowered:
                 if (importance := self._vector(f"{which}importance")) is not None:
                     matrix.set_importance(importance)
             made.add(matrix)
-        biases = [self._vector(name.replace("_proj", "_bias")) for name in names]
+        biases = [self._vector(f"{name.removesuffix('_proj')}_bias") for name in names]
         if found := [bias for bias in biases if bias is not None]:
             made.set_bias(np.concatenate(found))
         return made
