@@ -218,7 +218,7 @@ def write_gguf(folder: Path, out: Path, kind: str, ggml: Ggml) -> Path:
     import gguf
 
     sys.path.insert(0, str(_bench.REPOSITORY))
-    from tests.gguf_files import describe, interleaved, short_name
+    from tests.gguf_files import describe, interleaved
 
     from pennyweight.disk.checkpoint import Checkpoint
 
@@ -227,10 +227,11 @@ def write_gguf(folder: Path, out: Path, kind: str, ggml: Ggml) -> Path:
     partial = out.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, config["model_type"], use_temp_file=True)
     describe(writer, folder, config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config["model_type"].upper()], config["num_hidden_layers"])
     for name in checkpoint.entries:
-        weights = checkpoint.read(name).float().numpy()
+        weights, stored = checkpoint.read(name).float().numpy(), names.get_name(name, (".weight", ".bias")) or name
         if weights.ndim == 1:
-            writer.add_tensor(short_name(name), weights)
+            writer.add_tensor(stored, weights)
             continue
         if config["model_type"] == "llama" and (".q_proj." in name or ".k_proj." in name):
             key = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
@@ -239,7 +240,7 @@ def write_gguf(folder: Path, out: Path, kind: str, ggml: Ggml) -> Path:
         weights = np.ascontiguousarray(weights)
         codes = np.empty((rows, ggml.row_size(TYPES[kind], columns)), np.uint8)
         ggml.quantize_chunk(TYPES[kind], weights.ctypes.data, codes.ctypes.data, 0, rows, columns, None)
-        writer.add_tensor(short_name(name), codes, raw_dtype=gguf.GGMLQuantizationType(TYPES[kind]))
+        writer.add_tensor(stored, codes, raw_dtype=gguf.GGMLQuantizationType(TYPES[kind]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -19,24 +19,6 @@ from safetensors.torch import save_file
 
 from pennyweight.disk.checkpoint import Checkpoint
 
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "model.layers": "blk",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-
 
 def quantise(weights: np.ndarray, kind: Type) -> np.ndarray:
     """Rows of bytes (or floats) of a tensor type."""
@@ -101,6 +83,7 @@ def convert(
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer = gguf.GGUFWriter(out / "model.gguf", arch)
     describe(writer, folder, config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
     same: dict[str, torch.Tensor] = {}
     for name in checkpoint.entries:
         weights = checkpoint.read(name).float().numpy()
@@ -114,7 +97,7 @@ def convert(
         if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
             count = heads if ".q_proj." in name else kv_heads
             stored = interleaved(stored, count)
-        writer.add_tensor(short_name(name), np.ascontiguousarray(stored), raw_dtype=chosen)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(stored), raw_dtype=chosen)
     more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -154,13 +137,6 @@ def describe(writer: Any, folder: Path, config: Mapping[str, Any]) -> None:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(True)
-
-
-def short_name(name: str) -> str:
-    """A tensor's name in GGUF files."""
-    for long, other in _NAMES.items():
-        name = name.replace(long + ".", other + ".")
-    return name
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -66,6 +66,29 @@ def test_what_continues_a_text_is_what_the_whole_text_has(pieces, text, new, ste
     assert "".join(streamed(Words(pieces, after=before), after, step)) == whole[len(pieces.decode(before)) :]
 
 
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text("ab ñ🦊漢", max_size=9), max_size=5), cut=st.integers(0, 20), step=st.integers(1, 5))
+def test_special_tokens_take_no_space_away(pieces, texts, cut, step):
+    tokens = [token for text in texts for token in (*pieces.encode(text, add_special_tokens=False), *[1, 2] * 5)]
+    while pieces.decode(tokens[:cut], skip_special_tokens=True).endswith("�"):
+        cut -= 1
+    before, whole = (pieces.decode(part, skip_special_tokens=True) for part in (tokens[:cut], tokens))
+    assert "".join(streamed(Words(pieces, after=tokens[:cut]), tokens[cut:], step)) == whole[len(before) :]
+
+
+@settings(max_examples=100, deadline=None)
+@given(tokens=st.lists(st.integers(0, 299), max_size=30), cut=st.integers(0, 30), step=st.integers(1, 5))
+def test_what_is_not_utf8_comes_as_it_would_whole(tokenizer, tokens, cut, step):
+    before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (tokens[:cut], tokens))
+    assert "".join(streamed(Words(tokenizer, after=tokens[:cut]), tokens[cut:], step)) == whole[len(before) :]
+
+
+def test_a_stray_byte_takes_nothing_back(pieces):
+    """Decoded whole, no byte of the run would be a character."""
+    tokens = pieces.convert_tokens_to_ids(["<0x43>", "<0xA0>", "▁on", "<0xE6>", "<0xBC>"])
+    assert streamed(Words(pieces), tokens) == ["C", "", "� on", "", "", "��"]
+
+
 def test_special_tokens_are_not_text(tokenizer):
     tokens = tokenizer.encode("on<|endoftext|>ward")
     assert tokenizer.convert_tokens_to_ids("<|endoftext|>") in tokens

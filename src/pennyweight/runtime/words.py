@@ -1,4 +1,11 @@
-"""From tokens to text as it is being written: whole characters only, and nothing of a stop string."""
+"""From tokens to text as it is being written: whole characters only, and nothing of a stop string.
+
+Whole characters are ours because of what tokenizers.decoders.DecodeStream (0.23) lacks. It raises, from then on, when a
+byte that belongs to no character follows a character spelt in bytes (<0x43> <0xA0> and then a word); it gives out all
+of a text that is continued if that does not end in a whole character; it keeps what waits when nothing more comes; it
+knows no tokenizers written in Python. Elsewhere the two give the same. DecodeStream with all that caught was as long as
+this: 4.5 us a token instead of 7.6, and 8 to 16 ms for 32,000 tokens before them instead of 0.1.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +28,8 @@ class Words:
         self.stopped = False
         self._known = ""  # of new tokens whose characters are all whole
         # Tokens from the last place but one where all characters were whole; before `_settled` they are in `_known`.
-        # Only from such a place may decoding start: amid the bytes of a character all that follow would be garbage.
+        # Only from such a place, and one with text behind it, may decoding start: amid the bytes of a character all
+        # that follow would be garbage, and after tokens without text the space of the next would be lost.
         self._tokens = self._tail(list(after))
         self._settled = len(self._tokens)
 
@@ -38,7 +46,7 @@ class Words:
         """All text so far."""
         before = self._decode(self._tokens[: self._settled])
         new = self._decode(self._tokens)[len(before) :]
-        if new.endswith("�") or self._settled == len(self._tokens):  # a character is not complete, or nothing is new
+        if not new or new.endswith("�"):  # nothing is new, or a character is not complete
             return self._known + new
         self._known += new
         self._tokens = self._tokens[self._settled :]
@@ -46,9 +54,9 @@ class Words:
         return self._known
 
     def _tail(self, tokens: list[int]) -> list[int]:
-        """The last few tokens, from where decoding makes no broken character, or all."""
+        """The last few tokens, from where decoding makes text and no broken character, or all."""
         count = 8
-        while count < len(tokens) and self._decode(tokens[-count:]).startswith("�"):
+        while count < len(tokens) and self._decode(tokens[-count:])[:1] in ("", "�"):
             count *= 2
         return tokens[-count:]
 

@@ -2,7 +2,8 @@
 
 A row of a quantised tensor is a chain of blocks of 32 or 256 columns. Whatever the type, a block comes down to
 integers, a scale for every 32 columns (16 in Q6_K) and, in the affine types, a minimum: w = scale * code + minimum.
-`unpack` and `rows` both start from there; `unpack` is the definition. The layouts are those of ggml's `ggml-common.h`.
+`rows` starts from there. The `gguf` package knows names, numbers and sizes of the types, and its `dequantize`, which is
+the definition, what a tensor is in float32; the integers and scales that it multiplies it does not give out.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as Type
 
 
 @dataclass(frozen=True)
@@ -24,15 +27,27 @@ class Parts:
 
 @dataclass(frozen=True)
 class Kind:
-    """A tensor type: blocks of so many columns and bytes. Floats have no `split`. `bits` is what the engine keeps a
-    code in; `loss` says what that costs, "" for nothing."""
+    """A tensor type. Floats have no `split`. `bits` is what the engine keeps a code in; `loss` says what that costs, ""
+    for nothing."""
 
-    name: str
-    columns: int
-    nbytes: int
+    type: Type
     split: Callable[[np.ndarray], Parts] | None = None
     bits: int = 16
     loss: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.type.name
+
+    @property
+    def columns(self) -> int:
+        """Of a block."""
+        return GGML_QUANT_SIZES[self.type][0]
+
+    @property
+    def nbytes(self) -> int:
+        """Of a block."""
+        return GGML_QUANT_SIZES[self.type][1]
 
 
 @dataclass(frozen=True)
@@ -44,20 +59,6 @@ class Rows:
     minima: np.ndarray | None
 
     GROUP = 32
-
-
-def unpack(kind: Kind, raw: np.ndarray) -> np.ndarray:
-    """raw (rows, bytes) uint8 -> (rows, columns) float32, exactly what ggml's own reference computes."""
-    if kind.split is None:
-        if kind.name == "BF16":
-            return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-        return raw.view("<f4" if kind.name == "F32" else "<f2").astype(np.float32)
-    parts = kind.split(_blocks(kind, raw))
-    rows, groups = parts.scale.shape
-    out = parts.codes.reshape(rows, groups, -1) * parts.scale[..., None]
-    if parts.minimum is not None:
-        out += parts.minimum[..., None]
-    return out.reshape(rows, -1)
 
 
 def rows(kind: Kind, raw: np.ndarray) -> Rows:
@@ -184,23 +185,19 @@ def _split_q6_k(blocks: np.ndarray) -> Parts:
 _ROUNDED = "scales and minima rounded to float16"
 
 KINDS = {
-    0: Kind("F32", 1, 4),
-    1: Kind("F16", 1, 2),
-    30: Kind("BF16", 1, 2),
-    2: Kind("Q4_0", 32, 18, _split_q4_0, 4),
-    3: Kind("Q4_1", 32, 20, _split_q4_1, 4),
-    6: Kind("Q5_0", 32, 22, _split_q5_0, 8),
-    7: Kind("Q5_1", 32, 24, _split_q5_1, 8),
-    8: Kind("Q8_0", 32, 34, _split_q8_0, 8),
-    12: Kind("Q4_K", 256, 144, _split_q4_k, 4, _ROUNDED),
-    13: Kind("Q5_K", 256, 176, _split_q5_k, 8, _ROUNDED),
-    14: Kind("Q6_K", 256, 210, _split_q6_k, 8, "requantised to 8 bits in groups of 32 columns"),
+    kind.type.value: kind
+    for kind in (
+        Kind(Type.F32),
+        Kind(Type.F16),
+        Kind(Type.BF16),
+        Kind(Type.Q4_0, _split_q4_0, 4),
+        Kind(Type.Q4_1, _split_q4_1, 4),
+        Kind(Type.Q5_0, _split_q5_0, 8),
+        Kind(Type.Q5_1, _split_q5_1, 8),
+        Kind(Type.Q8_0, _split_q8_0, 8),
+        Kind(Type.Q4_K, _split_q4_k, 4, _ROUNDED),
+        Kind(Type.Q5_K, _split_q5_k, 8, _ROUNDED),
+        Kind(Type.Q6_K, _split_q6_k, 8, "requantised to 8 bits in groups of 32 columns"),
+    )
 }
-"""By their number in a file."""
-
-UNREAD = {
-    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
-    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
-    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
-}  # fmt: skip
-"""Types that exist and are not read here, so that an error can name them."""
+"""What is read, by its number in a file."""

@@ -7,12 +7,14 @@ since scales run along columns. And Llama 3's rotary scaling is a tensor of divi
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import MODEL_ARCH, TensorNameMap, dequantize, get_tensor_name_map
 
 from pennyweight import families
 from pennyweight.sources.gguf import ggml
@@ -22,24 +24,6 @@ from pennyweight.sources.source import Vocabulary, rearranged
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _INTERLEAVED = ("llama",)  # architectures whose q_proj and k_proj have rotary pairs as neighbours
 _DIVISORS = "rope_freqs.weight"
-_PARTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_WHOLE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
 _CHUNK_WEIGHTS = 2**22  # converted at once, to bound what is held in between
 _MOST_POSITIONS = 2**24  # of a context; rotary tables of a damaged file would not fit memory
 
@@ -56,11 +40,12 @@ class GgufSource:
         self._converted: Counter[ggml.Kind] = Counter()
         self._said = _warnings(self._file, self.config)
         self._tensors: dict[str, Tensor] = {}
+        names = get_tensor_name_map(MODEL_ARCH[self.config["model_type"].upper()], n_blocks=1)
         left = dict(self._file.tensors)
         divisors = left.pop(_DIVISORS, None)
         for block in self.blocks.values():
             for name, weight in block.tensors().items():
-                stored = _stored_name(name)
+                stored = _stored_name(names, name)
                 tensor = left.pop(stored, None)
                 if tensor is None or tensor.shape != weight.shape:
                     came = "is missing" if tensor is None else f"has shape {tensor.shape}"
@@ -132,7 +117,7 @@ class GgufSource:
             yield first, self._file.read(tensor, first, min(step, count - first))
 
     def _floats(self, tensor: Tensor, first: int, raw: np.ndarray) -> np.ndarray:
-        values = ggml.unpack(tensor.kind, raw)
+        values = dequantize(raw, tensor.kind.type)
         if not np.isfinite(values).all():
             raise self._damage(tensor, first, "NaN or infinite values")
         return values
@@ -166,12 +151,13 @@ class GgufSource:
         return np.arange(heads * config["head_dim"]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _stored_name(name: str) -> str:
-    """model.layers.3.self_attn.q_proj.bias -> blk.3.attn_q.bias"""
-    if name in _WHOLE:
-        return _WHOLE[name]
-    _, _, layer, *part, kind = name.split(".")
-    return f"blk.{layer}.{_PARTS['.'.join(part)]}.{kind}"
+def _stored_name(names: TensorNameMap, name: str) -> str:
+    """model.layers.3.self_attn.q_proj.bias -> blk.3.attn_q.bias, from a map of one layer: a map of all has 270 entries
+    for each, and how many there are is the file's word."""
+    layer = "".join(re.findall(r"^model\.layers\.(\d+)\.", name))
+    stored = names.get_name(name.replace(f"layers.{layer}.", "layers.0.", 1), try_suffixes=(".weight", ".bias"))
+    assert stored is not None, f"{name} has no name in such files"
+    return stored.replace("blk.0.", f"blk.{layer}.", 1)
 
 
 def config_of(file: File) -> dict[str, Any]:

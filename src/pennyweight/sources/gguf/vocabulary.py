@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from gguf import TokenType
+
 from pennyweight.sources.gguf.file import File
 from pennyweight.sources.source import Vocabulary
-
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 # GPT-4's rule as Llama 3 and Qwen2 have it: they differ in how many digits stay together.
 _WORDS = (
@@ -43,12 +43,12 @@ def vocabulary(file: File, size: int) -> tuple[Vocabulary, list[str]]:
 
     model = file.get("tokenizer.ggml.model", str)
     tokens = file.get("tokenizer.ggml.tokens", list)
-    types = file.get("tokenizer.ggml.token_type", list, [_NORMAL] * len(tokens))
+    types = file.get("tokenizer.ggml.token_type", list, [TokenType.NORMAL] * len(tokens))
     if not len(tokens) == len(types) <= size or not all(isinstance(token, str) for token in tokens):
         raise ValueError(
             f"{file.path}: {len(tokens)} tokens, {len(types)} types and {size} rows of the embedding do not go together"
         )
-    numbered = {token: i for i, token in enumerate(tokens) if types[i] != _UNUSED}
+    numbered = {token: i for i, token in enumerate(tokens) if types[i] != TokenType.UNUSED}
     roles = {role: _role(file, tokens, numbered, role) for role in ("bos", "eos", "unknown", "padding", "eot", "eom")}
     notes: list[str] = []
     if model == "gpt2":
@@ -57,7 +57,7 @@ def vocabulary(file: File, size: int) -> tuple[Vocabulary, list[str]]:
         made = _sentencepiece(file, numbered, types, roles["unknown"])
     else:
         raise ValueError(f"{file.path}: tokenizer {model!r} is not built; supported are gpt2 and llama")
-    for kind, special in ((_UNKNOWN, True), (_CONTROL, True), (_USER_DEFINED, False)):
+    for kind, special in ((TokenType.UNKNOWN, True), (TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
         found = [token for token, i in numbered.items() if types[i] == kind]
         made.add_tokens([AddedToken(token, normalized=False, special=special) for token in found])
     begins = file.get("tokenizer.ggml.add_bos_token", bool, _begins(file, model))
@@ -71,7 +71,7 @@ def vocabulary(file: File, size: int) -> tuple[Vocabulary, list[str]]:
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = file.get("tokenizer.chat_template", str, "") or None
-    usual = {i for token, i in numbered.items() if token in _ENDS and types[i] == _CONTROL}
+    usual = {i for token, i in numbered.items() if token in _ENDS and types[i] == TokenType.CONTROL}
     named = {numbered[token] for role in ("eos", "eot", "eom") if (token := roles[role]) is not None}
     begin = roles["bos"] if begins else None
     return Vocabulary(tokenizer, None if begin is None else numbered[begin], frozenset(usual | named)), notes
@@ -125,7 +125,7 @@ def _sentencepiece(file: File, numbered: dict[str, int], types: list[int], unkno
         raise ValueError(f"{file.path}: {len(scores)} scores for {len(types)} tokens; the file is damaged")
     found: list[tuple[float, int, int, tuple[str, str]]] = []
     for token, i in numbered.items():
-        if types[i] == _NORMAL:
+        if types[i] == TokenType.NORMAL:
             for cut in range(1, len(token)):
                 left, right = token[:cut], token[cut:]
                 if left in numbered and right in numbered:
@@ -136,7 +136,7 @@ def _sentencepiece(file: File, numbered: dict[str, int], types: list[int], unkno
             merges=[merge for *_, merge in sorted(found)],
             unk_token=unknown,
             fuse_unk=True,
-            byte_fallback=any(kind == _BYTE for kind in types),
+            byte_fallback=any(kind == TokenType.BYTE for kind in types),
         )
     )
     prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
