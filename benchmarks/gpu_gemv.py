@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 import _bench
-from pennyweight.formats import zigzag
-from pennyweight.formats._grid import Grid
+from pennyweight.formats import Grid, zigzag
 from pennyweight.formats.zigzag import Spec
 from pennyweight.kernels.zigzag import reference, triton, wgsl
 

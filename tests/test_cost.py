@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pennyweight import families, kinds
+from pennyweight.formats import packed_int
 from pennyweight.model.blocks import Block
 from pennyweight.model.demand import Budget, Workload
 from pennyweight.model.shapes import Attention, Dense, Embedding, GatedMLP, Head, MoE, Noop, Norm, Shape, parameters
 from pennyweight.model.slots import Slot
-from pennyweight.model.stored import Stored
+from pennyweight.model.stored import BFLOAT16
 from pennyweight.prices import offers, planning
 from pennyweight.prices.cost import (
     Cost,
@@ -239,7 +240,7 @@ def test_the_logits_are_charged_to_the_slot_that_holds_their_matrix():
     apart = (Embedding(vocab_size=257, hidden_size=63), Head(vocab_size=257, hidden_size=63))
     assert [computed(READER)(shape, Workload()) for shape in tied] == [matrix, (0, 0)]
     assert [computed(READER)(shape, Workload()) for shape in apart] == [(0, 0), matrix]
-    packed = dataclasses.replace(tied[0], stored=Stored(bits=8, group=21))
+    packed = dataclasses.replace(tied[0], stored=packed_int.Spec(8, 21))
     assert computed(READER)(packed, Workload())[1] < 0.6 * matrix[1]
     for free in (Norm(hidden_size=63), Noop(hidden_size=63)):
         assert computed(READER)(free, Workload()) == (0.0, 0.0)
@@ -260,7 +261,7 @@ workloads = st.builds(Workload, prompt=st.integers(1, 5000), new=st.integers(1, 
     workloads,
     st.integers(1, 4000),
     st.integers(0, 4000),
-    st.sampled_from([Stored(), Stored(8, 1), Stored(4, 1)]),
+    st.sampled_from([BFLOAT16, packed_int.Spec(8, 1), packed_int.Spec(4, 1)]),
 )
 def test_more_bytes_never_take_less_time(machine, workload, narrow, more, stored):
     pairs = [
@@ -279,7 +280,7 @@ def test_more_bytes_never_take_less_time(machine, workload, narrow, more, stored
 def test_fewer_bits_never_take_more_time(machine, workload, width):
     made = [
         GatedMLP(hidden_size=256, intermediate_size=64 * width, stored=stored)
-        for stored in (Stored(4, 64), Stored(8, 64), Stored())
+        for stored in (packed_int.Spec(4, 64), packed_int.Spec(8, 64), BFLOAT16)
     ]
     costs = [dataclasses.astuple(price(shape, workload, computed(machine))) for shape in made]
     assert all(a <= b <= c for a, b, c in zip(*costs, strict=True))

@@ -13,7 +13,6 @@ import torch
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.formats import packed_int
 from pennyweight.live.load import load_model
-from pennyweight.model.stored import Stored
 from pennyweight.quantize import rtn
 from tests.conftest import FAMILIES
 from tests.test_heterogeneous import LAYOUT, build
@@ -93,7 +92,7 @@ def test_greedy_tokens_of_the_shipped_model_are_those_of_transformers():
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [32, 64])
 def test_packed_models_equal_the_dequantised_one(pico, tmp_path, bits, group):
-    folder = quantised(pico("qwen3"), tmp_path / "packed", Stored(bits, group))
+    folder = quantised(pico("qwen3"), tmp_path / "packed", packed_int.Spec(bits, group))
     expected, engine = wanted(folder), Engine(folder, threads=2, force_threads=True, cache="float32")
     assert engine.weight_bytes < 0.75 * Checkpoint(pico("qwen3")).weight_bytes
     assert relative(engine.logits(IDS), expected) < 0.03  # 64 wide: 8-bit activations of blocks of 32
@@ -135,7 +134,7 @@ def test_weights_left_in_their_file_compute_the_same(folder, child):
 
 
 def test_packed_weights_cannot_stay_in_their_file_and_that_is_said(pico, tmp_path):
-    folder = quantised(pico("llama"), tmp_path / "child", Stored(4, 32))
+    folder = quantised(pico("llama"), tmp_path / "child", packed_int.Spec(4, 32))
     mapped, copied = Engine(folder, threads=1, mapped=True), Engine(folder, threads=1)
     assert "matrices were rearranged" in mapped.notes[0]
     assert not copied.notes
@@ -315,7 +314,7 @@ def test_what_the_engine_would_compute_differently_is_refused(pico, tmp_path, ch
 def test_float16_scales_are_run_as_they_are(pico, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    folder = quantised(pico("llama"), tmp_path / "child", Stored(4, 32))
+    folder = quantised(pico("llama"), tmp_path / "child", packed_int.Spec(4, 32))
     tensors = load_file(folder / "model.safetensors")
     for name in tensors:
         if name.endswith("_scale"):
@@ -393,8 +392,7 @@ def zigzag_model(pico, tmp_path_factory):
     """A folder whose layers hold exactly what zigzag packs, and how to lower it so that the engine runs zigzag."""
     from safetensors.torch import load_file, save_file
 
-    from pennyweight.formats import zigzag
-    from pennyweight.formats._grid import Grid
+    from pennyweight.formats import Grid, zigzag
 
     folder = tmp_path_factory.mktemp("zigzag") / "model"
     shutil.copytree(pico("qwen3"), folder)

@@ -12,8 +12,8 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize as libr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pennyweight.formats import _matrix, packed_int
-from pennyweight.formats._grid import Grid
+from pennyweight import formats
+from pennyweight.formats import Grid, packed_int
 from pennyweight.formats.packed_int import Spec
 
 STORY = settings(deadline=None, derandomize=True, max_examples=60)
@@ -31,7 +31,7 @@ def matrices(draw) -> tuple[torch.Tensor, torch.Tensor, Spec]:
 
 def random_matrix(rows: int, columns: int, spec: Spec, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Spec]:
     generator = torch.Generator().manual_seed(seed)
-    low, high = packed_int.limits(spec.bits)
+    low, high = spec.limits
     codes = torch.randint(low, high + 1, (rows, columns), generator=generator).to(torch.int8)
     codes.view(-1)[0], codes.view(-1)[-1] = low, high
     scale = torch.randn(rows, columns // spec.group, generator=generator).exp().bfloat16()
@@ -84,7 +84,7 @@ def test_the_values_are_those_of_compressed_tensors(matrix):
 def test_bytes_are_counted_to_the_byte_and_the_spec_is_read_off_the_shapes(matrix):
     codes, scale, spec = matrix
     parts = packed_int.pack(codes, Grid(scale), spec)
-    assert packed_int.nbytes(*codes.shape, spec) == sum(part.numel() * part.element_size() for part in parts.values())
+    assert spec.nbytes(*codes.shape) == sum(part.numel() * part.element_size() for part in parts.values())
     assert packed_int.spec_of(parts) == spec
 
 
@@ -102,7 +102,7 @@ def test_slicing_rows_is_slicing_the_matrix(matrix, rows):
 
 @pytest.mark.parametrize("bits", packed_int.BITS)
 def test_every_code_at_every_place_of_a_word(bits):
-    low, high = packed_int.limits(bits)
+    low, high = packed_int.Spec(bits, 1).limits
     codes = torch.arange(low, high + 1).repeat(9)[None, :].to(torch.int8)  # every code meets every lane
     codes = torch.cat([codes.roll(shift, dims=1) for shift in range(8)])
     spec = Spec(bits, codes.shape[1])
@@ -149,16 +149,16 @@ def test_parts_that_we_do_not_read_are_refused_by_name(part):
     """Weights without them would be others, and nobody would notice."""
     codes, scale, spec = random_matrix(5, 64, Spec(4, 32))
     tensors = {f"w.{name}": tensor for name, tensor in packed_int.pack(codes, Grid(scale), spec).items()}
-    assert _matrix.parts("w.weight", tensors, tensors.__getitem__)
+    assert formats.read("w.weight", tensors, tensors.__getitem__)
     with pytest.raises(ValueError, match=f"w.weight_{part}"):
-        _matrix.parts("w.weight", {**tensors, f"w.weight_{part}": scale}, tensors.__getitem__)
+        formats.read("w.weight", {**tensors, f"w.weight_{part}": scale}, tensors.__getitem__)
 
 
 @pytest.mark.parametrize(("bits", "code"), [(4, 8), (4, -9), (8, 128), (8, -129)])
 def test_a_code_out_of_range_is_refused_with_the_range(bits, code):
     codes = torch.zeros(3, 63, dtype=torch.int32)
     codes[2, 62] = code
-    low, high = packed_int.limits(bits)
+    low, high = packed_int.Spec(bits, 1).limits
     with pytest.raises(ValueError) as err:
         packed_int.pack(codes, Grid(torch.ones(3, 7)), Spec(bits, 9))
     assert str(err.value) == f"codes span {min(code, 0)}..{max(code, 0)}; {bits} bits hold {low}..{high}"

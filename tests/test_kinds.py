@@ -6,17 +6,22 @@ import dataclasses
 import importlib
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
-from pennyweight import families, kinds, variants
+from pennyweight import families, formats, kinds, variants
 from pennyweight.formats import packed_int
 from pennyweight.judge import stats
 from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
+from pennyweight.model.stored import Stored
+from pennyweight.quantize import rtn
 from tests.gpt_oss import PARENT
 
 ROOMS = ("families", "formats", "quantize", "search", "variants")
+
+SIZES = {"U8": 1, "BF16": 2, "I32": 4, "F32": 4, "I64": 8}
 
 
 def things(*rooms: str) -> list[tuple[str, str]]:
@@ -120,15 +125,47 @@ def test_a_quantiser_prepares_once_and_quantises_with_that(name):
     assert (grid.scale.dtype, grid.scale.shape) == (torch.bfloat16, (1, 7))
 
 
-@pytest.mark.parametrize("name", kinds.names("formats"))
-def test_a_format_packs_unpacks_slices_and_counts(name):
-    storage = kinds.load("formats", name)
-    assert dataclasses.is_dataclass(storage.Spec)
-    needed = inspect.signature(storage.pack).parameters.values()
-    assert [p.name for p in needed if p.default is p.empty] == ["codes", "grid", "spec"]
-    assert parameters_of(storage.unpack) == ["parts"]
-    assert parameters_of(storage.slice_rows) == ["parts", "rows"]
-    assert parameters_of(storage.nbytes) == ["rows", "columns", "spec"]
+def kept(name: str) -> list[Stored]:
+    """Ways to keep a matrix that a format has."""
+    module = kinds.load("formats", name)
+    return [module.Spec(bits, 32) for bits in getattr(module, "BITS", ())] or [module.Spec()]
+
+
+@pytest.mark.parametrize("stored", [spec for name in kinds.names("formats") for spec in kept(name)], ids=str)
+def test_a_format_keeps_a_matrix_as_it_says(stored):
+    module = formats.of(stored)
+    assert stored.format == module.__name__.rpartition(".")[2]
+    weight = torch.randn(300, 96, generator=torch.Generator().manual_seed(0))
+    parts = module.encode(weight, stored, lambda w, spec: rtn.quantize(w, None, spec), torch.ones(96))
+    assert module.MARK in parts
+    assert set(parts) <= set(module.PARTS)
+    said = {name: (tuple(part.shape), part.element_size()) for name, part in parts.items()}
+    assert said == {name: (shape, SIZES[dtype]) for name, (dtype, shape) in stored.tensors(300, 96).items()}
+    assert sum(part.numel() * part.element_size() for part in parts.values()) == stored.nbytes(300, 96)
+    tensors = {formats.on_disk("x.weight", suffix): part for suffix, part in parts.items()}
+    assert formats.found("x.weight", tensors) is module is formats.of_parts(parts)
+    assert formats.stored_of(formats.read("x.weight", tensors, tensors.__getitem__)) == stored
+    matrix = formats.unpack(parts)
+    assert module.shape_of(parts) == matrix.shape == (300, 96)
+    assert (matrix - weight).norm() < 0.5 ** (min(stored.bits, 8) - 1) * weight.norm()
+    assert torch.equal(formats.unpack(module.slice_rows(parts, 257)), matrix[:257])
+    assert torch.equal(formats.unpack(module.slice_columns(parts, 64)), matrix[:, :64])
+    if module.CONFIG_FORMAT is not None:
+        assert module.config_group(stored, ["x"])["targets"] == ["x"]
+
+
+@pytest.mark.parametrize("stored", [spec for name in kinds.names("formats") for spec in kept(name)], ids=str)
+def test_the_engine_multiplies_by_what_a_format_keeps(stored):
+    native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
+    module = formats.of(stored)
+    parts = module.random(300, 96, stored, torch.Generator().manual_seed(0), 2**12)
+    linear = native.Linear()
+    linear.add(formats.native("x", parts))
+    x = torch.randn(2, 96, generator=torch.Generator().manual_seed(1)).numpy()
+    y = np.empty((2, 300), np.float32)
+    native.Product(linear, 1).run(x, y)
+    expected = x @ formats.unpack(parts).float().numpy().T
+    assert np.linalg.norm(y - expected) < 0.02 * np.linalg.norm(expected)  # activations go to 8 bits
 
 
 @pytest.mark.parametrize("name", kinds.names("search"))

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from pennyweight import families
+from pennyweight.formats import packed_int, zigzag
 from pennyweight.model.demand import Workload
 from pennyweight.model.shapes import Attention, GatedMLP, Noop, Sparsity
 from pennyweight.model.slots import Slot
-from pennyweight.model.stored import BFLOAT16, Stored
+from pennyweight.model.stored import BFLOAT16
 from pennyweight.prices import measure
 from pennyweight.prices.machine import Machine
 from pennyweight.runs.events import Silent
@@ -86,7 +87,7 @@ def test_a_block_is_the_slope_and_the_rest_what_a_model_without_blocks_takes(mon
 def test_prices_look_shapes_up_and_charge_the_rest_to_the_matrix_of_the_logits(monkeypatch, tied):
     Clock(monkeypatch)
     shapes = families.shapes({**CONFIG, "tie_word_embeddings": tied})
-    packed = dataclasses.replace(shapes[Slot("embed" if tied else "head")], stored=Stored(8, 64))
+    packed = dataclasses.replace(shapes[Slot("embed" if tied else "head")], stored=packed_int.Spec(8, 64))
     seconds = measure.Models(CONFIG, shapes, LOAD).latencies([FFN, ATTENTION, packed, *shapes.values()]).seconds()
     assert seconds(FFN, LOAD) == (pytest.approx(3), pytest.approx(0.25))
     assert seconds(Noop(hidden_size=64), LOAD) == (0, 0)
@@ -99,10 +100,10 @@ def test_shapes_that_run_the_same_code_are_measured_once(monkeypatch):
     clock = Clock(monkeypatch)
     narrow, wide = (dataclasses.replace(ATTENTION, window=window) for window in (16, 64))
     sparse, weighted = (
-        dataclasses.replace(FFN, stored=Stored(4, 64, down=True), sparsity=Sparsity(0.5, 0.25, weighted=weighted))
+        dataclasses.replace(FFN, stored=zigzag.Spec(64), sparsity=Sparsity(0.5, 0.25, weighted=weighted))
         for weighted in (False, True)
     )
-    packed = dataclasses.replace(FFN, stored=Stored(4, 64))
+    packed = dataclasses.replace(FFN, stored=packed_int.Spec(4, 64))
     wanted = [ATTENTION, narrow, wide, FFN, packed, sparse, weighted]
     seconds = measure.Models(CONFIG, SHAPES, LOAD).latencies(wanted).seconds()
     assert set(clock.engines) == {ATTENTION, narrow, FFN, packed, sparse}  # a window of the whole context is none
@@ -183,7 +184,7 @@ def test_stacks_hold_copies_of_one_block_alone(shape):
 SPARSE = Sparsity(0.5, 0.25)
 
 
-@pytest.mark.parametrize("stored", [BFLOAT16, Stored(8, 64), Stored(4, 32), Stored(4, 64, down=True)], ids=str)
+@pytest.mark.parametrize("stored", [BFLOAT16, packed_int.Spec(8, 64), packed_int.Spec(4, 32), zigzag.Spec(64)], ids=str)
 def test_random_models_of_any_shape_run_in_the_engine(stored):
     sparsity = SPARSE if stored.down else None
     for shape in (ATTENTION, FFN):
@@ -197,14 +198,14 @@ def test_random_models_of_any_shape_run_in_the_engine(stored):
 
 
 def test_the_rest_is_measured_for_every_way_to_store_the_logits():
-    packed = dataclasses.replace(HEAD, stored=Stored(8, 64))
+    packed = dataclasses.replace(HEAD, stored=packed_int.Spec(8, 64))
     found = measure.Models(CONFIG, SHAPES, LOAD).latencies([HEAD, packed])
-    assert set(found.rest) == {BFLOAT16, Stored(8, 64)}
+    assert set(found.rest) == {BFLOAT16, packed_int.Spec(8, 64)}
     assert min(min(times) for times in found.rest.values()) > 0
 
 
 def test_random_models_leave_out_exactly_the_share_of_their_shape():
-    shape = dataclasses.replace(FFN, intermediate_size=256, stored=Stored(4, 64, down=True), sparsity=SPARSE)
+    shape = dataclasses.replace(FFN, intermediate_size=256, stored=zigzag.Spec(64), sparsity=SPARSE)
     engine = MODELS.engine(MODELS.stack(shape, 2, BFLOAT16))
     Stepper(engine, LOAD).step()
     assert engine.kept_share == pytest.approx((0.5 * 64 + 0.75 * 256) / (64 + 256))  # one list for gate and up

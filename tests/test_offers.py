@@ -11,14 +11,13 @@ from safetensors.torch import save_file
 
 from pennyweight import families, variants
 from pennyweight.disk.checkpoint import safetensors_bytes
-from pennyweight.formats import packed_int
-from pennyweight.formats._grid import Grid
+from pennyweight.formats import Grid, packed_int
 from pennyweight.model.blocks import Block
 from pennyweight.model.choices import PARENT, Choice
 from pennyweight.model.demand import Budget, Workload
 from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, Norm, Shape
 from pennyweight.model.slots import Slot
-from pennyweight.model.stored import BFLOAT16, Stored
+from pennyweight.model.stored import BFLOAT16
 from pennyweight.prices import offers
 from pennyweight.prices.cost import computed, price
 from pennyweight.prices.machine import Machine
@@ -196,7 +195,9 @@ def written(block: Block) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("stored", [BFLOAT16, Stored(8, 128), Stored(4, 128), Stored(4, 32)], ids=str)
+@pytest.mark.parametrize(
+    "stored", [BFLOAT16, packed_int.Spec(8, 128), packed_int.Spec(4, 128), packed_int.Spec(4, 32)], ids=str
+)
 @pytest.mark.parametrize(
     ("slot", "shape"),
     [

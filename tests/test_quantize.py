@@ -7,9 +7,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from pennyweight import kinds
-from pennyweight.formats import _matrix, packed_int
-from pennyweight.formats._grid import Grid
+from pennyweight import formats, kinds
+from pennyweight.formats import Grid, packed_int, zigzag
 from pennyweight.model.stored import Stored
 from pennyweight.quantize import _grids, gptq, rtn
 
@@ -84,10 +83,10 @@ def plain_scales(weight: torch.Tensor, spec: Stored) -> torch.Tensor:
 @pytest.mark.parametrize("bits", packed_int.BITS)
 @pytest.mark.parametrize(("rows", "columns", "group"), SIZES)
 def test_codes_keep_to_their_range_and_stay_near_the_weights(quantiser, bits, rows, columns, group):
-    weight, spec = weights(rows, columns), Stored(bits, group)
+    weight, spec = weights(rows, columns), packed_int.Spec(bits, group)
     codes, grid = quantiser.quantize(weight, quantiser.prepare(moment_of(inputs(columns))), spec)
     scale = grid.scale
-    low, high = packed_int.limits(bits)
+    low, high = packed_int.Spec(bits, 1).limits
     assert (codes.dtype, codes.shape, scale.dtype) == (torch.int8, weight.shape, torch.bfloat16)
     assert scale.shape == (rows, columns // group)
     assert low <= int(codes.min())
@@ -102,10 +101,10 @@ def test_codes_keep_to_their_range_and_stay_near_the_weights(quantiser, bits, ro
 @every_quantiser
 @pytest.mark.parametrize("bits", packed_int.BITS)
 def test_weights_that_are_codes_times_scale_are_found_exactly(quantiser, bits):
-    _, high = packed_int.limits(bits)
+    _, high = packed_int.Spec(bits, 1).limits
     codes = torch.randint(-high, high + 1, (63, 256), generator=torch.Generator().manual_seed(3)).float()
     codes[:, ::64] = {4: high, 8: high + 0.5}[bits]  # a range that is tried first, with a scale of one
-    found, grid = quantiser.quantize(codes, quantiser.prepare(torch.eye(256)), Stored(bits, 64))
+    found, grid = quantiser.quantize(codes, quantiser.prepare(torch.eye(256)), packed_int.Spec(bits, 64))
     scale = grid.scale
     assert torch.equal(scale, torch.ones(63, 4).bfloat16())
     codes[:, ::64] = high
@@ -114,7 +113,7 @@ def test_weights_that_are_codes_times_scale_are_found_exactly(quantiser, bits):
 
 @every_quantiser
 def test_zeros_stay_zero(quantiser):
-    spec, x = Stored(4, 21), inputs(63)
+    spec, x = packed_int.Spec(4, 21), inputs(63)
     weight = weights(7, 63)
     weight[3] = 0  # a row, and a whole group of another
     weight[5, 21:42] = 0
@@ -130,14 +129,14 @@ def test_zeros_stay_zero(quantiser):
 def test_constant_inputs_are_no_obstacle(quantiser, value):
     """All inputs zero: no column matters. All equal: only the sum over columns does."""
     weight, x = weights(5, 63), torch.full((257, 63), value)
-    made = quantised(quantiser, weight, moment_of(x), Stored(4, 63))
+    made = quantised(quantiser, weight, moment_of(x), packed_int.Spec(4, 63))
     assert torch.isfinite(made).all()
     assert (made - weight).norm() < 0.5 * weight.norm()
 
 
 @every_quantiser
 def test_inputs_that_are_always_zero_are_left_out_of_it(quantiser):
-    x, weight, spec = inputs(63), weights(7, 63), Stored(4, 9)
+    x, weight, spec = inputs(63), weights(7, 63), packed_int.Spec(4, 9)
     dead = torch.arange(63) % 4 == 1
     x[:, dead] = 0
     codes, grid = quantiser.quantize(weight, quantiser.prepare(moment_of(x)), spec)
@@ -145,8 +144,8 @@ def test_inputs_that_are_always_zero_are_left_out_of_it(quantiser):
     nearest = _grids.codes(weight, Grid(scale), spec)
     assert torch.equal(codes[:, dead], nearest[:, dead])
     other = torch.where(dead, 0.01, weight)  # what multiplies a zero cannot matter to the rest
-    others = quantiser.quantize(other, quantiser.prepare(moment_of(x)), Stored(4, 1))[0]
-    same = quantiser.quantize(weight, quantiser.prepare(moment_of(x)), Stored(4, 1))[0]
+    others = quantiser.quantize(other, quantiser.prepare(moment_of(x)), packed_int.Spec(4, 1))[0]
+    same = quantiser.quantize(weight, quantiser.prepare(moment_of(x)), packed_int.Spec(4, 1))[0]
     assert torch.equal(others[:, ~dead], same[:, ~dead])
 
 
@@ -166,7 +165,7 @@ def test_neither_weights_nor_moments_are_changed(quantiser):
     weight, moment = weights(7, 63), moment_of(inputs(63))
     moment[:, 5] = moment[5, :] = 0
     before = weight.clone(), moment.clone()
-    quantised(quantiser, weight, moment, Stored(4, 9))
+    quantised(quantiser, weight, moment, packed_int.Spec(4, 9))
     assert torch.equal(weight, before[0])
     assert torch.equal(moment, before[1])
 
@@ -175,20 +174,21 @@ def test_neither_weights_nor_moments_are_changed(quantiser):
 @pytest.mark.parametrize("group", [2, 64, 128])
 def test_columns_must_be_a_multiple_of_the_group(quantiser, group):
     with pytest.raises(ValueError, match=f"63 columns are not a multiple of the group {group}"):
-        quantised(quantiser, weights(5, 63), moment_of(inputs(63)), Stored(4, group))
+        quantised(quantiser, weights(5, 63), moment_of(inputs(63)), packed_int.Spec(4, group))
 
 
 @every_quantiser
 def test_bfloat16_weights_give_what_their_values_give(quantiser):
     weight, moment = weights(7, 63).bfloat16(), moment_of(inputs(63))
     assert torch.equal(
-        quantised(quantiser, weight, moment, Stored(4, 9)), quantised(quantiser, weight.float(), moment, Stored(4, 9))
+        quantised(quantiser, weight, moment, packed_int.Spec(4, 9)),
+        quantised(quantiser, weight.float(), moment, packed_int.Spec(4, 9)),
     )
 
 
 @every_quantiser
 def test_large_matrices_are_worked_on_in_blocks_of_rows(quantiser, monkeypatch):
-    weight, moment, spec = weights(63, 257), moment_of(inputs(257)), Stored(4, 257)
+    weight, moment, spec = weights(63, 257), moment_of(inputs(257)), packed_int.Spec(4, 257)
     whole = quantised(quantiser, weight, moment, spec)
     for values in (1, 1000):
         monkeypatch.setattr(packed_int, "BLOCK_VALUES", values)
@@ -201,7 +201,7 @@ def test_large_matrices_are_worked_on_in_blocks_of_rows(quantiser, monkeypatch):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("rows", "columns", "group"), [(1, 63, 21), (63, 257, 257), (32, 384, 128)])
 def test_gptq_changes_the_outputs_less_than_rounding_does(seed, rows, columns, group):
-    weight, x, spec = weights(rows, columns, seed), inputs(columns, seed), Stored(4, group)
+    weight, x, spec = weights(rows, columns, seed), inputs(columns, seed), packed_int.Spec(4, group)
     errors = {
         quantiser.__name__: output_error(weight, quantised(quantiser, weight, moment_of(x), spec), x)
         for quantiser in (gptq, rtn)
@@ -212,7 +212,7 @@ def test_gptq_changes_the_outputs_less_than_rounding_does(seed, rows, columns, g
 def gptq_reference(weight: torch.Tensor, moment: torch.Tensor, scale: torch.Tensor, spec: Stored) -> torch.Tensor:
     """GPTQ as it is derived, in float64: quantise a column, spread its error by the inverse Hessian, strike the
     column out of the inverse, go on."""
-    low, high = packed_int.limits(spec.bits)
+    low, high = spec.limits
     hessian = moment.double().clone()
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True).tolist()
@@ -232,7 +232,7 @@ def gptq_reference(weight: torch.Tensor, moment: torch.Tensor, scale: torch.Tens
 @pytest.mark.parametrize("bits", packed_int.BITS)
 @pytest.mark.parametrize(("rows", "columns", "group"), [(7, 63, 9), (3, 257, 257), (5, 320, 64)])
 def test_gptq_in_blocks_is_gptq_column_by_column(bits, rows, columns, group):
-    weight, moment, spec = weights(rows, columns), moment_of(inputs(columns)), Stored(bits, group)
+    weight, moment, spec = weights(rows, columns), moment_of(inputs(columns)), packed_int.Spec(bits, group)
     codes, grid = gptq.quantize(weight, gptq.prepare(moment), spec)
     scale = grid.scale
     expected = gptq_reference(weight, moment, scale, spec)
@@ -244,7 +244,7 @@ def test_gptq_in_blocks_is_gptq_column_by_column(bits, rows, columns, group):
 
 
 def test_with_inputs_that_have_nothing_to_do_with_each_other_gptq_is_rounding():
-    weight, spec = weights(63, 257), Stored(4, 257)
+    weight, spec = weights(63, 257), packed_int.Spec(4, 257)
     codes, grid = gptq.quantize(weight, gptq.prepare(torch.eye(257)), spec)
     scale = grid.scale
     expected, grid = rtn.quantize(weight, None, spec)
@@ -267,7 +267,7 @@ def test_gptq_without_moments_says_how_to_get_them():
 
 def test_rounding_needs_no_moments():
     assert rtn.prepare(None) is None
-    made = quantised(rtn, weights(7, 63), None, Stored(8, 63))
+    made = quantised(rtn, weights(7, 63), None, packed_int.Spec(8, 63))
     assert (made - weights(7, 63)).norm() < 0.01 * weights(7, 63).norm()
 
 
@@ -284,7 +284,7 @@ def weighted_errors(weight: torch.Tensor, scale: torch.Tensor, spec: Stored, imp
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("columns", "group"), [(63, 63), (257, 257), (256, 32), (5, 1)])
 def test_chosen_scales_are_no_worse_than_the_plain_ones_in_weighted_error(seed, columns, group):
-    weight, spec = weights(63, columns, seed), Stored(4, group)
+    weight, spec = weights(63, columns, seed), packed_int.Spec(4, group)
     importance = moment_of(inputs(columns, seed)).diagonal()
     chosen = weighted_errors(weight, _grids.grid(weight, spec, importance).scale, spec, importance)
     plain = weighted_errors(weight, plain_scales(weight, spec), spec, importance)
@@ -298,7 +298,7 @@ def test_importance_decides_what_is_clipped():
     weight = torch.full((1, 63), 0.3)
     weight[0, ::2] = -0.2
     weight[0, 7] = -4.0
-    spec = Stored(4, 63)
+    spec = packed_int.Spec(4, 63)
     outlier = torch.ones(63)
     outlier[7] = 1e6
     crowd = torch.ones(63)
@@ -313,7 +313,7 @@ def test_importance_decides_what_is_clipped():
 
 
 def test_clipping_pays_on_weights_with_outliers():
-    weight, spec = weights(63, 256), Stored(4, 128)
+    weight, spec = weights(63, 256), packed_int.Spec(4, 128)
     flat = torch.ones(256)
     chosen = weighted_errors(weight, _grids.grid(weight, spec).scale, spec, flat).sum()
     assert chosen < 0.9 * weighted_errors(weight, plain_scales(weight, spec), spec, flat).sum()
@@ -321,22 +321,23 @@ def test_clipping_pays_on_weights_with_outliers():
 
 def test_eight_bits_keep_the_whole_range():
     weight = weights(7, 63)
-    scale = _grids.grid(weight, Stored(8, 63)).scale
+    scale = _grids.grid(weight, packed_int.Spec(8, 63)).scale
     assert torch.equal(scale, (weight.abs().amax(1, keepdim=True) / 127.5).bfloat16())
-    made = packed_int.dequantize(_grids.codes(weight, Grid(scale), Stored(8, 63)), scale).float()
+    made = packed_int.dequantize(_grids.codes(weight, Grid(scale), packed_int.Spec(8, 63)), scale).float()
     assert ((made - weight).abs() <= 0.8 * scale.float() + 2**-8 * weight.abs()).all()
 
 
 # ------------------------------------------------------------------------------------------- groups down the column
 
 
-DOWN = [Stored(4, 64, down=True), Stored(4, 64, down=True, scales="affine"), Stored(4, 32, down=True, scales="super")]
+DOWN = [zigzag.Spec(64), zigzag.Spec(64, "affine"), zigzag.Spec(32, "super")]
 
 
 def made_of(quantiser, weight: torch.Tensor, moment: torch.Tensor | None, spec: Stored) -> torch.Tensor:
-    parts = _matrix.pack(*quantiser.quantize(weight, quantiser.prepare(moment), spec), spec)
-    assert _matrix.stored_of(parts) == spec
-    return _matrix.unpack(parts)
+    codes, grid = quantiser.quantize(weight, quantiser.prepare(moment), spec)
+    parts = zigzag.pack((codes + 8 if grid.minimum is None else codes).to(torch.uint8), grid, spec)
+    assert formats.stored_of(parts) == spec
+    return formats.unpack(parts)
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pennyweight import families, kinds
+from pennyweight.formats import packed_int
 from pennyweight.model.choices import PARENT, Choice, layout_to_json
 from pennyweight.model.shapes import (
     Attention,
@@ -27,7 +28,6 @@ from pennyweight.model.shapes import (
     parameters,
 )
 from pennyweight.model.slots import Slot
-from pennyweight.model.stored import Stored
 from pennyweight.variants import choice_from_json, layout_from_json, reshape, reshape_all, structural
 
 AXES = kinds.names("variants")
@@ -202,7 +202,7 @@ def test_each_axis_changes_what_it_says():
     assert reshape(ATTENTION, spec("kv_heads", 2)) == dataclasses.replace(ATTENTION, num_kv_heads=2)
     assert reshape(ATTENTION, spec("window", 63)) == dataclasses.replace(ATTENTION, window=63)
     assert reshape(MLP, spec("ffn_width", 257)) == dataclasses.replace(MLP, intermediate_size=257)
-    assert reshape(MLP, spec("bits", 4, 64)) == dataclasses.replace(MLP, stored=Stored(4, 64))
+    assert reshape(MLP, spec("bits", 4, 64)) == dataclasses.replace(MLP, stored=packed_int.Spec(4, 64))
     assert reshape(MLP, spec("noop")) == reshape(ATTENTION, spec("noop")) == Noop(hidden_size=256)
     assert reshape(ATTENTION, spec("linear", "product")) == Dense(hidden_size=256)
 
@@ -233,7 +233,7 @@ def test_a_spec_that_does_not_fit_says_what_came_and_where(shape, choice, messag
 
 def test_a_second_spec_is_applied_to_what_the_first_one_left():
     both = Choice((*spec("linear", "fitted").specs, *spec("bits", 4, 128).specs))
-    assert reshape(MLP, both) == Dense(hidden_size=256, stored=Stored(4, 128))
+    assert reshape(MLP, both) == Dense(hidden_size=256, stored=packed_int.Spec(4, 128))
     with pytest.raises(ValueError, match="FFN width 64 does not fit Noop"):
         reshape(MLP, Choice((*spec("noop").specs, *spec("ffn_width", 64).specs)))
 
@@ -297,9 +297,9 @@ def test_bytes_of_a_matrix(columns):
     assert Weight("q_proj", (5, columns)).nbytes == 2 * 5 * columns
     words = {4: math.ceil(columns / 8), 8: math.ceil(columns / 4)}
     for bits in (4, 8):
-        packed = Weight("q_proj", (5, columns), Stored(bits, columns))
+        packed = Weight("q_proj", (5, columns), packed_int.Spec(bits, columns))
         assert packed.nbytes == 4 * 5 * words[bits] + 2 * 5 * 1 + 2 * 8  # codes, a scale per row, the shape
-    assert Weight("norm", (columns,), Stored(4, 32)).nbytes == 2 * columns, "vectors stay at 16 bits"
+    assert Weight("norm", (columns,), packed_int.Spec(4, 32)).nbytes == 2 * columns, "vectors stay at 16 bits"
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)

@@ -10,8 +10,10 @@ import shutil
 import pytest
 import torch
 
+from pennyweight import formats
 from pennyweight.config import merged
 from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.formats import zigzag
 from pennyweight.job.job import open_job
 from pennyweight.job.plan import plan
 from pennyweight.live import magnitudes
@@ -20,8 +22,7 @@ from pennyweight.live.streamed import Streamed
 from pennyweight.live.walk import Walk
 from pennyweight.model.shapes import Weight
 from pennyweight.model.slots import Slot
-from pennyweight.model.stored import Stored
-from pennyweight.variants import layout_from_json, sparsity
+from pennyweight.variants import bits, layout_from_json, sparsity
 from tests.conftest import FAMILIES
 from tests.test_job import config, run, text  # noqa: F401  (text is a fixture)
 
@@ -59,31 +60,26 @@ def test_columns_that_matter_more_are_kept_longer():
 
 
 def test_zigzag_bytes_are_those_of_the_format():
-    from pennyweight.formats import _matrix
     from pennyweight.quantize import rtn
 
-    kinds = (Stored(4, 64, down=True), Stored(4, 64, down=True, scales="affine", ordered=True))
-    kinds += (Stored(4, 32, down=True, scales="super"),)
+    kinds = (zigzag.Spec(64), zigzag.Spec(64, "affine", ordered=True), zigzag.Spec(32, "super"))
     for (rows, columns), stored in itertools.product(((64, 64), (200, 7), (384, 129)), kinds):
         weight = torch.randn(rows, columns)
-        codes, grid = rtn.quantize(weight, None, stored)
-        order = torch.randperm(columns) if stored.ordered else None
-        parts = _matrix.pack(codes, grid, stored, row_scale=torch.ones(rows), order=order)
+        parts = zigzag.encode(weight, stored, lambda w, spec: rtn.quantize(w, None, spec), torch.rand(columns))
         assert sum(t.numel() * t.element_size() for t in parts.values()) == stored.nbytes(rows, columns)
         assert Weight("w", (rows, columns), stored).nbytes == stored.nbytes(rows, columns)
-        assert _matrix.stored_of(parts) == stored
-        error = (_matrix.unpack(parts) - weight).norm() / weight.norm()
+        assert formats.stored_of(parts) == stored
+        error = (formats.unpack(parts) - weight).norm() / weight.norm()
         assert error < 0.12  # normal weights in 4 bits with groups of 64
 
 
 def test_a_row_of_another_size_costs_nothing():
     """Groups span rows; without a scale per row the small ones would round to nothing."""
-    from pennyweight.formats import _matrix
     from pennyweight.judge.stats import SlotStats
 
     weight = torch.randn(128, 64) * torch.logspace(-3, 0, 128).unsqueeze(1)
-    parts = sparsity.pack(weight, "input", SlotStats({}), sparsity.Spec(0.0, 0.0))
-    error = (_matrix.unpack(parts) - weight).norm(dim=1) / weight.norm(dim=1)
+    parts = bits.pack(weight, "input", SlotStats({}), sparsity.Spec(0.0, 0.0).stored, "gptq")
+    error = (formats.unpack(parts) - weight).norm(dim=1) / weight.norm(dim=1)
     assert error.max() < 0.2
 
 

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pennyweight.formats import zigzag
-from pennyweight.formats._grid import Grid
+from pennyweight.formats import Grid, zigzag
 from pennyweight.formats.zigzag import Spec
 from pennyweight.kernels.zigzag import reference
 
@@ -48,7 +47,7 @@ def packed_from(parts: tuple[torch.Tensor, Grid], spec: Spec):
 def test_packing_loses_nothing(spec, rows, columns):
     parts = random_parts(rows, columns, spec)
     packed = packed_from(parts, spec)
-    assert packed["weight_zigzag"].numel() == zigzag.nbytes(rows, columns, spec)
+    assert packed["weight_zigzag"].numel() == spec.tensors(rows, columns)["weight_zigzag"][1][0]
     assert zigzag.spec_of(packed) == spec
     codes, grid = zigzag.codes_of(packed)
     assert torch.equal(codes, parts[0])
@@ -133,7 +132,7 @@ def test_every_nibble_is_where_the_format_says():
     ],
 )
 def test_bits_per_weight(spec, bits):
-    assert 8 * zigzag.nbytes(4096, 100, spec) / 4096 / 100 == bits
+    assert 8 * spec.tensors(4096, 100)["weight_zigzag"][1][0] / 4096 / 100 == bits
 
 
 def test_what_does_not_fit_is_refused():

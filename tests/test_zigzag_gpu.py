@@ -20,8 +20,7 @@ import torch
 with suppress(ImportError):
     import triton  # noqa: F401
 
-from pennyweight.formats import zigzag
-from pennyweight.formats._grid import Grid
+from pennyweight.formats import Grid, zigzag
 from pennyweight.formats.zigzag import Spec
 from pennyweight.kernels.zigzag import reference, wgsl
 from pennyweight.kernels.zigzag import triton as in_triton

@@ -80,7 +80,7 @@ def check(
     with errors():
         quiet_libraries()
         from pennyweight.job.checks import check_folder
-        from pennyweight.report._facts import tally
+        from pennyweight.report import tally
         from pennyweight.runs.progress import Terminal
 
         with Terminal() as listen:

@@ -11,24 +11,55 @@ is ours because the library packs whole models, and we go matrix by matrix.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
-from pennyweight.formats._grid import Grid
+from pennyweight.formats import Find, Grid, refuse_damage
 from pennyweight.model.stored import Stored
+
+if TYPE_CHECKING:
+    import torch
 
 BITS = (4, 8)
 BLOCK_VALUES = 2**22
 """Large matrices are worked on in blocks of rows of about this many values, to bound what is held in between."""
 
+MARK = "weight_packed"
+PARTS = (MARK, "weight_scale", "weight_shape")
+IN_PLACE = False
+CONFIG_FORMAT = "pack-quantized"
 
-Spec = Stored
-"""bits per code (4 or 8) and columns per scale."""
+
+@dataclass(frozen=True)
+class Spec(Stored):
+    """bits per code (4 or 8) and columns per scale."""
+
+    bits: int  # type: ignore[misc]
+    group: int  # type: ignore[misc]
+
+    @property
+    def format(self) -> str:
+        return "packed_int"
+
+    def over(self, columns: int) -> Spec:
+        """With one scale a row where the group does not divide the columns."""
+        return self if columns % self.group == 0 else Spec(self.bits, columns)
+
+    def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Codes of a row are packed into whole words."""
+        return {
+            "weight_packed": ("I32", (rows, -(-columns * self.bits // 32))),
+            "weight_scale": ("BF16", (rows, columns // self.over(columns).group)),
+            "weight_shape": ("I64", (2,)),
+        }
 
 
-def limits(bits: int) -> tuple[int, int]:
-    """Lowest and highest code."""
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+def encode(weight: torch.Tensor, spec: Spec, find: Find, activity: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """A matrix (rows, columns) as tensors by suffix."""
+    own = spec.over(weight.shape[1])
+    return pack(*find(weight, own), own)
 
 
 def pack(codes: torch.Tensor, grid: Grid, spec: Spec) -> dict[str, torch.Tensor]:
@@ -36,8 +67,10 @@ def pack(codes: torch.Tensor, grid: Grid, spec: Spec) -> dict[str, torch.Tensor]
 
     Raises ValueError if shapes do not match the spec or a code is out of range.
     """
+    import torch
+
     (rows, columns), scale = codes.shape, grid.scale
-    low, high = limits(spec.bits)
+    low, high = spec.limits
     if spec.bits not in BITS or spec.group < 1:
         raise ValueError(f"{spec} cannot be packed: bits must be one of {BITS}, the group at least 1")
     if columns % spec.group or scale.shape != (rows, columns // spec.group):
@@ -59,7 +92,9 @@ def pack(codes: torch.Tensor, grid: Grid, spec: Spec) -> dict[str, torch.Tensor]
 def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
     """Bits and group, read off the shapes of the three tensors. Raises ValueError if these leave the bits open (up to 4
     columns fit one word in 4 bits and in 8), and for scales in other than 16 bits."""
-    rows, columns = (int(n) for n in parts["weight_shape"])
+    import torch
+
+    rows, columns = shape_of(parts)
     bits = [b for b in BITS if parts["weight_packed"].shape == (rows, -(-columns // (32 // b)))]
     groups = parts["weight_scale"].shape[-1]
     if len(bits) != 1 or not groups or columns % groups or parts["weight_scale"].shape != (rows, groups):
@@ -70,15 +105,23 @@ def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
     return Spec(bits[0], columns // groups)
 
 
+def shape_of(parts: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Rows and columns."""
+    rows, columns = (int(n) for n in parts["weight_shape"])
+    return rows, columns
+
+
 def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The matrix in the type of its scales, exactly what compressed-tensors and vLLM compute: code * scale, rounded
     once.
 
     Raises ValueError if the three tensors do not belong together.
     """
+    import torch
+
     spec = spec_of(parts)
-    rows, columns = (int(n) for n in parts["weight_shape"])
-    low, _ = limits(spec.bits)
+    rows, columns = shape_of(parts)
+    low, _ = spec.limits
     mask = (1 << spec.bits) - 1
     out = torch.empty(rows, columns, dtype=parts["weight_scale"].dtype)
     step = max(1, BLOCK_VALUES // columns)
@@ -92,10 +135,14 @@ def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """code * scale in bfloat16; codes (rows, columns), scale (rows, groups)."""
+    import torch
+
     return _times(codes, scale.to(torch.bfloat16))
 
 
 def _times(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    import torch
+
     rows, columns = codes.shape
     out = torch.empty(rows, columns, dtype=scale.dtype)
     step = max(1, BLOCK_VALUES // columns)
@@ -117,9 +164,43 @@ def slice_rows(parts: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.
     }
 
 
-def nbytes(rows: int, columns: int, spec: Spec) -> int:
-    """Bytes of the three tensors."""
-    return spec.nbytes(rows, columns)
+def slice_columns(parts: Mapping[str, torch.Tensor], columns: int) -> dict[str, torch.Tensor]:
+    """The first `columns` columns, without unpacking. Raises ValueError unless they are whole words and groups."""
+    spec, words = spec_of(parts), columns * spec_of(parts).bits // 32
+    if columns * spec.bits % 32 or columns % spec.group:
+        raise ValueError(f"{columns} columns are not whole words and whole groups of {spec}")
+    shape = parts["weight_shape"].clone()
+    shape[1] = columns
+    return {
+        "weight_packed": parts["weight_packed"][:, :words].contiguous(),
+        "weight_scale": parts["weight_scale"][:, : columns // spec.group].contiguous(),
+        "weight_shape": shape,
+    }
+
+
+def native(name: str, parts: Mapping[str, torch.Tensor], *, in_place: bool) -> Any:
+    """Put in the order of the kernels; codes and scales stay what they are."""
+    import torch
+
+    from pennyweight import _native
+
+    spec, (_, columns) = spec_of(parts), shape_of(parts)
+    refuse_damage(f"{name}_scale", parts["weight_scale"])
+    codes = parts["weight_packed"].numpy().view(np.uint8)
+    brain = parts["weight_scale"].dtype == torch.bfloat16
+    scales = parts["weight_scale"].contiguous().view(torch.int16).numpy().view(np.uint16)
+    return _native.Matrix.rows(codes, scales, None, columns, spec.bits, spec.group, brain)
+
+
+def random(rows: int, columns: int, spec: Spec, generator: torch.Generator, distinct: int) -> dict[str, torch.Tensor]:
+    """Codes are spread evenly; the deviation of the weights is about 0.02."""
+    import torch
+
+    own, (low, high) = spec.over(columns), spec.limits
+    codes = torch.randint(low, high + 1, (min(distinct, rows * columns),), generator=generator, dtype=torch.int8)
+    codes = codes.repeat(-(-rows * columns // len(codes)))[: rows * columns].view(rows, columns)
+    scale = 0.02 / (0.29 * (high - low + 1))  # 0.29 of their range is the deviation of the codes
+    return pack(codes, Grid(torch.full((rows, columns // own.group), scale)), own)
 
 
 def config_group(spec: Spec, targets: list[str]) -> dict[str, object]:

@@ -8,12 +8,14 @@ docs/formats.md; the kernels read them as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import torch
+from pennyweight.formats import SUPER_GROUPS, Find, Grid, refuse_damage
+from pennyweight.model.stored import Stored
 
-from pennyweight.formats._grid import SUPER_GROUPS, Grid
+if TYPE_CHECKING:
+    import torch
 
 UNIT_ROWS = 128
 """Rows of 64 bytes of nibbles; tiles are whole units."""
@@ -23,22 +25,37 @@ GROUPS = (32, 64, 128)
 Scales = Literal["symmetric", "affine", "super"]
 SCALES = get_args(Scales)
 
+MARK = "weight_zigzag"
+PARTS = (MARK, "weight_layout", "weight_row_scale", "weight_order", "weight_shape")
+IN_PLACE = True
+CONFIG_FORMAT = "pennyweight-zigzag"
+
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(Stored):
     """`group` rows share a scale. w = scale * (code - 8), or, unless `scales` are symmetric, scale * code + minimum;
     codes are 0 to 15. Scales are float16, so are the minima of affine ones; super ones are 6 bits each times float16
-    factors of 256 rows, as in ggml's Q4_K."""
+    factors of 256 rows, as in ggml's Q4_K. Tiles have `tile_rows` rows, None: all. `ordered`: columns lie by how often
+    they are needed."""
 
-    group: int = 64
-    scales: Scales = "symmetric"
-    tile_rows: int = 4096
+    bits: ClassVar[int] = 4
+    down: ClassVar[bool] = True
+
+    group: int = 64  # type: ignore[misc]
+    scales: Scales = "symmetric"  # type: ignore[misc]
+    tile_rows: int | None = None
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes the kernels do not read."""
         groups = (32,) if self.scales == "super" else GROUPS
-        if self.scales not in SCALES or self.group not in groups or self.tile_rows < 1 or self.tile_rows % self.whole:
+        tile = self.whole if self.tile_rows is None else self.tile_rows
+        if self.scales not in SCALES or self.group not in groups or tile < 1 or tile % self.whole:
             raise ValueError(f"{self}: the group is one of {groups}, tile_rows a multiple of {self.whole}")
+
+    @property
+    def format(self) -> str:
+        return "zigzag"
 
     @property
     def whole(self) -> int:
@@ -47,22 +64,56 @@ class Spec:
 
     def of(self, rows: int) -> Spec:
         """The same with tiles no taller than a matrix of so many rows needs."""
-        return Spec(self.group, self.scales, min(self.tile_rows, -(-rows // self.whole) * self.whole))
+        needed = -(-rows // self.whole) * self.whole
+        return replace(self, tile_rows=needed if self.tile_rows is None else min(self.tile_rows, needed))
+
+    def general(self, rows: int) -> Spec:
+        """A single tile is as tall as its matrix, however tall that is."""
+        return (
+            replace(self, tile_rows=None) if self == self.of(rows) == replace(self, tile_rows=None).of(rows) else self
+        )
+
+    @property
+    def height(self) -> int:
+        """Rows of a tile."""
+        assert self.tile_rows is not None, "`of` says how tall tiles are"
+        return self.tile_rows
 
     @property
     def chunk_bytes(self) -> int:
         """Of one column in one tile, padded to whole cache lines of 64 bytes."""
-        return -(-(self.scale_bytes + self.tile_rows // 2) // 64) * 64
+        return -(-(self.scale_bytes + self.height // 2) // 64) * 64
 
     @property
     def scale_bytes(self) -> int:
         """Of one column in one tile."""
-        return (4 if self.scales == "affine" else 2) * self.tile_rows // self.group
+        return (4 if self.scales == "affine" else 2) * self.height // self.group
+
+    def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        own = self if self.tile_rows is not None else self.of(rows)
+        found: dict[str, tuple[str, tuple[int, ...]]] = {
+            "weight_zigzag": ("U8", (-(-rows // own.height) * columns * own.chunk_bytes,)),
+            "weight_layout": ("I64", (3,)),
+            "weight_row_scale": ("F32", (rows,)),
+            "weight_shape": ("I64", (2,)),
+        }
+        return found | ({"weight_order": ("I32", (columns,))} if self.ordered else {})
 
 
-def nbytes(rows: int, columns: int, spec: Spec) -> int:
-    """Bytes of a packed matrix."""
-    return -(-rows // spec.tile_rows) * columns * spec.chunk_bytes
+def encode(weight: torch.Tensor, spec: Spec, find: Find, activity: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """A matrix (rows, columns) as tensors by suffix. Each row is divided by its root mean square before it is rounded:
+    groups that run down a column would otherwise have to span rows of different size. `activity` (columns,): how large
+    inputs are on average; in an ordered matrix what stays lies together, and so does what is left out."""
+    import torch
+
+    rows, columns = weight.shape
+    row_scale = weight.float().square().mean(dim=1).sqrt().clamp_min(1e-12)
+    codes, grid = find(weight.float() / row_scale.unsqueeze(1), spec)
+    order = None
+    if spec.ordered:
+        order = torch.arange(columns) if activity is None else activity.argsort(descending=True, stable=True)
+    unsigned = codes + 8 if grid.minimum is None else codes
+    return pack(unsigned.to(torch.uint8), grid, spec.of(rows), row_scale, order)
 
 
 def pack(
@@ -79,7 +130,9 @@ def pack(
 
     Rows that fill the last tile have code 0 and scale 0. Raises ValueError if shapes do not match the spec.
     """
-    rows, columns = codes.shape
+    import torch
+
+    (rows, columns), spec = codes.shape, spec if spec.tile_rows is not None else spec.of(len(codes))
     groups = -(-rows // spec.group)
     came = [part is not None for part in (grid.minimum, grid.sixes)]
     if grid.scale.shape != (groups, columns) or came != [spec.scales != "symmetric", spec.scales == "super"]:
@@ -88,14 +141,14 @@ def pack(
         )
     if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) <= 15):
         raise ValueError(f"codes span {int(codes.min())}..{int(codes.max())}; 4 bits hold 0..15")
-    tiles = -(-rows // spec.tile_rows)
+    tiles = -(-rows // spec.height)
     out = torch.zeros(tiles, columns, spec.chunk_bytes, dtype=torch.uint8)
     out[:, :, : spec.scale_bytes] = _scale_bytes(grid, spec).transpose(1, 2)
     # (tile, unit, u, high, L, e, column); byte 16 L + 4 u + e of a unit
-    units = _tiled(codes.to(torch.uint8), spec.tile_rows).view(tiles, -1, 4, 2, 4, 4, columns)
+    units = _tiled(codes.to(torch.uint8), spec.height).view(tiles, -1, 4, 2, 4, 4, columns)
     nibbles = units[:, :, :, 0] | units[:, :, :, 1] << 4
-    nibbles = nibbles.permute(0, 5, 1, 3, 2, 4).reshape(tiles, columns, spec.tile_rows // 2)
-    out[:, :, spec.scale_bytes : spec.scale_bytes + spec.tile_rows // 2] = nibbles
+    nibbles = nibbles.permute(0, 5, 1, 3, 2, 4).reshape(tiles, columns, spec.height // 2)
+    out[:, :, spec.scale_bytes : spec.scale_bytes + spec.height // 2] = nibbles
     if order is not None:
         if not torch.equal(order.long().sort().values, torch.arange(columns)):
             raise ValueError(f"an order of {tuple(order.shape)} does not name each of {columns} columns once")
@@ -111,30 +164,36 @@ def pack(
 
 
 def _described(rows: int, columns: int, spec: Spec) -> dict[str, torch.Tensor]:
+    import torch
+
     return {
         "weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
-        "weight_layout": torch.tensor([spec.group, SCALES.index(spec.scales), spec.tile_rows], dtype=torch.int64),
+        "weight_layout": torch.tensor([spec.group, SCALES.index(spec.scales), spec.height], dtype=torch.int64),
     }
 
 
 def _scale_bytes(grid: Grid, spec: Spec) -> torch.Tensor:
     """(tiles, bytes, columns) uint8: what stands before the nibbles of each column."""
+    import torch
+
     if grid.factors is None or grid.sixes is None:
         halves = [grid.scale] if grid.minimum is None else [grid.scale, grid.minimum]
-        return torch.cat([_as_bytes(_tiled(half.half(), spec.tile_rows // spec.group)) for half in halves], dim=1)
-    s, m = (_tiled(part, spec.tile_rows // spec.group).unflatten(1, (-1, 2, 4)) for part in grid.sixes)
+        return torch.cat([_as_bytes(_tiled(half.half(), spec.height // spec.group)) for half in halves], dim=1)
+    s, m = (_tiled(part, spec.height // spec.group).unflatten(1, (-1, 2, 4)) for part in grid.sixes)
     high = [part[:, :, 1] for part in (s, m)]  # groups 4 to 7 of a block; (tiles, blocks, 4, columns)
     sixes = [
         s[:, :, 0] | high[0] >> 4 << 6,
         m[:, :, 0] | high[1] >> 4 << 6,
         high[0] & 15 | (high[1] & 15) << 4,
     ]
-    factors = [_as_bytes(_tiled(part, spec.tile_rows // spec.whole)).unflatten(1, (-1, 2)) for part in grid.factors]
+    factors = [_as_bytes(_tiled(part, spec.height // spec.whole)).unflatten(1, (-1, 2)) for part in grid.factors]
     return torch.cat([*factors, *sixes], dim=2).flatten(1, 2)
 
 
 def _as_bytes(halves: torch.Tensor) -> torch.Tensor:
     """(tiles, n, columns) float16 -> (tiles, 2 n, columns) uint8, the low byte first."""
+    import torch
+
     raw = halves.contiguous().unsqueeze(3).view(torch.uint8)  # (tiles, n, columns, 2)
     return raw.permute(0, 1, 3, 2).flatten(1, 2)
 
@@ -144,15 +203,16 @@ def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
     group, scales, tile_rows = (int(n) for n in parts["weight_layout"])
     if not 0 <= scales < len(SCALES):
         raise ValueError(f"scales of kind {scales}; known are 0 to {len(SCALES) - 1}: {', '.join(SCALES)}")
-    return Spec(group, SCALES[scales], tile_rows)
+    return Spec(group, SCALES[scales], tile_rows, "weight_order" in parts)
 
 
 def shape_of(parts: Mapping[str, torch.Tensor]) -> tuple[int, int]:
     """Rows and columns. Raises ValueError if there are not as many bytes as they take."""
-    packed, spec = parts["weight_zigzag"], spec_of(parts)
     rows, columns = (int(n) for n in parts["weight_shape"])
-    if packed.numel() != nbytes(rows, columns, spec):
-        raise ValueError(f"{packed.numel()} bytes; {rows} x {columns} in {spec} take {nbytes(rows, columns, spec)}")
+    if MARK in parts:
+        _, (needed,) = (spec := spec_of(parts)).tensors(rows, columns)[MARK]
+        if (there := parts[MARK].numel()) != needed:
+            raise ValueError(f"{there} bytes; {rows} x {columns} in {spec} take {needed}")
     return rows, columns
 
 
@@ -169,9 +229,22 @@ def slice_rows(parts: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.
     return pack(codes[:rows], grid.first(-(-rows // spec.group)), spec, row_scale, parts.get("weight_order"))
 
 
+def slice_columns(parts: Mapping[str, torch.Tensor], columns: int) -> dict[str, torch.Tensor]:
+    """The first `columns` columns. Raises ValueError for an ordered matrix, and for more than there are."""
+    (_, whole), spec = shape_of(parts), spec_of(parts)
+    if spec.ordered or columns > whole:
+        raise ValueError(f"{columns} of {whole} columns cannot be cut from {spec}")
+    chunks = parts[MARK].view(-1, whole, spec.chunk_bytes)[:, :columns]
+    shape = parts["weight_shape"].clone()
+    shape[1] = columns
+    return {**parts, MARK: chunks.reshape(-1), "weight_shape": shape}
+
+
 def can_stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> bool:
     """Whether `stack` takes them: the same columns in the same order, the same ways of grouping, and all but the last
     end with a whole unit."""
+    import torch
+
     specs, first = [spec_of(parts) for parts in matrices], matrices[0]
     for spec, parts in zip(specs, matrices, strict=True):
         if (spec.group, spec.scales) != (specs[0].group, specs[0].scales):
@@ -185,6 +258,8 @@ def can_stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> bool:
 
 def _order(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The column that each chunk is of (columns,) int64."""
+    import torch
+
     found = parts.get("weight_order")
     return torch.arange(int(parts["weight_shape"][1])) if found is None else found.long()
 
@@ -192,6 +267,8 @@ def _order(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Matrices on one input as one matrix of a single tile: what a column of any of them needs lies in one piece, and
     one list of columns serves all. No code or scale changes. Raises ValueError for what `can_stack` refuses."""
+    import torch
+
     if not can_stack(matrices):
         raise ValueError("matrices of different columns or groupings, or of rows that are no whole units, do not stack")
     specs = [spec_of(parts) for parts in matrices]
@@ -201,9 +278,9 @@ def stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Ten
     kinds = 2 if spec.scales == "affine" else 1
     pieces: list[list[torch.Tensor]] = [[] for _ in range(kinds + 1)]  # scales, minima, nibbles; each (columns, bytes)
     for parts, own, (count, _) in zip(matrices, specs, shapes, strict=True):
-        tiles, kept = -(-count // own.tile_rows), -(-count // whole) * whole
+        tiles, kept = -(-count // own.height), -(-count // whole) * whole
         chunks = parts["weight_zigzag"].view(tiles, columns, own.chunk_bytes).transpose(0, 1)
-        sizes = [2 * own.tile_rows // own.group] * kinds + [own.tile_rows // 2]
+        sizes = [2 * own.height // own.group] * kinds + [own.height // 2]
         wanted = [2 * kept // own.group] * kinds + [kept // 2]
         start = 0
         for piece, size, of_rows in zip(pieces, sizes, wanted, strict=True):
@@ -225,10 +302,12 @@ def stack(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Ten
 
 def codes_of(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Grid]:
     """What `pack` was given. Raises ValueError if there are not as many bytes as this takes."""
+    import torch
+
     (rows, columns), spec = shape_of(parts), spec_of(parts)
-    tiles = -(-rows // spec.tile_rows)
+    tiles = -(-rows // spec.height)
     chunks = _in_order(parts, tiles, spec)
-    nibbles = chunks[:, :, spec.scale_bytes : spec.scale_bytes + spec.tile_rows // 2]
+    nibbles = chunks[:, :, spec.scale_bytes : spec.scale_bytes + spec.height // 2]
     nibbles = nibbles.reshape(tiles, columns, -1, 4, 4, 4).permute(0, 2, 4, 3, 5, 1)  # (tile, unit, u, L, e, column)
     codes = torch.stack([nibbles & 15, nibbles >> 4], dim=3).reshape(-1, columns)[:rows]
     return codes, grid_of(parts)
@@ -236,6 +315,8 @@ def codes_of(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Grid]:
 
 def _in_order(parts: Mapping[str, torch.Tensor], tiles: int, spec: Spec) -> torch.Tensor:
     """The chunks (tiles, columns, bytes), those of column 0 first. Raises ValueError for an order that is none."""
+    import torch
+
     columns = int(parts["weight_shape"][1])
     chunks = parts["weight_zigzag"].view(tiles, columns, spec.chunk_bytes)
     if "weight_order" not in parts:
@@ -252,8 +333,10 @@ def _in_order(parts: Mapping[str, torch.Tensor], tiles: int, spec: Spec) -> torc
 
 def grid_of(parts: Mapping[str, torch.Tensor]) -> Grid:
     """The grid that `pack` was given."""
+    import torch
+
     (rows, columns), spec = shape_of(parts), spec_of(parts)
-    tiles, groups = -(-rows // spec.tile_rows), -(-rows // spec.group)
+    tiles, groups = -(-rows // spec.height), -(-rows // spec.group)
     raw = _in_order(parts, tiles, spec)[:, :, : spec.scale_bytes]
 
     def halves(part: torch.Tensor, count: int) -> torch.Tensor:
@@ -288,3 +371,60 @@ def _tiled(part: torch.Tensor, height: int) -> torch.Tensor:
     full = part.new_zeros(tiles * height, part.shape[1])
     full[: len(part)] = part
     return full.view(tiles, height, -1)
+
+
+def native(name: str, parts: Mapping[str, torch.Tensor], *, in_place: bool) -> Any:
+    """The chunks as they are."""
+    from pennyweight import _native
+
+    (rows, columns), spec, grid = shape_of(parts), spec_of(parts), grid_of(parts)
+    row_scale = parts.get("weight_row_scale")
+    for part, values in ((name, grid.scale), (name, grid.minimum), (f"{name}_row_scale", row_scale)):
+        if values is not None:
+            refuse_damage(part, values)
+    return _native.Matrix.zigzag(
+        parts[MARK].numpy(),
+        rows,
+        columns,
+        spec.height,
+        spec.group,
+        _native.Scales[spec.scales],
+        None if row_scale is None else row_scale.numpy(),
+        parts["weight_order"].numpy() if spec.ordered else None,
+        in_place,
+    )
+
+
+def random(rows: int, columns: int, spec: Spec, generator: torch.Generator, distinct: int) -> dict[str, torch.Tensor]:
+    """Codes are spread evenly; the deviation of the weights is about 0.02."""
+    import torch
+
+    codes = torch.randint(0, 16, (min(distinct, rows * columns),), generator=generator, dtype=torch.uint8)
+    codes = codes.repeat(-(-rows * columns // len(codes)))[: rows * columns].view(rows, columns)
+    groups, scale = -(-rows // spec.group), 0.02 / (0.29 * 16)  # 0.29 of their range is the deviation of the codes
+    if spec.scales == "super":
+        factors = torch.tensor([scale, 8 * scale]).div(32).view(2, 1, 1).expand(2, -(-groups // SUPER_GROUPS), columns)
+        grid = Grid.of_super(factors.half(), torch.full((2, groups, columns), 32, dtype=torch.uint8))
+    else:
+        minimum = torch.full((groups, columns), -8 * scale) if spec.scales == "affine" else None
+        grid = Grid(torch.full((groups, columns), scale), minimum)
+    order = torch.randperm(columns, generator=generator) if spec.ordered else None
+    return pack(codes, grid, spec.of(rows), torch.ones(rows), order)
+
+
+def config_group(spec: Spec, targets: list[str]) -> dict[str, object]:
+    """The entry of `quantization_config.config_groups`. transformers stops at the format."""
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": spec.group,
+            "dynamic": False,
+        },
+        "input_activations": None,
+        "output_activations": None,
+        "format": CONFIG_FORMAT,
+    }

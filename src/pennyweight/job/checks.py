@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
-from pennyweight.formats import _matrix
 from pennyweight.live.load import load_model
 from pennyweight.live.magnitudes import DENSE_TOKENS
 from pennyweight.live.walk import Walk
-from pennyweight.model.shapes import Noop, Shapes
+from pennyweight.model.shapes import Shapes
 from pennyweight.model.stored import BFLOAT16
 from pennyweight.runs.events import Listener, Silent, waiting
 
@@ -95,11 +94,10 @@ def check_shapes(folder: Path, expected: Shapes) -> Check:
     found = dict(walk.shapes)
     wrong = []
     for slot, shape in expected.items():
-        stored = getattr(shape, "stored", BFLOAT16)
-        if isinstance(shape, Noop) or stored == BFLOAT16:
+        matrices = {weight.stored for weight in shape.weights() if weight.is_matrix}
+        if matrices <= {BFLOAT16}:
             same = found[slot] == shape
         else:
-            matrices = {weight.stored for weight in shape.weights() if len(weight.shape) > 1}
             same = type(found[slot]) is type(shape) and walk.stored(slot) == matrices
         if not same:
             wrong.append(str(slot))
@@ -130,7 +128,8 @@ def check_engine(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> Check
     from pennyweight.runtime.lower import NotRun
 
     name = "logits in the native engine, relative error"
-    packed = any(tensor.endswith(_matrix.SUFFIXES) for tensor in Checkpoint(folder).entries)
+    walk = Walk(Checkpoint(folder))
+    packed = any(stored != BFLOAT16 for slot in walk.shapes for stored in walk.stored(slot))
     limit = _ENGINE_ERROR["packed" if packed else "16 bits"]
     shapes = Walk(Checkpoint(folder)).shapes.values()
     dense = DENSE_TOKENS if any(getattr(shape, "sparsity", None) for shape in shapes) else len(ids)

@@ -12,21 +12,20 @@ from typing import Any
 
 import torch
 
-from pennyweight import families, kinds, variants
+from pennyweight import families, formats, variants
 from pennyweight.disk.writer import Writer
-from pennyweight.formats import _matrix, packed_int
 from pennyweight.job.packed import Packed
 from pennyweight.judge.stats import Collector, SlotStats, of_slot
 from pennyweight.live import magnitudes
+from pennyweight.live.load import STOCK
 from pennyweight.live.parts import Parts, set_linear
-from pennyweight.live.patch import OWN_FORMAT
 from pennyweight.live.walk import Layer, Walk, autocast
 from pennyweight.model.choices import PARENT, Layout
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16, Stored
 from pennyweight.runs.events import Listener
 from pennyweight.runs.store import Store
-from pennyweight.variants import sparsity
+from pennyweight.variants import bits, sparsity
 
 _TOGETHER = 8  # rows
 
@@ -126,17 +125,18 @@ def _packed(parts: Parts, layout: Layout, stats: SlotStats, *, leave: bool = Tru
     """One slot's tensors as stored, by full name; matrices in `parts` are left dequantised, if anybody will look."""
     tensors: dict[str, torch.Tensor] = {}
     storing = variants.storing(layout.get(parts.slot, PARENT))
+    stored = variants.reshape(parts.shape, variants.unstructural(layout.get(parts.slot, PARENT)))
+    kept = {weight.name: weight.stored for weight in stored.weights()}
     for weight in parts.shape.weights():
         name = parts.place.tensor(weight.name)
-        if storing is None or not weight.is_matrix or weight.exact:
+        if storing is None or kept[weight.name] == BFLOAT16:
             tensors[name] = parts.parameter(weight.name).detach().bfloat16()
             continue
-        axis, spec = storing
-        module = parts.matrix(weight.name)
-        packed = kinds.load("variants", axis).pack(module.weight, parts.shape.reads.get(weight.name), stats, spec)
+        module, reads = parts.matrix(weight.name), parts.shape.reads.get(weight.name)
+        packed = bits.pack(module.weight, reads, stats, kept[weight.name], storing[1].method)
         if leave:
-            set_linear(module, _matrix.unpack(packed), getattr(module, "bias", None))
-        tensors |= {name.removesuffix("weight") + suffix: part for suffix, part in packed.items()}
+            set_linear(module, formats.unpack(packed), getattr(module, "bias", None))
+        tensors |= {formats.on_disk(name, suffix): part for suffix, part in packed.items()}
     return tensors
 
 
@@ -153,15 +153,15 @@ def _config(child: Walk, layout: Layout) -> dict[str, Any]:
             if weight.is_matrix and weight.stored != BFLOAT16:
                 groups.setdefault(weight.stored, []).append(name.removesuffix(".weight"))
     if groups:
+        kinds_of = {formats.of(stored).CONFIG_FORMAT for stored in groups}
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",
-            # transformers knows no zigzag. A method it does not know it would skip, and fill the missing weights with
-            # noise; at a format it does not know it stops.
-            "format": OWN_FORMAT if any(stored.down for stored in groups) else "pack-quantized",
+            # transformers skips a method it does not know and fills the missing weights with noise; at a format it does
+            # not know it stops.
+            "format": next(iter(kinds_of - {STOCK}), STOCK),
             "quantization_status": "compressed",
             "config_groups": {
-                f"group_{i}": packed_int.config_group(stored, groups[stored])
-                | ({"format": OWN_FORMAT} if stored.down else {})
+                f"group_{i}": formats.of(stored).config_group(stored, groups[stored])
                 for i, stored in enumerate(sorted(groups, key=lambda s: (s.down, s.bits, s.group)))
             },
             "ignore": [],

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pennyweight.formats import _matrix
+from pennyweight import formats
 from pennyweight.live.parts import Parts, parts_of, set_linear
 from pennyweight.live.walk import Layer, Walk
 from pennyweight.model.choices import PARENT, Layout
@@ -63,4 +63,4 @@ def whole(model: Any, child: Walk, store: Store, layout: Layout) -> Any:
 
 def _in_memory(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     """The matrix `name` among packed tensors, in 16 bits."""
-    return tensors[name] if name in tensors else _matrix.unpack(_matrix.parts(name, tensors, tensors.__getitem__))
+    return formats.unpack(formats.read(name, tensors, tensors.__getitem__))

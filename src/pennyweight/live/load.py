@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-from pennyweight import families
+from pennyweight import families, formats
 from pennyweight.disk.checkpoint import Checkpoint
-from pennyweight.formats import _matrix
-from pennyweight.live.patch import OWN_FORMAT, installed
+from pennyweight.formats import packed_int
+from pennyweight.live.patch import installed
+
+STOCK = packed_int.CONFIG_FORMAT
+"""The one format that transformers reads itself."""
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -23,7 +26,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
-    if (getattr(config, "quantization_config", None) or {}).get("format") == OWN_FORMAT:
+    if (getattr(config, "quantization_config", None) or {}).get("format", STOCK) != STOCK:
         return _load_own(folder, config, dtype)
     if getattr(config, "quantization_config", None):
         config.quantization_config["dequantize"] = True
@@ -48,11 +51,11 @@ def _load_own(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     left = set(checkpoint.entries)
     names = {name for block in families.blocks(checkpoint.config).values() for name in block.tensors()}
     for name in names:
-        packed = _matrix.parts(name, checkpoint.entries, checkpoint.read)
-        if not packed and name not in left:
+        packed = formats.read(name, checkpoint.entries, checkpoint.read)
+        if not packed:
             raise ValueError(f"{folder} does not fit the model its config describes: {name} is missing")
-        state[name] = (_matrix.unpack(packed) if packed else checkpoint.read(name)).to(dtype)
-        left -= {name.removesuffix("weight") + suffix for suffix in packed} | {name}
+        state[name] = formats.unpack(packed).to(dtype)
+        left -= {formats.on_disk(name, suffix) for suffix in packed}
     if left:
         raise ValueError(f"{folder} does not fit the model its config describes: no place for {sorted(left)[:3]}")
     missing, _ = model.load_state_dict(state, strict=False)

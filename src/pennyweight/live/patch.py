@@ -32,8 +32,6 @@ from pennyweight.model.blocks import Block
 from pennyweight.model.shapes import Dense, Noop
 
 _MARK = "_pennyweight_original"
-OWN_FORMAT = "pennyweight-zigzag"
-"""`format` of folders that hold matrices in zigzag, which transformers does not read."""
 
 
 def install() -> None:

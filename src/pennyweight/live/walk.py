@@ -18,14 +18,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from pennyweight import families
+from pennyweight import families, formats
 from pennyweight.disk.checkpoint import Checkpoint
-from pennyweight.formats import _matrix
 from pennyweight.live import patch
 from pennyweight.live.parts import Parts
 from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
-from pennyweight.model.stored import BFLOAT16, Stored
+from pennyweight.model.stored import Stored
 
 _VOCABULARY_PART = 2**14  # of the output matrix in float32 at once
 
@@ -98,24 +97,19 @@ class Walk:
         entries = self.checkpoint.entries
         if name in entries:
             return entries[name].shape
-        return (
-            _matrix.shape_of({"weight_shape": self.checkpoint.read(f"{name}_shape")})
-            if f"{name}_shape" in entries
-            else None
-        )
+        module = formats.found(name, entries)
+        if module is None:
+            return None
+        return module.shape_of({"weight_shape": self.checkpoint.read(formats.on_disk(name, "weight_shape"))})
 
     def stored(self, slot: Slot) -> set[Stored]:
         """How the slot's matrices lie on disk."""
         found = set()
-        for name in self.blocks[slot].tensors():
-            if f"{name}_shape" in self.checkpoint.entries:
-                found.add(_matrix.stored_of(self._parts(name)))
-            elif len(self.checkpoint.entries[name].shape) > 1:
-                found.add(BFLOAT16)
+        for name, weight in self.blocks[slot].tensors().items():
+            if weight.is_matrix:
+                parts = formats.read(name, self.checkpoint.entries, self.checkpoint.read)
+                found.add(formats.stored_of(parts))
         return found
-
-    def _parts(self, name: str) -> dict[str, torch.Tensor]:
-        return _matrix.parts(name, self.checkpoint.entries, self.checkpoint.read)
 
     def _read(self, name: str) -> torch.Tensor:
         """One tensor in the walk's dtype. Raises ValueError if it is not finite."""
@@ -123,10 +117,7 @@ class Walk:
 
     def _as_stored(self, name: str) -> torch.Tensor:
         """One tensor as it is on disk, or as its format computes it. Raises ValueError if it is not finite."""
-        if name in self.checkpoint.entries:
-            tensor = self.checkpoint.read(name)
-        else:
-            tensor = _matrix.unpack(self._parts(name))
+        tensor = formats.unpack(formats.read(name, self.checkpoint.entries, self.checkpoint.read))
         bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.view(-1).split(2**24))
         if bad:
             raise ValueError(f"{name} holds {bad} NaN or infinite values; the checkpoint is damaged, fetch it again")

@@ -4,37 +4,51 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
+
+_ITEM_BYTES = {"U8": 1, "BF16": 2, "I32": 4, "F32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How a matrix is kept: 16 bits as bfloat16, or `bits`-bit codes with one bfloat16 scale per `group` columns, or,
-    if `down`, 4-bit codes with one scale per `group` rows of a column, of one of three kinds, the columns `ordered` by
-    how often they are needed or as they are (formats/zigzag.py)."""
+    """A way to keep a matrix: this one in 16 bits, as bfloat16. Each file of formats/ has another, its `Spec`.
 
-    bits: int = 16
-    group: int = 0
-    down: bool = False
-    scales: Literal["symmetric", "affine", "super"] = "symmetric"
-    ordered: bool = False
+    `bits` per code; `group` weights share a scale, along rows or, where `down`, down columns; `scales` symmetric: w =
+    scale * code, codes around zero; else w = scale * code + minimum, codes from zero.
+    """
+
+    bits: ClassVar[int] = 16
+    group: ClassVar[int] = 0
+    down: ClassVar[bool] = False
+    scales: ClassVar[str] = "symmetric"
+
+    @property
+    def format(self) -> str:
+        """The name of its file in formats/."""
+        return "plain"
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Lowest and highest code."""
+        if self.scales != "symmetric":
+            return 0, (1 << self.bits) - 1
+        return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
 
     def over(self, columns: int) -> Stored:
-        """As a matrix of so many columns is kept: one scale per row where the group does not divide them."""
-        whole = self.bits == 16 or self.down or columns % self.group == 0
-        return self if whole else Stored(self.bits, columns)
+        """As a matrix of so many columns is kept."""
+        return self
+
+    def general(self, rows: int) -> Stored:
+        """As it is said of matrices of any height, where a matrix of so many rows is kept so."""
+        return self
+
+    def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """(safetensors dtype, shape) of every tensor that a matrix is on disk, by suffix."""
+        return {"weight": ("BF16", (rows, columns))}
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Bytes on disk. Codes of a row are packed into whole int32 words; packed matrices also keep their shape."""
-        if self.bits == 16:
-            return 2 * rows * columns
-        if self.down:  # a column's scales and nibbles, in whole units of rows and whole cache lines; a scale per row
-            whole = 256 if self.scales == "super" else 128
-            padded = math.ceil(rows / whole) * whole
-            order = 4 * columns if self.ordered else 0
-            halves = (2 if self.scales == "affine" else 1) * padded // self.group
-            return columns * math.ceil((2 * halves + padded // 2) / 64) * 64 + 4 * rows + 16 + 24 + order
-        return 4 * rows * math.ceil(columns * self.bits / 32) + 2 * rows * (columns // self.over(columns).group) + 16
+        """Bytes of them."""
+        return sum(_ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in self.tensors(rows, columns).values())
 
 
 BFLOAT16 = Stored()

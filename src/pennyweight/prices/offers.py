@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pennyweight import kinds, variants
+from pennyweight import formats, kinds, variants
 from pennyweight.disk.checkpoint import header_bytes
 from pennyweight.model.blocks import Block
 from pennyweight.model.choices import PARENT, Choice
 from pennyweight.model.demand import Budget, Workload
 from pennyweight.model.shapes import Shape, Shapes
 from pennyweight.model.slots import Slot
-from pennyweight.model.stored import BFLOAT16
 from pennyweight.prices.cost import Cost, Seconds, price, workspace_bytes
 from pennyweight.search import Infeasible, Problem
 from pennyweight.units import show_bytes, show_seconds
@@ -90,15 +89,12 @@ def file_bytes(block: Block) -> int:
     """Bytes the slot adds to the written files: tensors, and an upper bound on their header entries."""
     entries: list[tuple[str, tuple[int, ...]]] = []
     for name, weight in block.tensors().items():
-        if not weight.is_matrix or weight.stored == BFLOAT16:
+        if not weight.is_matrix:
             entries.append((name, weight.shape))
-        else:
-            base = name.removesuffix("weight")
-            rows, columns = weight.shape[-2:]
-            suffixes = ("zigzag", "layout", "row_scale") if weight.stored.down else ("packed", "scale")
-            suffixes += ("order",) if weight.stored.ordered else ()
-            entries += [(f"{base}weight_{suffix}", (rows, columns)) for suffix in suffixes]
-            entries.append((base + "weight_shape", (2,)))
+            continue
+        *stack, rows, columns = weight.shape
+        for suffix, (_, shape) in weight.stored.tensors(rows, columns).items():
+            entries.append((formats.on_disk(name, suffix), (*stack, *shape)))
     return block.shape.nbytes + header_bytes(entries)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pennyweight import families, kinds
+from pennyweight import families, formats, kinds
 from pennyweight.model.blocks import Blocks
 from pennyweight.model.demand import Budget, Workload
 from pennyweight.model.shapes import Shapes, parameters
 from pennyweight.model.slots import Slot
-from pennyweight.model.stored import BFLOAT16, Stored
+from pennyweight.model.stored import BFLOAT16
 from pennyweight.prices import offers
 from pennyweight.prices.cost import Seconds, computed, figures, total, workspace_bytes
 from pennyweight.prices.machine import Machine
@@ -111,7 +111,7 @@ def stored_bytes(shapes: Shapes, bits: int, group: int = 128) -> int:
     count = 0
     for shape in shapes.values():
         for weight in shape.weights():
-            stored = BFLOAT16 if bits == 16 or weight.exact else Stored(bits, group)
+            stored = BFLOAT16 if bits == 16 or weight.exact else formats.rows_in(bits).Spec(bits, group)
             count += dataclasses.replace(weight, stored=stored).nbytes
     return count
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from pennyweight.formats import packed_int
-from pennyweight.formats._grid import SUPER_GROUPS, Grid
+from pennyweight.formats import SUPER_GROUPS, Grid, packed_int
 from pennyweight.model.stored import Stored
 
 # Half-range of the codes over the largest magnitude; at 15/14 that one is the int4 code 7 itself.
@@ -22,11 +21,6 @@ _CACHED_VALUES = 2**19
 
 _SMALLEST = 2.0**-14
 """float16's smallest normal number: the step of a group of zeros."""
-
-
-def limits(spec: Stored) -> tuple[int, int]:
-    """Lowest and highest code: signed, or from zero where the format has minima."""
-    return packed_int.limits(spec.bits) if spec.scales == "symmetric" else (0, (1 << spec.bits) - 1)
 
 
 def grid(weight: torch.Tensor, spec: Stored, importance: torch.Tensor | None = None) -> Grid:
@@ -57,7 +51,7 @@ def grid(weight: torch.Tensor, spec: Stored, importance: torch.Tensor | None = N
 
 
 def _symmetric(weight: torch.Tensor, spec: Stored, importance: torch.Tensor | None) -> torch.Tensor:
-    low, high = packed_int.limits(spec.bits)
+    low, high = spec.limits
     # A group of zeros has the smallest scale there is.
     kept, smallest = (torch.float16, _SMALLEST) if spec.down else (torch.bfloat16, 1e-12)
     grouped = weight.float().view(len(weight), -1, spec.group)
@@ -159,7 +153,7 @@ def expand(part: torch.Tensor, spec: Stored, rows: int) -> torch.Tensor:
 
 def codes(weight: torch.Tensor, grid: Grid, spec: Stored) -> torch.Tensor:
     """Nearest codes on a given grid. (rows, columns) int8."""
-    low, high = limits(spec)
+    low, high = spec.limits
     out = torch.empty(weight.shape, dtype=torch.int8)
     if spec.down:
         wide = expand(grid.scale, spec, len(weight))

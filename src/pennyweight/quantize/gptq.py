@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pennyweight.formats._grid import Grid
+from pennyweight.formats import Grid
 from pennyweight.model.stored import Stored
 from pennyweight.quantize import _grids
 
@@ -57,7 +57,7 @@ def quantize(weight: torch.Tensor, prepared: Prepared, spec: Stored) -> tuple[to
     step = _grids.expand(grid.scale, spec, len(weight))[:, order].T.contiguous()
     work = weight.float()[:, order].T.contiguous()
     lowest = None if grid.minimum is None else _grids.expand(grid.minimum, spec, len(weight))[:, order].T.contiguous()
-    low, high = _grids.limits(spec)
+    low, high = spec.limits
     columns, rows = work.shape
     ordered = torch.empty(columns, rows, dtype=torch.int8)
     for start in range(0, columns, _BLOCK):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pennyweight.formats._grid import Grid
+from pennyweight.formats import Grid
 from pennyweight.model.stored import Stored
 from pennyweight.quantize import _grids
 

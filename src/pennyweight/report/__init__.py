@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.report import card, html
+from pennyweight.report._facts import tally
+
+__all__ = ["tally", "write"]
 
 
 def write(report: dict[str, Any], candidate: Path, out: Path) -> Path:

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from pennyweight import formats
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.disk.tokenizer import load_tokenizer
-from pennyweight.formats import _matrix, zigzag
 from pennyweight.live.walk import Walk
-from pennyweight.sources.native import native, refuse_damage
 from pennyweight.sources.source import Vocabulary, rearranged
 
 
@@ -37,32 +36,25 @@ class Folder:
 
     def vector(self, name: str) -> np.ndarray:
         tensor = self._checkpoint.read(name).float()
-        refuse_damage(name, tensor)
+        formats.refuse_damage(name, tensor)
         return tensor.numpy()
 
     def matrix(self, name: str) -> Any:
-        if name in self._checkpoint.entries:
-            read = self._checkpoint.map if self._mapped else self._checkpoint.read
-            return native(name, {"weight": read(name)}, in_place=self._mapped)
         parts = self._parts(name)
-        if "weight_zigzag" not in parts:
-            self._rearranged += 1
-        return native(name, parts, in_place=self._mapped)
+        self._rearranged += not formats.of_parts(parts).IN_PLACE
+        return formats.native(name, parts, in_place=self._mapped)
 
     def matrices(self, names: Sequence[str]) -> list[Any]:
-        stacked = not self._mapped and len(names) > 1  # what lies in a file lies one after the other
-        if stacked and all(f"{name}_zigzag" in self._checkpoint.entries for name in names):
-            parts = [self._parts(name) for name in names]
-            if zigzag.can_stack(parts):
-                return [native(", ".join(names), zigzag.stack(parts))]
+        if len(names) > 1 and not self._mapped:  # what lies in a file lies one after the other
+            together = formats.stacked([self._parts(name) for name in names])
+            if together is not None:
+                return [formats.native(", ".join(names), together)]
         return [self.matrix(name) for name in names]
 
     def _parts(self, name: str) -> dict[str, torch.Tensor]:
-        def read(part: str) -> torch.Tensor:
-            in_place = self._mapped and part.endswith("_zigzag")
-            return self._checkpoint.map(part) if in_place else self._checkpoint.read(part)
-
-        return _matrix.parts(name, self._checkpoint.entries, read)
+        checkpoint = self._checkpoint
+        mapping = checkpoint.map if self._mapped else None
+        return formats.read(name, checkpoint.entries, checkpoint.read, map_tensor=mapping)
 
     def vocabulary(self) -> Vocabulary:
         tokenizer = load_tokenizer(self._checkpoint.folder)

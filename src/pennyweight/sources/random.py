@@ -15,13 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pennyweight import families
-from pennyweight.formats import _matrix, zigzag
-from pennyweight.formats._grid import SUPER_GROUPS, Grid
+from pennyweight import families, formats
 from pennyweight.model.shapes import Shape, Shapes, Weight
-from pennyweight.model.stored import BFLOAT16, Stored
-from pennyweight.quantize import _grids
-from pennyweight.sources.native import native
+from pennyweight.model.stored import Stored
 from pennyweight.sources.source import Vocabulary
 
 _DISTINCT = 2**20
@@ -68,7 +64,7 @@ class RandomWeights:
     def matrices(self, names: Sequence[str]) -> list[Any]:
         found = self._make(tuple(_matrix_of(self._weights[name]) for name in names))
         if found is not None:
-            return [native(", ".join(names), found)]
+            return [formats.native(", ".join(names), found)]
         return [self.matrix(name) for name in names]
 
     def vocabulary(self) -> Vocabulary:
@@ -88,35 +84,6 @@ def _matrix_of(weight: Weight) -> Matrix:
 
 def tensors(matrices: tuple[Matrix, ...]) -> dict[str, torch.Tensor] | None:
     """The tensors of a matrix as they would be on disk, by suffix; of several what they become stacked, or None."""
-    first, *others = matrices
-    if not others:
-        return _random(*first)
-    if not all(stored.down for _, _, stored in matrices):
-        return None
-    parts = [_random(*matrix) for matrix in matrices]
-    return zigzag.stack(parts) if zigzag.can_stack(parts) else None
-
-
-def _random(rows: int, columns: int, stored: Stored) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    if stored == BFLOAT16:
-        values = torch.empty(min(_DISTINCT, rows * columns)).normal_(0.0, 0.02, generator=generator).bfloat16()
-        return {"weight": _repeated(values, rows * columns).view(rows, columns)}
-    low, high = _grids.limits(stored)
-    codes = torch.randint(low, high + 1, (min(_DISTINCT, rows * columns),), generator=generator, dtype=torch.int8)
-    codes = _repeated(codes, rows * columns).view(rows, columns)
-    groups = (-(-rows // stored.group), columns) if stored.down else (rows, columns // stored.group)
-    scale = 0.02 / (0.29 * (high - low + 1))  # codes are spread evenly: their deviation is 0.29 of their range
-    row_scale = torch.ones(rows) if stored.down else None
-    if stored.scales == "super":
-        blocks = -(-groups[0] // SUPER_GROUPS)
-        factors = torch.tensor([scale, 8 * scale]).div(32).view(2, 1, 1).expand(2, blocks, columns).half()
-        grid = Grid.of_super(factors, torch.full((2, *groups), 32, dtype=torch.uint8))
-    else:
-        grid = Grid(torch.full(groups, scale), torch.full(groups, -8 * scale) if stored.scales == "affine" else None)
-    order = torch.randperm(columns, generator=generator) if stored.ordered else None
-    return _matrix.pack(codes, grid, stored, row_scale=row_scale, order=order)
-
-
-def _repeated(values: torch.Tensor, size: int) -> torch.Tensor:
-    return values.repeat(-(-size // len(values)))[:size]
+    made = [formats.of(kept).random(rows, columns, kept, generator, _DISTINCT) for rows, columns, kept in matrices]
+    return made[0] if len(made) == 1 else formats.stacked(made)

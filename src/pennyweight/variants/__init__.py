@@ -8,7 +8,7 @@ An axis is a file with
     options(shape)     specs that a shape may be given
     reshape(shape, spec), apply(parts, spec, stats)    the same change to a shape, and to live modules
     STORES             True if it says how matrices are kept and read, and leaves what they compute nearly as it was;
-                       then also pack(weight, reads, stats, spec)
+                       its specs then have a `method` that finds codes (quantize/)
     DEFAULT            False if it is searched only where it is asked for
 """
 

@@ -6,10 +6,11 @@ disk: compressed-tensors pack-quantized (formats/packed_int.py); `apply` leaves 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pennyweight import kinds
+from pennyweight import formats, kinds
 from pennyweight.model.shapes import Attention, Dense, Embedding, GatedMLP, Head, Shape
 from pennyweight.model.stored import Stored
 
@@ -34,7 +35,7 @@ class Spec:
 
     @property
     def stored(self) -> Stored:
-        return Stored(self.bits, self.group)
+        return formats.rows_in(self.bits).Spec(self.bits, self.group)
 
     def __str__(self) -> str:
         return f"int{self.bits} g{self.group}" + (" gptq" if self.method == "gptq" else "")
@@ -60,30 +61,27 @@ def reshape(shape: Shape, spec: Spec) -> Shape:
     return replace(shape, stored=spec.stored)
 
 
-def codes(weight: Any, reads: str | None, stats: SlotStats, method: str, stored: Stored) -> tuple[Any, Any]:
-    """(codes, grid) of a matrix that multiplies the activation `reads` (model/shapes.py), as `stored` keeps it."""
+def pack(weight: Any, reads: str | None, stats: SlotStats, stored: Stored, method: str) -> dict[str, Any]:
+    """The tensors, by suffix, that a matrix is when it is `stored` so. Its codes are found by a `method` of quantize/,
+    which may look at the moments of the activation that it `reads` (model/shapes.py)."""
     moment = f"{reads}_moment"
     fits = moment in stats and len(stats[moment]) == weight.shape[1]  # not so for a child narrower than the parent
     quantizer = kinds.load("quantize", method if fits else "rtn")
     prepared = stats.prepared(moment, quantizer) if fits else None
-    return quantizer.quantize(weight.detach(), prepared, stored.over(weight.shape[1]))
+    activity = stats[moment].diagonal() if fits else None
+    find = functools.partial(_find, quantizer, prepared)
+    return formats.of(stored).encode(weight.detach(), stored, find, activity)
 
 
-def pack(weight: Any, reads: str | None, stats: SlotStats, spec: Spec) -> dict[str, Any]:
-    """The tensors of a matrix, by suffix."""
-    from pennyweight.formats import _matrix
-
-    found, grid = codes(weight, reads, stats, spec.method, spec.stored)
-    return _matrix.pack(found, grid, spec.stored)
+def _find(quantizer: Any, prepared: Any, weight: Any, spec: Stored) -> Any:
+    return quantizer.quantize(weight, prepared, spec)
 
 
 def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
     """Replace every matrix by its dequantised values, in place. Rows do not depend on each other: a large embedding is
     done in parts, so that it is never held twice."""
-    from pennyweight.formats.packed_int import dequantize
-
     for name, linear in parts.matrices().items():
         for rows in linear.weight.detach().split(max(1, _VALUES_AT_ONCE // linear.weight.shape[1])):
-            found, grid = codes(rows, parts.shape.reads.get(name), stats, spec.method, spec.stored)
-            rows.copy_(dequantize(found, grid.scale))
+            packed = pack(rows, parts.shape.reads.get(name), stats, spec.stored, spec.method)
+            rows.copy_(formats.unpack(packed))
     return parts.having(reshape(parts.shape, spec))

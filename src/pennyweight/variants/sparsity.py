@@ -3,9 +3,6 @@
 A channel whose |x| is below a threshold adds next to nothing to W x (TEAL, arXiv:2408.14690). Stored in zigzag
 (formats/zigzag.py; SpQt, arXiv:2511.04477), its column need not be fetched either. A block has two thresholds: one for
 its normed input, one for what o_proj or down_proj reads; which share each leaves out is what the search picks.
-
-Each row is divided by its root mean square before it is rounded: groups that run down a column would otherwise have to
-span rows of different size.
 """
 
 from __future__ import annotations
@@ -14,6 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
+from pennyweight import formats
+from pennyweight.formats import zigzag
 from pennyweight.model.shapes import Attention, GatedMLP, Shape, Sparsity
 from pennyweight.model.stored import BFLOAT16, Stored
 from pennyweight.variants import bits
@@ -45,7 +44,7 @@ class Spec:
 
     @property
     def stored(self) -> Stored:
-        return Stored(4, self.group, down=True, scales=self.scales, ordered=self.ordered)
+        return zigzag.Spec(self.group, self.scales, ordered=self.ordered)
 
     @property
     def sparsity(self) -> Sparsity:
@@ -74,32 +73,11 @@ def reshape(shape: Shape, spec: Spec) -> Shape:
     return replace(shape, stored=spec.stored, sparsity=spec.sparsity)
 
 
-def pack(weight: Any, reads: str | None, stats: SlotStats, spec: Spec) -> dict[str, Any]:
-    """The tensors of a matrix, by suffix."""
-    from pennyweight.formats import _matrix
-
-    row_scale = weight.detach().float().square().mean(dim=1).sqrt().clamp_min(1e-12)
-    codes, grid = bits.codes(weight.detach().float() / row_scale.unsqueeze(1), reads, stats, spec.method, spec.stored)
-    order = _by_activity(weight, f"{reads}_moment", stats) if spec.ordered else None
-    return _matrix.pack(codes, grid, spec.stored, row_scale=row_scale, order=order)
-
-
-def _by_activity(weight: Any, moment: str, stats: SlotStats) -> Any:
-    """Columns (columns,) int32, those first whose inputs are largest on average: what stays lies together, and so does
-    what is left out, in longer pieces than single columns."""
-    import torch
-
-    if moment not in stats or len(stats[moment]) != weight.shape[1]:  # a child narrower than the parent
-        return torch.arange(weight.shape[1], dtype=torch.int32)
-    return stats[moment].diagonal().argsort(descending=True, stable=True).int()
-
-
 def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
     """Replace every matrix by its dequantised values and leave channels out of their inputs, in place."""
-    from pennyweight.formats import _matrix
-
     for name, linear in parts.matrices().items():
-        linear.weight.copy_(_matrix.unpack(pack(linear.weight, parts.shape.reads[name], stats, spec)))
+        packed = bits.pack(linear.weight, parts.shape.reads[name], stats, spec.stored, spec.method)
+        linear.weight.copy_(formats.unpack(packed))
     return thin(parts, spec, stats)
 
 

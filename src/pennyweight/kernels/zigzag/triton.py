@@ -58,11 +58,11 @@ class Matrix:
             importance = importance.to(self.device, torch.float32)
         self._importance = importance if order is None or importance is None else importance[self._order]
         self._packed = parts["weight_zigzag"].to(self.device, copy=True)
-        words = self.spec.tile_rows // 8
+        words = self.spec.height // 8
         self._words = min(_WORDS, 1 << (words - 1).bit_length())
         row_scale = parts.get("weight_row_scale")
         self._row_scale = None if row_scale is None else row_scale.to(self.device)
-        self._tiles, self._bands = -(-self.rows // self.spec.tile_rows), -(-words // self._words)
+        self._tiles, self._bands = -(-self.rows // self.spec.height), -(-words // self._words)
         cores = torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 1
         programs = -(-_PROGRAMS_PER_CORE * cores // (self._tiles * self._bands))
         self._slices = max(1, min(programs, self.columns // _COLUMNS))
@@ -74,7 +74,7 @@ class Matrix:
         self._total = scratch(1, dtype=torch.int32)
         self._index = scratch(self.columns, dtype=torch.int32)
         self._value = scratch(self.columns, dtype=torch.float32)
-        self._partial = scratch(self._slices, self._tiles * self.spec.tile_rows, dtype=torch.float32)
+        self._partial = scratch(self._slices, self._tiles * self.spec.height, dtype=torch.float32)
 
     def times(self, x: torch.Tensor, threshold: float = -1.0, out: torch.Tensor | None = None) -> torch.Tensor:
         """y (rows,) float32 as reference.times defines it, within 1e-5 relative (L2), on the device.
@@ -99,7 +99,7 @@ class Matrix:
             self._index,
             self._value,
             *summed,
-            TILE_ROWS=self.spec.tile_rows,
+            TILE_ROWS=self.spec.height,
             GROUP=self.spec.group,
             SCALES=zigzag.SCALES.index(self.spec.scales),
             CHUNK=self.spec.chunk_bytes,

@@ -92,17 +92,17 @@ class Matrix:
         bound = binding_bytes or min(kernels.device.limits[name] for name in _LIMITS)
         if tile_bytes > bound:
             raise ValueError(
-                f"a tile of {spec.tile_rows} rows and {self.columns} columns takes {tile_bytes} bytes, "
+                f"a tile of {spec.height} rows and {self.columns} columns takes {tile_bytes} bytes, "
                 f"{kernels.adapter} binds {bound}: pack with fewer tile_rows"
             )
-        tiles, tiles_bound = -(-self.rows // spec.tile_rows), bound // tile_bytes
-        padded_rows, bands = tiles * spec.tile_rows, -(-spec.tile_rows // _BAND_ROWS)
+        tiles, tiles_bound = -(-self.rows // spec.height), bound // tile_bytes
+        padded_rows, bands = tiles * spec.height, -(-spec.height // _BAND_ROWS)
         slices = max(1, min(_PROGRAMS // (tiles * bands), self.columns // _SLICE_COLUMNS))
         blocks = -(-self.columns // _BLOCK)
 
         def shape(first_tile: int) -> Any:
             kind = zigzag.SCALES.index(spec.scales)
-            numbers = (self.rows, self.columns, spec.tile_rows, spec.group, kind, spec.chunk_bytes // 4)
+            numbers = (self.rows, self.columns, spec.height, spec.group, kind, spec.chunk_bytes // 4)
             return self._buffer(struct.pack("9I", *numbers, padded_rows, slices, first_tile), uniform=True)
 
         self._row_scale, self._order = parts.get("weight_row_scale"), parts.get("weight_order")
