@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from pennyweight.cli import app
 from pennyweight.sources.gguf import file as gguf
 from pennyweight.sources.gguf import ggml
-from tests.conftest import FAMILIES
+from pennyweight.sources.gguf.source import ARCHITECTURES
 from tests.gguf_files import convert, interleaved, quantise
 
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
@@ -118,7 +118,7 @@ def test_zeros_stay_zeros():
 # ----------------------------------------------------------------------------------------------------------- models
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def family(request):
     return request.param
 
