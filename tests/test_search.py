@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pennyweight import kinds
+from pennyweight.cli._common import own_stdout
 from pennyweight.search import Infeasible, Problem, evolve, greedy, mip, random, solution, uniform
 
 UNITS = np.array([1.0, 1e6, 1e-3])  # bytes dwarf seconds: bounds of one problem differ by orders of magnitude
@@ -257,10 +258,21 @@ def test_forty_slots_of_thirty_variants_under_three_bounds_are_proven_quickly():
     assert found.seconds < 20.0
 
 
-def test_nothing_is_printed_to_standard_output(capfd):
-    for seed in (20, 21, 22, 23):  # at the odd ones HiGHS, left alone, prints a debug line past sys.stdout
-        mip.solve(layers(seed, 12, 8))
-    assert capfd.readouterr() == ("", "")
+def test_a_search_leaves_the_file_descriptors_of_its_process_alone(monkeypatch):
+    """A server in the same process writes to them."""
+    redirected = []
+    with monkeypatch.context() as while_it_runs:
+        while_it_runs.setattr("os.dup2", lambda *which: redirected.append(which))
+        mip.solve(layers(20, 12, 8))
+    assert not redirected
+
+
+def test_commands_keep_their_standard_output_to_themselves(capfd):
+    with own_stdout():
+        for seed in (20, 21, 22, 23):  # at the odd ones HiGHS prints a debug line past sys.stdout
+            mip.solve(layers(seed, 12, 8))
+    print("the result")
+    assert capfd.readouterr() == ("the result\n", "")
 
 
 # ------------------------------------------------------------------------------------------------------ diversity

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from pennyweight import formats
+from pennyweight import formats, quantize
 from pennyweight.config import merged
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.formats import zigzag
@@ -22,7 +22,7 @@ from pennyweight.live.streamed import Streamed
 from pennyweight.live.walk import Walk
 from pennyweight.model.shapes import Weight
 from pennyweight.model.slots import Slot
-from pennyweight.variants import bits, layout_from_json, sparsity
+from pennyweight.variants import layout_from_json, sparsity
 from tests.conftest import FAMILIES
 from tests.test_job import config, run, text  # noqa: F401  (text is a fixture)
 
@@ -78,7 +78,7 @@ def test_a_row_of_another_size_costs_nothing():
     from pennyweight.judge.stats import SlotStats
 
     weight = torch.randn(128, 64) * torch.logspace(-3, 0, 128).unsqueeze(1)
-    parts = bits.pack(weight, "input", SlotStats({}), sparsity.Spec(0.0, 0.0).stored, "gptq")
+    parts = quantize.pack(weight, "input", SlotStats({}), sparsity.Spec(0.0, 0.0).stored, "gptq")
     error = (formats.unpack(parts) - weight).norm(dim=1) / weight.norm(dim=1)
     assert error.max() < 0.2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,26 @@ def errors(*, resumes: bool = False) -> Iterator[None]:
 
 def say(message: str) -> None:
     print(f"penny: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def own_stdout() -> Iterator[None]:
+    """What libraries print past sys.stdout is dropped: HiGHS as built into scipy 1.17 has a leftover debug line. For
+    commands that have their process to themselves: file descriptor 1 is everybody's."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # no such descriptor: nothing can be printed
+        yield
+        return
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(sink)
 
 
 def quiet_libraries() -> None:

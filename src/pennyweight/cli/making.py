@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pennyweight import variants
-from pennyweight.cli._common import DEFAULT_AXES, Json, Model, app, errors, quiet_libraries
+from pennyweight.cli._common import DEFAULT_AXES, Json, Model, app, errors, own_stdout, quiet_libraries
 
 if TYPE_CHECKING:
     from pennyweight.config import FitConfig
@@ -126,7 +126,8 @@ def _fit(
         job = open_job(model, out, config, run=run, where=engine, listen=listen)  # type: ignore[arg-type]
         if job.fits_whole:  # otherwise memory is what is short, not time
             allocator.keep_freed_memory()
-        made = job_plan(job) if dry_run else run_job(job)
+        with own_stdout():
+            made = job_plan(job) if dry_run else run_job(job)
     if dry_run:
         print(json.dumps(made, indent=None if as_json else 1))
         return

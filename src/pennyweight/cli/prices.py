@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pennyweight.cli._common import DEFAULT_AXES, Json, app, errors, quiet_libraries
+from pennyweight.cli._common import DEFAULT_AXES, Json, app, errors, own_stdout, quiet_libraries
 
 
 @app.command()
@@ -46,9 +46,9 @@ def plan(
         )
         budget = BudgetConfig(memory=memory, weights=weights, ttft=ttft, tpot=tpot, throughput=throughput)
         device = Machine.load(machine)
-        found = planning.plan(
-            config, load, device, budget.resolve(parent_bytes=planning.stored_bytes(shapes, 16)), axes.split(",")
-        )
+        bounds = budget.resolve(parent_bytes=planning.stored_bytes(shapes, 16))
+        with own_stdout():
+            found = planning.plan(config, load, device, bounds, axes.split(","))
         result = found.to_json()
         if against is not None:
             parent = families.shapes(read_config(against))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pennyweight import families, formats, variants
+from pennyweight import families, formats, quantize, variants
 from pennyweight.disk.writer import Writer
 from pennyweight.job.packed import Packed
 from pennyweight.judge.stats import Collector, SlotStats, of_slot
@@ -25,7 +25,7 @@ from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16, Stored
 from pennyweight.runs.events import Listener
 from pennyweight.runs.store import Store
-from pennyweight.variants import bits, sparsity
+from pennyweight.variants import sparsity
 
 _TOGETHER = 8  # rows
 
@@ -133,7 +133,7 @@ def _packed(parts: Parts, layout: Layout, stats: SlotStats, *, leave: bool = Tru
             tensors[name] = parts.parameter(weight.name).detach().bfloat16()
             continue
         module, reads = parts.matrix(weight.name), parts.shape.reads.get(weight.name)
-        packed = bits.pack(module.weight, reads, stats, kept[weight.name], storing[1].method)
+        packed = quantize.pack(module.weight, reads, stats, kept[weight.name], storing[1].method)
         if leave:
             set_linear(module, formats.unpack(packed), getattr(module, "bias", None))
         tensors |= {formats.on_disk(name, suffix): part for suffix, part in packed.items()}

@@ -119,7 +119,7 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
             min_different=job.config.min_different,
         )
         try:
-            extra = {"evaluate": _true_kl(job, table)} if job.config.search == "evolve" else {}
+            extra = {"evaluate": _true_kl(job, table)} if getattr(search, "EVALUATES", False) else {}
             solution = search.solve(problem, seed=job.config.seed, **extra)
         except Infeasible as err:
             if found:

@@ -158,12 +158,14 @@ def _norms(norms: Norms | None, hidden_size: int) -> Iterator[Weight]:
 class _Block(Shape):
     """Attention or an MLP: matrices that read the block's input, and one that reads what they have made of it."""
 
+    apart: tuple[tuple[str, Stored], ...] = ()
+
     def matrix(self, name: str, rows: int, columns: int) -> Weight:
-        """A matrix of the block, as it is stored and read."""
+        """A matrix of the block, as it is stored, `apart` from the others or as they are, and read."""
         share = 0.0
         if self.sparsity is not None:
             share = self.sparsity.entering if self.reads[name] == "input" else self.sparsity.inner
-        return Weight(name, (rows, columns), self.stored, kept=1 - share)
+        return Weight(name, (rows, columns), dict(self.apart).get(name, self.stored), kept=1 - share)
 
     def tables(self) -> Iterator[Weight]:
         """What the runtime needs to find a threshold for any share: quantiles of the magnitudes of both inputs."""
@@ -194,6 +196,7 @@ class Attention(_Block):
     window: int | None = None
     norms: Norms | None = "before"
     stored: Stored = BFLOAT16
+    apart: tuple[tuple[str, Stored], ...] = ()
     sparsity: Sparsity | None = None
 
     reads: ClassVar[Mapping[str, str]] = {"q_proj": "input", "k_proj": "input", "v_proj": "input", "o_proj": "inner"}
@@ -247,6 +250,7 @@ class GatedMLP(_Block):
     activation: str = "silu"
     norms: Norms | None = "before"
     stored: Stored = BFLOAT16
+    apart: tuple[tuple[str, Stored], ...] = ()
     sparsity: Sparsity | None = None
 
     reads: ClassVar[Mapping[str, str]] = {"gate_proj": "input", "up_proj": "input", "down_proj": "inner"}

@@ -31,8 +31,10 @@ def single_choices(shape: Shape, axes: Sequence[str], *, scored_tokens: int) -> 
     """
     found = []
     for axis in (axis for axis in variants.order() if axis in axes):
-        for spec in kinds.load("variants", axis).options(shape):
-            if axis != "window" or spec.tokens <= scored_tokens // 2:
+        module = kinds.load("variants", axis)
+        for spec in module.options(shape):
+            window = module.reshape(shape, spec).window
+            if window in (None, shape.window) or window <= scored_tokens // 2:
                 found.append(Choice(((axis, spec),)))
     return found
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from pennyweight import variants
 from pennyweight.report import _facts
 from pennyweight.report._facts import best
 from pennyweight.units import show_bytes, show_seconds
@@ -19,7 +20,7 @@ _TEXTS = {
 
 def render(report: dict[str, Any]) -> str:
     """The card, in Markdown with the YAML header that model hubs read."""
-    packed = any("bits" in slot["axes"] for slot in report["slots"])
+    packed = any(variants.stores(axis) for slot in report["slots"] for axis in slot["axes"])
     header = {
         "base_model": report["model"],
         "library_name": "transformers",

@@ -13,6 +13,8 @@ import numpy as np
 
 from pennyweight.search import Problem, Solution, mip, solution
 
+EVALUATES = True  # wants to be given `evaluate`, which measures whole children
+
 
 def solve(
     problem: Problem,

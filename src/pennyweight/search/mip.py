@@ -11,11 +11,8 @@ three bounds take 1-2 s on two cores this way, 2-10 s in one piece.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,17 +115,16 @@ def _solve(program: _Program, time_limit_s: float) -> tuple[np.ndarray, bool] | 
     while True:
         core = np.flatnonzero(reduced <= gap * (1 + 1e-9) + 1e-6)
         whole = len(core) == len(reduced)
-        with _quiet_stdout():
-            result: Any = milp(
-                program.objective[core],
-                constraints=[
-                    LinearConstraint(program.one_each[:, core], 1, 1),
-                    LinearConstraint(program.rows[:, core], -np.inf, program.upper),  # pyright: ignore[reportArgumentType]
-                ],
-                integrality=np.ones(len(core)),
-                bounds=Bounds(0, 1),
-                options={"mip_rel_gap": 0.0, "time_limit": max(0.1, deadline - time.perf_counter())},
-            )
+        result: Any = milp(
+            program.objective[core],
+            constraints=[
+                LinearConstraint(program.one_each[:, core], 1, 1),
+                LinearConstraint(program.rows[:, core], -np.inf, program.upper),  # pyright: ignore[reportArgumentType]
+            ],
+            integrality=np.ones(len(core)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0, "time_limit": max(0.1, deadline - time.perf_counter())},
+        )
         late = time.perf_counter() > deadline
         if result.x is None:
             if whole and result.status == _INFEASIBLE:
@@ -141,25 +137,6 @@ def _solve(program: _Program, time_limit_s: float) -> tuple[np.ndarray, bool] | 
         if needed <= gap or whole or late:
             return core[result.x > 0.5], result.status == 0 and (needed <= gap or whole)
         gap = needed
-
-
-@contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """HiGHS as built into scipy 1.17 prints a leftover debug line to file descriptor 1, past sys.stdout."""
-    sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-    except OSError:  # no such descriptor: nothing can be printed
-        yield
-        return
-    sink = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(sink, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(sink)
 
 
 def _choice(problem: Problem, columns: np.ndarray) -> tuple[int, ...]:

@@ -6,11 +6,10 @@ disk: compressed-tensors pack-quantized (formats/packed_int.py); `apply` leaves 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pennyweight import formats, kinds
+from pennyweight import formats, quantize
 from pennyweight.model.shapes import Attention, Dense, Embedding, GatedMLP, Head, Shape
 from pennyweight.model.stored import Stored
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 PLACE = 30
 STORES = True
 STATS = ("input_moment", "inner_moment")
-_VALUES_AT_ONCE = 2**25
 _Matrices = Attention | GatedMLP | Dense | Embedding | Head
 
 
@@ -61,27 +59,7 @@ def reshape(shape: Shape, spec: Spec) -> Shape:
     return replace(shape, stored=spec.stored)
 
 
-def pack(weight: Any, reads: str | None, stats: SlotStats, stored: Stored, method: str) -> dict[str, Any]:
-    """The tensors, by suffix, that a matrix is when it is `stored` so. Its codes are found by a `method` of quantize/,
-    which may look at the moments of the activation that it `reads` (model/shapes.py)."""
-    moment = f"{reads}_moment"
-    fits = moment in stats and len(stats[moment]) == weight.shape[1]  # not so for a child narrower than the parent
-    quantizer = kinds.load("quantize", method if fits else "rtn")
-    prepared = stats.prepared(moment, quantizer) if fits else None
-    activity = stats[moment].diagonal() if fits else None
-    find = functools.partial(_find, quantizer, prepared)
-    return formats.of(stored).encode(weight.detach(), stored, find, activity)
-
-
-def _find(quantizer: Any, prepared: Any, weight: Any, spec: Stored) -> Any:
-    return quantizer.quantize(weight, prepared, spec)
-
-
 def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
-    """Replace every matrix by its dequantised values, in place. Rows do not depend on each other: a large embedding is
-    done in parts, so that it is never held twice."""
-    for name, linear in parts.matrices().items():
-        for rows in linear.weight.detach().split(max(1, _VALUES_AT_ONCE // linear.weight.shape[1])):
-            packed = pack(rows, parts.shape.reads.get(name), stats, spec.stored, spec.method)
-            rows.copy_(formats.unpack(packed))
-    return parts.having(reshape(parts.shape, spec))
+    shape = reshape(parts.shape, spec)
+    quantize.store(parts, shape, stats, spec.method)
+    return parts.having(shape)

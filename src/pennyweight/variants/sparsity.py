@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
-from pennyweight import formats
+from pennyweight import quantize
 from pennyweight.formats import zigzag
 from pennyweight.model.shapes import Attention, GatedMLP, Shape, Sparsity
 from pennyweight.model.stored import BFLOAT16, Stored
-from pennyweight.variants import bits
 
 if TYPE_CHECKING:
     from pennyweight.judge.stats import SlotStats
@@ -75,9 +74,7 @@ def reshape(shape: Shape, spec: Spec) -> Shape:
 
 def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
     """Replace every matrix by its dequantised values and leave channels out of their inputs, in place."""
-    for name, linear in parts.matrices().items():
-        packed = bits.pack(linear.weight, parts.shape.reads[name], stats, spec.stored, spec.method)
-        linear.weight.copy_(formats.unpack(packed))
+    quantize.store(parts, reshape(parts.shape, spec), stats, spec.method)
     return thin(parts, spec, stats)
 
 
