@@ -102,6 +102,22 @@ def test_without_the_patch_transformers_refuses(child):
         AutoModelForCausalLM.from_pretrained(child)
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_windows_alone_make_transformers_stop_too(model_type, pico, tmp_path):
+    """No size differs then, and nothing that transformers knows says that layers do."""
+    folder = pico(model_type)
+    child = build(folder, tmp_path / "child", {Slot("mixer", 1): Choice((("window", window.Spec(8)),))})
+    walk = Walk(Checkpoint(child))
+    assert [walk.shapes[Slot("mixer", layer)].window for layer in range(3)] == [None, 8, None]
+    with pytest.raises(Exception, match="per-layer attribute"):
+        AutoModelForCausalLM.from_pretrained(child)
+    found = load_model(child, dtype=torch.float32)(ids(), use_cache=False).logits
+    assert torch.equal(found, Streamed(walk)(ids()).logits)
+    parent = load_model(folder, dtype=torch.float32)(ids(), use_cache=False).logits
+    assert not torch.allclose(found[:, 20:], parent[:, 20:], atol=1e-3)
+    torch.testing.assert_close(found[:, :8], parent[:, :8], rtol=0, atol=1e-5)
+
+
 def test_uninstall_leaves_transformers_as_it_was():
     modeling = __import__("transformers.models.llama.modeling_llama", fromlist=["x"])
     before = modeling.LlamaDecoderLayer.__init__

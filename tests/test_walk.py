@@ -84,6 +84,16 @@ def test_nan_weights_are_named(folder, tmp_path):
         Streamed(Walk(Checkpoint(broken)))(ids())
 
 
+def test_windows_of_the_family_s_own_are_walked(pico):
+    """A whole model masks layers that slide; a layer by itself has to be told."""
+    folder = pico("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    walk = Walk(Checkpoint(folder))
+    assert [walk.shapes[Slot("mixer", layer)].window for layer in range(3)] == [None, 8, 8]
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = whole(ids(), use_cache=False).logits
+    torch.testing.assert_close(Streamed(walk)(ids()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_yarn_reaches_the_positions(pico):
     """The numbers of gpt-oss's YaRN: theta 150000, head_dim 64, from 4096 tokens, factors 32 and 56."""
     concentrations = {}

@@ -74,10 +74,15 @@ def of(stored: Stored) -> ModuleType:
 
 def rows_in(bits: int) -> ModuleType:
     """The format that keeps rows in so many bits. Raises ValueError if none does."""
-    found = {b: module for module in _all() for b in getattr(module, "BITS", ())}
-    if bits not in found:
-        raise ValueError(f"no format keeps rows in {bits} bits; there are {', '.join(map(str, sorted(found)))}")
-    return found[bits]
+    for module in _all():
+        if bits in getattr(module, "BITS", ()):
+            return module
+    raise ValueError(f"no format keeps rows in {bits} bits; there are {', '.join(map(str, row_bits()))}")
+
+
+def row_bits() -> list[int]:
+    """The numbers of bits that formats keep rows in."""
+    return sorted(bits for module in _all() for bits in getattr(module, "BITS", ()))
 
 
 def _all() -> list[ModuleType]:
