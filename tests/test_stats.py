@@ -11,6 +11,7 @@ from pennyweight.judge import stats
 from pennyweight.live import magnitudes
 from pennyweight.live.walk import Walk
 from pennyweight.model.slots import Slot
+from pennyweight.variants import linear
 from tests.conftest import FAMILIES
 
 
@@ -87,6 +88,15 @@ def test_chunks_do_not_change_the_means(folder, tmp_path):
 def test_only_what_is_wanted_is_gathered(folder, tmp_path):
     stats.calibrate_chunk(folder, ids(2), {Slot("ffn", 0): ("activation_mean_abs",)}, tmp_path, 0, torch.float32)
     assert set(read_header(stats.partial_path(tmp_path, 0, 0))) == {"ffn.activation_mean_abs"}
+
+
+def test_a_block_of_one_matrix_has_no_inner_activation(folder):
+    walk = Walk(Checkpoint(folder))
+    layer, slot = walk.layer(0), Slot("mixer", 0)
+    layer.parts[slot] = linear.apply(layer.parts[slot], linear.Spec("product"), stats.SlotStats({}))
+    with torch.no_grad(), stats.Collector(layer.parts, {slot: ("input_moment", "inner_moment")}) as found:
+        layer.run(walk.embed(torch.from_numpy(ids())))
+    assert set(found.sums) == {"mixer.input_moment"}
 
 
 def test_a_stopped_chunk_goes_on_to_the_same_result(folder, tmp_path):

@@ -153,16 +153,16 @@ def _config(child: Walk, layout: Layout) -> dict[str, Any]:
             if weight.is_matrix and weight.stored != BFLOAT16:
                 groups.setdefault(weight.stored, []).append(name.removesuffix(".weight"))
     if groups:
-        kinds_of = {formats.of(stored).CONFIG_FORMAT for stored in groups}
+        others = sorted({formats.of(stored).CONFIG_FORMAT for stored in groups} - {STOCK})
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",
             # transformers skips a method it does not know and fills the missing weights with noise; at a format it does
             # not know it stops.
-            "format": next(iter(kinds_of - {STOCK}), STOCK),
+            "format": others[0] if others else STOCK,
             "quantization_status": "compressed",
             "config_groups": {
                 f"group_{i}": formats.of(stored).config_group(stored, groups[stored])
-                for i, stored in enumerate(sorted(groups, key=lambda s: (s.down, s.bits, s.group)))
+                for i, stored in enumerate(sorted(groups, key=lambda s: (s.down, s.bits, s.group, str(s))))
             },
             "ignore": [],
         }

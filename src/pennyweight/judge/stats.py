@@ -68,7 +68,7 @@ class Collector:
                 self._before(parts.block, self._on_input(slot.kind, wanted))
             if "cross_moment" in wanted:
                 self._handles.append(parts.block.register_forward_hook(self._on_output(slot.kind)))
-            if {"inner_moment", "activation_mean_abs"} & {*wanted}:
+            if {"inner_moment", "activation_mean_abs"} & {*wanted} and parts.shape.readers("inner"):
                 self._before(parts.reading("inner")[0], self._on_inner(slot.kind, wanted))
             for activation in ("input", "inner") if "magnitudes" in wanted else ():
                 module, readers = parts.reading(activation)

@@ -8,7 +8,7 @@ per-layer config all follow from shapes, so a spec only has to say how it change
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -66,10 +66,18 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """On disk."""
+        return self._bytes(self.stored.nbytes)
+
+    @property
+    def resident_bytes(self) -> int:
+        """In memory while the model runs."""
+        return self._bytes(self.stored.resident_bytes)
+
+    def _bytes(self, of_matrix: Callable[[int, int], int]) -> int:
         if not self.is_matrix:
             return 2 * self.parameters
         *stack, rows, columns = self.shape
-        return math.prod(stack) * self.stored.nbytes(rows, columns)
+        return math.prod(stack) * of_matrix(rows, columns)
 
 
 class Shape:
@@ -107,7 +115,7 @@ class Shape:
     @property
     def resident_bytes(self) -> int:
         """Bytes of them in memory while the model runs."""
-        return self.nbytes
+        return sum(weight.resident_bytes for weight in self.weights())
 
     @property
     def cached_values(self) -> int:

@@ -50,5 +50,9 @@ class Stored:
         """Bytes of them."""
         return sum(_ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in self.tensors(rows, columns).values())
 
+    def resident_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix in memory while a model runs."""
+        return self.nbytes(rows, columns)
+
 
 BFLOAT16 = Stored()

@@ -40,8 +40,7 @@ class Spec:
 
 
 def options(shape: Shape) -> list[Spec]:
-    """4 bits in groups of 128, 64 and 32 where they divide the hidden size; 8 bits in the widest of them, and fewer
-    than 4, where a format keeps such rows, in the narrowest: few codes need their scale near.
+    """4 bits in groups of 128, 64 and 32 where they divide the hidden size; 8 bits in the widest of them.
 
     A matrix with other columns that the group does not divide (an FFN of odd width) gets one scale per row.
     """
@@ -49,12 +48,7 @@ def options(shape: Shape) -> list[Spec]:
         return []
     method = "rtn" if isinstance(shape, Embedding | Head) else "gptq"
     groups = [group for group in (128, 64, 32) if shape.hidden_size % group == 0]
-    fewer = [bits for bits in formats.row_bits() if bits < 4]
-    return [
-        *(Spec(8, group) for group in groups[:1]),
-        *(Spec(4, group, method) for group in groups),
-        *(Spec(bits, group, method) for bits in fewer for group in groups[-1:]),
-    ]
+    return [Spec(8, group) for group in groups[:1]] + [Spec(4, group, method) for group in groups]
 
 
 def reshape(shape: Shape, spec: Spec) -> Shape:
