@@ -251,7 +251,7 @@ sources = [
     (kernels.reduce, reduced, dict(ROWS=64, SLICES=32)),
 ]
 kinds = ("symmetric", "affine", "super")
-for spec in (Spec(64), Spec(64, "affine"), Spec(32, "super"), Spec(128, tile_rows=384)):
+for spec in (Spec(64, tile_rows=4096), Spec(64, "affine", 4096), Spec(32, "super", 4096), Spec(128, tile_rows=384)):
     sizes = dict(TILE_ROWS=spec.tile_rows, GROUP=spec.group, SCALES=kinds.index(spec.scales), CHUNK=spec.chunk_bytes)
     sizes["WORDS"] = 64
     sources.append((kernels.multiply, sums, sizes | dict(COLUMNS=16)))
