@@ -183,6 +183,10 @@ class _Block(Shape):
                 yield Weight("importance", (self.hidden_size,))
                 yield Weight("inner_importance", (self.inner_size,))
 
+    @property
+    def width(self) -> int:
+        return max(self.hidden_size, self.inner_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(_Block):
@@ -243,10 +247,6 @@ class Attention(_Block):
         pairs = window * (window + 1) / 2 + (tokens - window) * window
         return 4.0 * self.num_heads * self.head_dim * pairs
 
-    @property
-    def width(self) -> int:
-        return max(self.hidden_size, self.inner_size)
-
 
 @dataclass(frozen=True, kw_only=True)
 class GatedMLP(_Block):
@@ -275,10 +275,6 @@ class GatedMLP(_Block):
     @property
     def inner_size(self) -> int:
         return self.intermediate_size
-
-    @property
-    def width(self) -> int:
-        return max(self.hidden_size, self.intermediate_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,8 @@ class Cost:
 def workspace_bytes(shapes: Shapes, workload: Workload) -> int:
     """Activations at the widest block of prefill in 512-token chunks, and the logits of every sequence, in float32."""
     tokens = min(workload.prompt, 512) * workload.concurrency
-    widest, hidden = (max(getattr(shape, name) for shape in shapes.values()) for name in ("width", "hidden_size"))
+    widest = max(shape.width for shape in shapes.values())
+    hidden = max(shape.hidden_size for shape in shapes.values())
     logits = (weight for shape in shapes.values() if shape.makes_logits for weight in shape.weights())
     vocab = max((weight.shape[0] for weight in logits), default=0)
     return 4 * (tokens * (4 * hidden + 2 * widest) + workload.concurrency * vocab)
