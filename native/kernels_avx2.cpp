@@ -562,12 +562,8 @@ void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int
 const Kernels* kernels_avx2() {
     static const bool have =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    static const Kernels table = [] {
-        Kernels made{.name = "avx2", .quantise = quantise, .rows_times = rows_times, .collect = collect,
-                     .zigzag_times = zigzag_times};
-        ops::fill<Lanes>(made);
-        return made;
-    }();
+    static const Kernels table = ops::with_lanes<Lanes>({.name = "avx2", .quantise = quantise, .rows_times = rows_times,
+                                                         .collect = collect, .zigzag_times = zigzag_times});
     return have ? &table : nullptr;
 }
 

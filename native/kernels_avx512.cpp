@@ -400,12 +400,8 @@ const Kernels* kernels_avx512() {
     static const bool have = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                              __builtin_cpu_supports("avx512vl") &&
                              __builtin_cpu_supports("avx512vnni");
-    static const Kernels table = [] {
-        Kernels made{.name = "avx512", .quantise = quantise, .rows_times = rows_times, .collect = collect,
-                     .zigzag_times = zigzag_times};
-        ops::fill<Lanes>(made);
-        return made;
-    }();
+    static const Kernels table = ops::with_lanes<Lanes>({.name = "avx512", .quantise = quantise, .rows_times = rows_times,
+                                                         .collect = collect, .zigzag_times = zigzag_times});
     return have ? &table : nullptr;
 }
 

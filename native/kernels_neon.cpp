@@ -323,12 +323,8 @@ const Kernels* kernels_neon() {
 #else
     static const bool have = true;  // every Apple processor of 64 bits since the A13 and M1
 #endif
-    static const Kernels table = [] {
-        Kernels made{.name = "neon", .quantise = quantise, .rows_times = rows_times, .collect = collect,
-                     .zigzag_times = zigzag_times};
-        ops::fill<Lanes>(made);
-        return made;
-    }();
+    static const Kernels table = ops::with_lanes<Lanes>({.name = "neon", .quantise = quantise, .rows_times = rows_times,
+                                                         .collect = collect, .zigzag_times = zigzag_times});
     return have ? &table : nullptr;
 }
 

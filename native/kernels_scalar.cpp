@@ -159,12 +159,8 @@ void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int
 }  // namespace
 
 const Kernels& kernels_scalar() {
-    static const Kernels table = [] {
-        Kernels made{.name = "scalar", .quantise = quantise, .rows_times = rows_times, .collect = collect,
-                     .zigzag_times = zigzag_times};
-        ops::fill<Lanes>(made);
-        return made;
-    }();
+    static const Kernels table = ops::with_lanes<Lanes>({.name = "scalar", .quantise = quantise, .rows_times = rows_times,
+                                                         .collect = collect, .zigzag_times = zigzag_times});
     return table;
 }
 

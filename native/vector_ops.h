@@ -284,8 +284,9 @@ void attend(const Cached& a, const float* const* query, int count, Share* share,
     run(a, query, count, share, out);
 }
 
+// The table of an instruction set: what it brings itself, and the rest in its lanes V.
 template <class V>
-constexpr void fill(Kernels& table) {
+constexpr Kernels with_lanes(Kernels table) {
     table.wide_times = wide_times<V>;
     table.rms_norm = rms_norm<V>;
     table.rotate = rotate<V>;
@@ -296,6 +297,7 @@ constexpr void fill(Kernels& table) {
     table.add = add<V>;
     table.to_half = to_half<V>;
     table.attend = attend<V>;
+    return table;
 }
 
 }  // namespace pennyweight::ops
