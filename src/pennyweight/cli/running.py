@@ -7,36 +7,62 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pennyweight.cli._common import Json, app, errors, quiet_libraries, say
 
 Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder or a GGUF file.")]
-Threads = Annotated[int, typer.Option(help="Threads; 0: one per core.")]
-ForceThreads = Annotated[
-    bool, typer.Option("--force-threads", help="Start so many threads even where there are fewer processors.")
-]
-Cache = Annotated[str, typer.Option(help="How keys and values are kept: float16, fp8 or float32.")]
-Sparsity = Annotated[
-    float | None,
-    typer.Option(help="Share of input channels left out, instead of what the model's blocks say; 0: none."),
-]
-Kernels = Annotated[str, typer.Option(help='An instruction set by name (avx512, avx2, neon, scalar), or "best".')]
 
-Mapped = Annotated[
-    bool,
-    typer.Option(
-        "--mmap",
-        help="Leave weights in their file where that lies in the order of the kernels: starts sooner, is slower.",
-    ),
-]
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What every command that starts an engine takes: Engine's settings by their names there."""
+
+    threads: Annotated[int, typer.Option(help="Threads; 0: one per core.")] = 0
+    force_threads: Annotated[
+        bool, typer.Option("--force-threads", help="Start so many threads even where there are fewer processors.")
+    ] = False
+    cache: Annotated[str, typer.Option(help="How keys and values are kept: float16, fp8 or float32.")] = "float16"
+    kernels: Annotated[
+        str, typer.Option(help='An instruction set by name (avx512, avx2, neon, scalar), or "best".')
+    ] = "best"
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of input channels left out, instead of what the model's blocks say; 0: none."),
+    ] = None
+    mapped: Annotated[
+        bool,
+        typer.Option(
+            "--mmap",
+            help="Leave weights in their file where that lies in the order of the kernels: starts sooner, is slower.",
+        ),
+    ] = False
+
+
+def _takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command EngineOptions' options in place of its parameter `engine`."""
+    own, more = signature(command, eval_str=True), signature(EngineOptions, eval_str=True)
+
+    def run_command(**given: Any) -> None:
+        options = EngineOptions(**{name: given.pop(name) for name in more.parameters})
+        command(**given, engine=options)
+
+    parameters = [p for p in own.parameters.values() if p.name != "engine"] + list(more.parameters.values())
+    parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters]
+    run_command.__name__, run_command.__doc__ = command.__name__, command.__doc__
+    run_command.__annotations__ = {p.name: p.annotation for p in parameters}
+    vars(run_command)["__signature__"] = own.replace(parameters=parameters)  # what typer reads
+    return run_command
 
 
 @app.command()
+@_takes_engine_options
 def run(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
@@ -54,13 +80,9 @@ def run(
     context: Annotated[int, typer.Option(help="Most tokens of prompt and answer; 0: what both need.")] = 0,
     draft: Annotated[Path | None, typer.Option(help="A smaller model of the same vocabulary to guess ahead.")] = None,
     lookup: Annotated[bool, typer.Option(help="Guess ahead what followed the same words before.")] = False,
-    threads: Threads = 0,
-    force_threads: ForceThreads = False,
-    cache: Cache = "float16",
-    kernels: Kernels = "best",
-    sparsity: Sparsity = None,
-    mapped: Mapped = False,
     as_json: Json = False,
+    *,
+    engine: EngineOptions,
 ) -> None:
     """Continue a text, streaming."""
     with errors():
@@ -74,15 +96,7 @@ def run(
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         started = time.perf_counter()
-        opened = open_model(
-            model,
-            mapped=mapped,
-            threads=threads,
-            force_threads=force_threads,
-            cache=cache,
-            kernels=kernels,
-            sparsity=sparsity,
-        )
+        opened = open_model(model, **asdict(engine))
         _tell(opened.notes)
         loaded = time.perf_counter() - started
         text = sys.stdin.read() if prompt == "-" else prompt
@@ -91,7 +105,7 @@ def run(
         capacity = context or min(len(ids) + max_tokens, opened.engine.context)
         guesser = None
         if draft is not None:
-            smaller = Engine(draft, threads=threads, force_threads=force_threads, cache=cache, kernels=kernels)
+            smaller = Engine(draft, **asdict(replace(engine, sparsity=None)))
             _tell(smaller.notes)
             if smaller.vocab_size != opened.engine.vocab_size:
                 raise ValueError(
@@ -142,19 +156,16 @@ def _stream(text: str, as_json: bool) -> None:
 
 
 @app.command()
+@_takes_engine_options
 def bench(
     model: Model,
     prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 256,
     new: Annotated[int, typer.Option(help="Tokens to write.")] = 128,
     concurrency: Annotated[int, typer.Option(help="Texts written at once.")] = 1,
     repeats: int = 3,
-    threads: Threads = 0,
-    force_threads: ForceThreads = False,
-    cache: Cache = "float16",
-    kernels: Kernels = "best",
-    sparsity: Sparsity = None,
-    mapped: Mapped = False,
     as_json: Json = False,
+    *,
+    engine: EngineOptions,
 ) -> None:
     """Time to first token, time per token, and how much of this machine's memory bandwidth that is."""
     with errors():
@@ -165,24 +176,15 @@ def bench(
         from pennyweight.runtime.engine import Engine
         from pennyweight.units import show_bytes, show_seconds
 
-        engine = Engine(
-            model,
-            context=prompt + new,
-            threads=threads,
-            force_threads=force_threads,
-            cache=cache,
-            kernels=kernels,
-            sparsity=sparsity,
-            mapped=mapped,
-        )
-        _tell(engine.notes)
-        found = run_bench(engine, Workload(prompt=prompt, new=new, concurrency=concurrency), repeats=repeats)
+        opened = Engine(model, context=prompt + new, **asdict(engine))
+        _tell(opened.notes)
+        found = run_bench(opened, Workload(prompt=prompt, new=new, concurrency=concurrency), repeats=repeats)
         bandwidth = measure.machine().bandwidth
         share = found.bytes_per_step / found.tpot_p05 / bandwidth
         if as_json:
             print(json.dumps({**found.to_json(), "bandwidth": bandwidth, "bandwidth_share": share}))
             return
-        print(f"engine      {found.kernels}, {found.threads} threads, {cache} keys and values")
+        print(f"engine      {found.kernels}, {found.threads} threads, {engine.cache} keys and values")
         first, each, best = (show_seconds(s) for s in (found.ttft, found.tpot, found.tpot_p05))
         peak, read = show_bytes(found.peak_rss_bytes), show_bytes(found.bytes_per_step)
         print(f"prompt      {found.prefill_tokens_per_second:.0f} tokens/s, first token of {prompt} after {first}")
@@ -193,6 +195,7 @@ def bench(
 
 
 @app.command()
+@_takes_engine_options
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
@@ -203,12 +206,8 @@ def serve(
     context: Annotated[int, typer.Option(help="Tokens of a text, prompt included; 0: what the model allows.")] = 0,
     max_body: Annotated[str, typer.Option(help="Largest request.")] = "1MB",
     lookup: Annotated[bool, typer.Option(help="Guess ahead what followed the same words before.")] = False,
-    threads: Threads = 0,
-    force_threads: ForceThreads = False,
-    cache: Cache = "float16",
-    kernels: Kernels = "best",
-    sparsity: Sparsity = None,
-    mapped: Mapped = False,
+    *,
+    engine: EngineOptions,
 ) -> None:
     """Serve a model as OpenAI's API does, with a chat page at /. Ctrl-C gives answers a few seconds to end."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -228,16 +227,7 @@ def serve(
         from pennyweight.units import parse_bytes
 
         limits = Limits(key=key, body_bytes=parse_bytes(max_body))
-        opened = open_model(
-            model,
-            mapped=mapped,
-            context=context or None,
-            threads=threads,
-            force_threads=force_threads,
-            cache=cache,
-            kernels=kernels,
-            sparsity=sparsity,
-        )
+        opened = open_model(model, context=context or None, **asdict(engine))
         _tell(opened.notes)
         batch = Batch(opened.engine, places=places, guesser=PromptLookup if lookup else None)
         server = Server(create_app(opened, Worker(batch, most_waiting=most_waiting), limits))
