@@ -160,6 +160,7 @@ def _gguf(family: str, folder: Path) -> Path:
     for block in families.blocks(config).values():
         for name, weight in block.tensors().items():
             stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            assert stored is not None, name
             values = np.random.default_rng(0).standard_normal(weight.shape).astype(np.float32) * 0.02
             quantised = len(weight.shape) > 1 and weight.shape[-1] % 32 == 0 and "down" not in name
             kind = gguf.GGMLQuantizationType.Q8_0 if quantised else gguf.GGMLQuantizationType.F32

@@ -51,6 +51,7 @@ _OrNone = Annotated[int, Field(ge=0, lt=2**31)]  # 0: a block that is gone
 _Layers = Annotated[int, Field(ge=1, le=2**12)]
 _Heads = Annotated[int, Field(ge=1, le=2**12)]
 _Positive = Annotated[float, Field(gt=1e-30, lt=1e30)]
+_One = Annotated[float, Field(ge=1, le=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -73,7 +74,7 @@ class _Rotary(_Said):
     high_freq_factor: _Positive | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    partial_rotary_factor: Literal[1.0] | None = None  # transformers' layers of our families know no other
+    partial_rotary_factor: _One | None = None  # transformers' layers of our families know no other
     truncate: bool | None = None
     short_factor: list[_Positive] | None = None
     long_factor: list[_Positive] | None = None
@@ -146,7 +147,7 @@ class _Config(_Said):
     rope_theta: _Positive | None = None
     rope_parameters: _Rotary | None = None
     rope_scaling: _Rotary | None = None
-    partial_rotary_factor: Literal[1.0] | None = None
+    partial_rotary_factor: _One | None = None
     original_max_position_embeddings: _Size | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     torch_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
@@ -159,6 +160,9 @@ class _Config(_Said):
     sparsity: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     configuration_files: None = None
     transformers_weights: None = None
+
+
+_Checksums = dict[str, Annotated[str, Field(pattern="^[0-9a-f]{8}$")]]
 
 
 class _Index(_Said):
@@ -175,7 +179,7 @@ class _Header(_Said):
     """Of a safetensors file: entries by tensor, and one that is none."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, _Tensor]
+    __pydantic_extra__: dict[str, _Tensor]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     about: dict[str, str] = Field({}, alias="__metadata__")
 
@@ -212,7 +216,7 @@ def read_config(folder: Path) -> families.Resolved:
     if "model_type" not in said:
         raise ValueError(f"{path} has no model_type; it is not a transformers config")
     reading.checked(path, said, _Config)
-    return families.resolved(said)
+    return families.resolved(said, str(path))
 
 
 def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
@@ -321,12 +325,11 @@ class Checkpoint:
         if missing := sorted(set(promised) - self.entries.keys()):
             raise ValueError(f"{folder / INDEX} names {missing[0]}, which no file has ({len(missing)} missing)")
         checksums = folder / CHECKSUMS
-        self._checksums = (
-            reading.json_file(checksums, dict[str, str], most_bytes=_MAX_INDEX) if checksums.exists() else {}
-        )
+        self._checksums = reading.json_file(checksums, _Checksums, most_bytes=_MAX_INDEX) if checksums.exists() else {}
         self.notes = tuple(self._notes())
         if self.config["tie_word_embeddings"] and self._has_a_head_of_its_own():
-            self.config = families.resolved({**self.config.said, "tie_word_embeddings": False})
+            untied = {**self.config.said, "tie_word_embeddings": False}
+            self.config = families.resolved(untied, self.config.where)
             self.notes += (
                 f"{folder}: config.json ties the head to the embedding; the files hold another, which is used",
             )

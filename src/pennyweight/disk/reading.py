@@ -74,6 +74,8 @@ def size_of(path: Path) -> int:
         found = path.stat()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
+    except OSError as err:  # a link to itself, a folder that may not be looked into
+        raise ValueError(f"{path} cannot be opened: {err.strerror}") from err
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path} is not an ordinary file")
     return found.st_size

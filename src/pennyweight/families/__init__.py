@@ -38,11 +38,12 @@ class Resolved(dict[str, Any]):
     transformers makes of it, defaults and rules. transformers is asked when somebody looks at such a key: its config
     classes bring torch along, which planning from a file that says everything does without.
 
-    `said`: what the file says, which children keep. Looking at a key raises ValueError for what transformers refuses.
+    `said`: what the file says, which children keep; `where`: what errors call it. Looking at a key raises ValueError
+    for what transformers refuses.
     """
 
-    def __init__(self, said: Config) -> None:
-        self.said = said
+    def __init__(self, said: Config, where: str = "config.json") -> None:
+        self.said, self.where = said, where
         self.keys_read = frozenset((*_decoder.KEYS, *of(said["model_type"]).KEYS))
         left_open = _decoder.left_open(said, self.keys_read)
         super().__init__((key, value) for key, value in said.items() if key not in left_open)
@@ -50,12 +51,12 @@ class Resolved(dict[str, Any]):
             # From ten layers on transformers fills their numbers with zeros.
             self["per_layer_config"] = {str(int(layer)): own for layer, own in layers.items()}
             if len(self["per_layer_config"]) != len(layers):
-                raise ValueError("config.json: per_layer_config names a layer twice")
+                raise ValueError(f"{where}: per_layer_config names a layer twice")
 
     def __missing__(self, key: str) -> Any:
         if key not in self.keys_read:
             raise KeyError(key)
-        made = transformers_config(self.said).to_dict()
+        made = transformers_config(self).to_dict()
         self.update({each: made.get(each) for each in self.keys_read - self.keys()})
         return self[key]
 
@@ -74,34 +75,31 @@ def of(model_type: str) -> ModuleType:
     return kinds.load("families", known[model_type])
 
 
-def resolved(config: Config) -> Resolved:
+def resolved(config: Config, where: str = "config.json") -> Resolved:
     """A config as families read it. Raises ValueError for a family that is not supported."""
-    return config if isinstance(config, Resolved) else Resolved(config)
+    return config if isinstance(config, Resolved) else Resolved(config, where)
 
 
-def transformers_config(config: Config) -> Any:
+def transformers_config(config: Resolved) -> Any:
     """transformers' config object, as it makes one of a config.json. It is given only the keys that its class, or the
     layers we build, look at: others could replace any of its attributes.
 
     Raises ValueError for what transformers refuses."""
-    config = getattr(config, "said", config)
-    family = of(config["model_type"])
+    family, said = of(config["model_type"]), config.said
     name = family.MODEL_TYPES[0]
     made = getattr(
         importlib.import_module(f"transformers.models.{name}.configuration_{name}"), f"{family.PREFIX}Config"
     )
     known = {field.name for field in dataclasses.fields(made)}
-    given = {key: value for key, value in config.items() if key in known}
-    given |= {key: config[key] for key in _decoder.BESIDE - known if config.get(key) is not None}
-    if "sliding_window" in config.keys() - known:
+    given = {key: value for key, value in said.items() if key in known}
+    given |= {key: said[key] for key in _decoder.BESIDE - known if said.get(key) is not None}
+    if "sliding_window" in said.keys() - known:
         given["sliding_window"] = None  # a stray one would still shorten transformers' KV cache
     try:
         return made.from_dict(copy.deepcopy(given))
     except Exception as err:  # whatever other people's validation raises
-        said = " ".join(f"{type(err).__name__}: {err}".split())
-        raise ValueError(
-            f"config.json: transformers makes no {config['model_type']} config of it: {said[:300]}"
-        ) from err
+        why = " ".join(f"{type(err).__name__}: {err}".split())
+        raise ValueError(f"{config.where}: transformers makes no config of it: {why[:300]}") from err
 
 
 def config_of(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def blocks(family: ModuleType, config: Config) -> dict[Slot, Block]:
         unknown = (gone | linear) - set(WORDS.values())
         if unknown:
             raise ValueError(
-                f"layer {layer}: per_layer_config names {sorted(unknown)}; known are {sorted(WORDS.values())}"
+                f"{where(config)}: layer {layer}: per_layer_config names {sorted(unknown)}; known are "
+                f"{sorted(WORDS.values())}"
             )
         for kind, path in PATHS.items():
             shape: Any
@@ -135,6 +136,11 @@ def left_open(said: Config, keys: Collection[str]) -> set[str]:
     return found
 
 
+def where(config: Config) -> str:
+    """What errors call it."""
+    return getattr(config, "where", "config.json")
+
+
 def own(config: Config, layer: int) -> dict[str, Any]:
     """What `per_layer_config` says of one layer; its keys are numbers, as text."""
     return (config.get("per_layer_config") or {}).get(str(layer), {})
@@ -152,7 +158,7 @@ def need(config: Config, key: str, layer: int | None = None) -> int:
     if not isinstance(value, int) or value < 1:
         whose = "" if layer is None else f" of layer {layer}"
         raise ValueError(
-            f"config.json: {key}{whose} is {value!r}; a {config.get('model_type')} model needs a positive integer"
+            f"{where(config)}: {key}{whose} is {value!r}; a {config.get('model_type')} model needs a positive integer"
         )
     return value
 
@@ -164,7 +170,8 @@ def sliding(config: Config, layer: int) -> int | None:
     kind = config["layer_types"][layer]
     if kind not in KINDS_OF_LAYER:
         raise ValueError(
-            f"config.json: layer_types says {kind!r} of layer {layer}; {' and '.join(sorted(KINDS_OF_LAYER))} are run"
+            f"{where(config)}: layer_types says {kind!r} of layer {layer}; "
+            f"{' and '.join(sorted(KINDS_OF_LAYER))} are run"
         )
     return config["sliding_window"] if kind == "sliding_attention" else None
 
@@ -176,8 +183,8 @@ def attention(config: Config, layer: int, *, window: int | None = None, **differ
     width = config.get("head_dim") or hidden // heads  # as transformers' layers have it
     if heads % kv_heads or width % 2 or not width:
         raise ValueError(
-            f"config.json: layer {layer} has {heads} heads of {width} channels on {kv_heads} key-value heads; these "
-            "divide the heads, and channels are even"
+            f"{where(config)}: layer {layer} has {heads} heads of {width} channels on {kv_heads} key-value heads; "
+            "these divide the heads, and channels are even"
         )
     window = own(config, layer).get("sliding_window", window)
     return Attention(

@@ -145,7 +145,7 @@ class Walk:
         """One decoder layer with its weights, in eval mode, not training."""
         blocks = {slot: block for slot, block in self.blocks.items() if slot.layer == index}
         with torch.device("meta"), patch.installed():
-            module = _made(self.family, "DecoderLayer", self.config, index)
+            module = _made(self.checkpoint.config, "DecoderLayer", self.config, index)
         if not self.config.is_heterogeneous:
             patch.dress(module, blocks.values())  # a window of the family's own, which a mask would bring along
         weights = {
@@ -182,7 +182,7 @@ class Walk:
 
     def norm(self) -> nn.Module:
         """The last norm."""
-        norm = _made(self.family, "RMSNorm", self.config.hidden_size, eps=self.config.rms_norm_eps)
+        norm = _made(self.checkpoint.config, "RMSNorm", self.config.hidden_size, eps=self.config.rms_norm_eps)
         norm.weight = nn.Parameter(self.matrix(Slot("norm")).to(self.dtype), requires_grad=False)
         return norm.eval()
 
@@ -208,21 +208,22 @@ class Walk:
 def rotary_embedding(config: Mapping[str, Any]) -> Any:
     """transformers' module that gives (cosines, sines) of positions, for a config.json of a supported family. Raises
     ValueError for rope parameters that it cannot compute with."""
-    family = families.of(config["model_type"])
-    rotary = _made(family, "RotaryEmbedding", config=families.transformers_config(config))
+    found = families.resolved(config)
+    rotary = _made(found, "RotaryEmbedding", config=families.transformers_config(found))
     if not bool(torch.isfinite(rotary.inv_freq).all()):
-        raise ValueError("config.json: its rope parameters give frequencies that are no numbers")
+        raise ValueError(f"{found.where}: its rope parameters give frequencies that are no numbers")
     return rotary
 
 
-def _made(family: ModuleType, part: str, *arguments: Any, **named: Any) -> Any:
+def _made(read: families.Resolved, part: str, *arguments: Any, **named: Any) -> Any:
     """A module of transformers' for a family. Raises ValueError for a config that transformers cannot build it from."""
+    family = families.of(read["model_type"])
     modeling = importlib.import_module(family.MODULE)
     try:
         return getattr(modeling, family.PREFIX + part)(*arguments, **named)
     except Exception as err:  # whatever other people's code raises
-        said = " ".join(f"{type(err).__name__}: {err}".split())
-        raise ValueError(f"config.json: transformers cannot build its {part} from it: {said[:300]}") from err
+        why = " ".join(f"{type(err).__name__}: {err}".split())
+        raise ValueError(f"{read.where}: transformers cannot build its {part}: {why[:300]}") from err
 
 
 def float_logits(states: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

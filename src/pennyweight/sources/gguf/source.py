@@ -35,7 +35,7 @@ class GgufSource:
     def __init__(self, path: Path, *, mapped: bool = False) -> None:
         self._file, self._mapped, self._rearranged = read(path), mapped, 0
         self.name = path.stem
-        self.config = families.resolved(config_of(self._file))
+        self.config = families.resolved(config_of(self._file), str(path))
         self.blocks = families.blocks(self.config)
         self._converted: Counter[ggml.Kind] = Counter()
         self._said = _warnings(self._file, self.config)
