@@ -132,10 +132,11 @@ def test_head_dim_is_never_hidden_size_over_heads():
     assert ATTENTION.head_dim != ATTENTION.hidden_size // ATTENTION.num_heads
     assert ATTENTION.state_bytes(257) == 2 * 2 * 48 * 257 * 2
     assert dataclasses.replace(ATTENTION, hidden_size=640).state_bytes(257) == ATTENTION.state_bytes(257)
-    named = families.shapes({**gpt_oss.PARENT, "model_type": "llama", "head_dim": 63})[Slot("mixer", 1)]
-    assert named.state_bytes(1) == 2 * 8 * 63 * 2
-    unnamed = {key: value for key, value in gpt_oss.PARENT.items() if key != "head_dim"} | {"model_type": "llama"}
-    assert families.shapes(unnamed)[Slot("mixer", 1)].head_dim == 2880 // 64  # where a config names none
+    named = families.shapes({**gpt_oss.PARENT, "model_type": "llama", "head_dim": 62})[Slot("mixer", 1)]
+    assert named.state_bytes(1) == 2 * 8 * 62 * 2
+    unnamed = {key: value for key, value in gpt_oss.PARENT.items() if key != "head_dim"}
+    unnamed |= {"model_type": "llama", "num_attention_heads": 32}
+    assert families.shapes(unnamed)[Slot("mixer", 1)].head_dim == 2880 // 32  # where a config names none
 
 
 @settings(deadline=None, derandomize=True)

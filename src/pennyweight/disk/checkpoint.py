@@ -14,7 +14,12 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pennyweight import families, formats
+from pennyweight.disk import reading
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +37,151 @@ _TORCH = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-_MAX_HEADER = 100 * 2**20
+_MAX_HEADER = 32 * 2**20
+_MAX_CONFIG = 4 * 2**20
+_MAX_INDEX = 32 * 2**20
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
+_OrNone = Annotated[int, Field(ge=0, lt=2**31)]  # 0: a block that is gone
+_Layers = Annotated[int, Field(ge=1, le=2**12)]
+_Heads = Annotated[int, Field(ge=1, le=2**12)]
+_Positive = Annotated[float, Field(gt=1e-30, lt=1e30)]
+_One = Annotated[float, Field(ge=1, le=1)]
+_Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Said(BaseModel):
+    """Of a JSON file what we read of it: types as they stand there, numbers that are numbers."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class _Rotary(_Said):
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: _Positive | None = None
+    factor: _Positive | None = None
+    original_max_position_embeddings: _Size | None = None
+    attention_factor: _Positive | None = None
+    beta_fast: _Positive | None = None
+    beta_slow: _Positive | None = None
+    low_freq_factor: _Positive | None = None
+    high_freq_factor: _Positive | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    partial_rotary_factor: _One | None = None  # transformers' layers of our families know no other
+    truncate: bool | None = None
+    short_factor: list[_Positive] | None = None
+    long_factor: list[_Positive] | None = None
+
+
+class _Sparsity(_Said):
+    model_config = ConfigDict(extra="forbid")
+
+    entering: _Share = 0.0
+    inner: _Share = 0.0
+    weighted: bool = False
+
+
+class _Layer(_Said):
+    """What may differ by layer: all that we build."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_key_value_heads: Annotated[int, Field(ge=0, le=2**12)] | None = None
+    intermediate_size: _OrNone | None = None
+    sliding_window: Annotated[int, Field(ge=1)] | None = None
+    num_local_experts: _Size | None = None
+    num_experts_per_tok: _Size | None = None
+    skip: list[str] = []
+    replace_with_linear: list[str] = []
+    sparsity: dict[Literal["attention", "mlp"], _Sparsity] = {}
+
+
+class _Weights(_Said):
+    num_bits: int
+    type: str
+    symmetric: Literal[True]
+    group_size: _Size | None = None
+
+
+class _Group(_Said):
+    targets: list[str]
+    weights: _Weights
+
+
+class _Quantization(_Said):
+    quant_method: Literal["compressed-tensors"]
+    format: str
+    config_groups: dict[str, _Group]
+
+
+class _Config(_Said):
+    """config.json, as far as any family reads it. null is for transformers to make something of."""
+
+    model_type: str
+    vocab_size: _Size | None = None
+    hidden_size: _Size | None = None
+    intermediate_size: _OrNone | None = None
+    num_hidden_layers: _Layers | None = None
+    num_attention_heads: _Heads | None = None
+    num_key_value_heads: Annotated[int, Field(ge=0, le=2**12)] | None = None
+    head_dim: Annotated[int, Field(ge=1, le=2**14)] | None = None
+    hidden_act: str | None = None
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_position_embeddings: Annotated[int, Field(ge=1, le=families.MOST_POSITIONS)] | None = None
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    use_sliding_window: bool | None = None
+    sliding_window: Annotated[int, Field(ge=1)] | None = None
+    max_window_layers: int | None = None
+    layer_types: Annotated[list[str], Field(max_length=2**12)] | None = None
+    num_local_experts: _Size | None = None
+    num_experts_per_tok: _Size | None = None
+    rope_theta: _Positive | None = None
+    rope_parameters: _Rotary | None = None
+    rope_scaling: _Rotary | None = None
+    partial_rotary_factor: _One | None = None
+    original_max_position_embeddings: _Size | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    torch_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    per_layer_config: dict[Annotated[str, Field(pattern="^[0-9]{1,4}$")], _Layer] | None = None
+    quantization_config: _Quantization | None = None
+    # What transformers would act on and we do not, or only by layer.
+    is_causal: Literal[True] | None = None
+    skip: Annotated[list[str], Field(max_length=0)] | None = None
+    replace_with_linear: Annotated[list[str], Field(max_length=0)] | None = None
+    sparsity: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    configuration_files: None = None
+    transformers_weights: None = None
+
+
+_Checksums = dict[str, Annotated[str, Field(pattern="^[0-9a-f]{8}$")]]
+
+
+class _Index(_Said):
+    weight_map: dict[str, str]
+
+
+class _Tensor(_Said):
+    dtype: str
+    shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(max_length=8)]
+    data_offsets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+
+
+class _Header(_Said):
+    """Of a safetensors file: entries by tensor, and one that is none."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, _Tensor]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    about: dict[str, str] = Field({}, alias="__metadata__")
 
 
 @dataclass(frozen=True)
@@ -50,9 +199,10 @@ class Entry:
         return self.end - self.start
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder (or the file itself). Raises FileNotFoundError or ValueError."""
-    path = folder / "config.json" if folder.is_dir() else folder
+def read_config(folder: Path) -> families.Resolved:
+    """config.json of a model folder (or the file itself), with what transformers makes of the keys it leaves open.
+    Raises FileNotFoundError or ValueError."""
+    path = folder / CONFIG if folder.is_dir() else folder
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} is not a model: expected a folder with config.json and *.safetensors "
@@ -62,18 +212,48 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is a GGUF file; penny run, bench and serve take those, everything else takes a folder"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        raise ValueError(f"{path} is not JSON: {err}") from err
-    if not isinstance(config, dict) or "model_type" not in config:
+    said = reading.json_file(path, dict[str, Any], most_bytes=_MAX_CONFIG)
+    if "model_type" not in said:
         raise ValueError(f"{path} has no model_type; it is not a transformers config")
-    return config
+    reading.checked(path, said, _Config)
+    return families.resolved(said, str(path))
+
+
+def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The weight files of a folder as transformers picks them, model.safetensors or else the shards that the index
+    names, and every tensor that the index promises.
+
+    Raises FileNotFoundError or ValueError if a file is missing, is no ordinary one, or lies elsewhere.
+    """
+    whole, index = folder / WEIGHTS, folder / INDEX
+    if whole.exists() or whole.is_symlink():
+        reading.size_of(whole)
+        return [whole], []
+    if not index.exists():
+        others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3])
+        raise FileNotFoundError(
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}"
+            + (f", only {others}, which transformers would not read" if others else "")
+            + "; convert other weights with save_pretrained first"
+        )
+    named = reading.json_file(index, _Index, most_bytes=_MAX_INDEX).weight_map
+    for name in sorted(set(named.values())):
+        if name in ("", ".", "..") or set(name) & set("/\\\0") or len(name) > 255:
+            raise ValueError(f"{index} names {name[:60]!r}; shards lie in the folder itself")
+    files = [folder / name for name in sorted(set(named.values()))]
+    if not files:
+        raise ValueError(f"{index} names no file")
+    if missing := [file.name for file in files if not file.exists()]:
+        raise FileNotFoundError(f"{folder}: the index names {missing[0]}, which is not there ({len(missing)} missing)")
+    for file in files:
+        reading.size_of(file)
+    return files, list(named)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Entries of one safetensors file, checked against its size. Raises ValueError with the offset where it breaks."""
-    size = path.stat().st_size
+    """Entries of one safetensors file, checked against its size as the safetensors library does: tensors lie one after
+    the other, none overlaps, nothing is left. Raises ValueError with the offset where it breaks."""
+    size = reading.size_of(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
@@ -82,27 +262,24 @@ def read_header(path: Path) -> dict[str, Entry]:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        raise ValueError(f"{path}: header at byte 8 is not JSON ({err}); the file is damaged") from err
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: header at byte 8 is no JSON object; the file is damaged")
-    entries = {}
-    for name, item in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            (start, end), shape, _ = item["data_offsets"], tuple(item["shape"]), item["dtype"]
-        except (KeyError, TypeError, ValueError) as err:
-            raise ValueError(f"{path}: the header's entry for {name} lacks shape, dtype or offsets; damaged") from err
-        if item["dtype"] not in _ITEM_BYTES:
-            raise ValueError(f"{path}: {name} has dtype {item['dtype']}; supported are {', '.join(_ITEM_BYTES)}")
-        if end - start != math.prod(shape) * _ITEM_BYTES[item["dtype"]] or not 0 <= start <= end:
-            raise ValueError(f"{path}: {name} says shape {shape} {item['dtype']} but bytes {start} to {end}; damaged")
+        found = _Header.model_validate_json(raw).__pydantic_extra__
+    except ValidationError as err:
+        raise ValueError(f"{path}: the header at byte 8 is damaged: {reading.first_error(err)}") from err
+    entries, expected = {}, 0
+    for name, tensor in sorted(found.items(), key=lambda item: item[1].data_offsets):
+        (start, end), shape = tensor.data_offsets, tuple(tensor.shape)
+        if tensor.dtype not in _ITEM_BYTES:
+            raise ValueError(f"{path}: {name} has dtype {tensor.dtype[:40]}; supported are {', '.join(_ITEM_BYTES)}")
+        if end - start != math.prod(shape) * _ITEM_BYTES[tensor.dtype]:
+            raise ValueError(f"{path}: {name} says shape {shape} {tensor.dtype} but bytes {start} to {end}; damaged")
         if 8 + length + end > size:
             raise ValueError(f"{path}: {name} ends at byte {8 + length + end}, the file at {size}; it is truncated")
-        entries[name] = Entry(path, item["dtype"], shape, 8 + length + start, 8 + length + end)
-    return entries
+        if start != expected:
+            raise ValueError(f"{path}: {name} begins at byte {start} of the data, {expected} was expected; damaged")
+        entries[name], expected = Entry(path, tensor.dtype, shape, 8 + length + start, 8 + length + end), end
+    if 8 + length + expected != size:
+        raise ValueError(f"{path}: {size - 8 - length - expected} bytes after the last tensor; damaged")
+    return {name: entries[name] for name in found}
 
 
 def read_entry(name: str, entry: Entry) -> torch.Tensor:
@@ -129,34 +306,54 @@ CHECKSUMS = "checksums.json"
 
 
 class Checkpoint:
-    """A model folder, opened but not loaded: config and the place of every tensor."""
+    """A model folder, opened but not loaded: config and the place of every tensor. `notes`: what users should know of
+    the files that it was not made of."""
 
     def __init__(self, folder: Path) -> None:
         """Raises FileNotFoundError or ValueError if the folder is not a complete, undamaged model."""
         self.folder = folder
         self.config = read_config(folder)
-        files = sorted(folder.glob("*.safetensors"))
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                named = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError, TypeError) as err:
-                raise ValueError(f"{index} is not a safetensors index: {err!r}") from err
-            missing = sorted({file for file in named.values() if not (folder / file).is_file()})
-            if missing:
-                raise FileNotFoundError(
-                    f"{folder}: the index names {missing[0]}, which is not there ({len(missing)} missing)"
-                )
-            files = [folder / file for file in sorted(set(named.values()))]
-        if not files:
-            raise FileNotFoundError(
-                f"{folder} holds no *.safetensors; convert other weights with save_pretrained first"
-            )
-        self.files = files
+        if (folder / _ADAPTER).exists():
+            raise ValueError(f"{folder} holds an adapter beside its weights ({_ADAPTER}); merge it into them first")
+        self.files, promised = weight_files(folder)
         self.entries: dict[str, Entry] = {}
-        for file in files:
-            self.entries |= read_header(file)
-        self._checksums = _read_checksums(folder / CHECKSUMS)
+        for file in self.files:
+            entries = read_header(file)
+            if twice := self.entries.keys() & entries.keys():
+                raise ValueError(f"{file}: {min(twice)} is in {self.entries[min(twice)].file.name}, too")
+            self.entries |= entries
+        if missing := sorted(set(promised) - self.entries.keys()):
+            raise ValueError(f"{folder / INDEX} names {missing[0]}, which no file has ({len(missing)} missing)")
+        checksums = folder / CHECKSUMS
+        self._checksums = reading.json_file(checksums, _Checksums, most_bytes=_MAX_INDEX) if checksums.exists() else {}
+        self.notes = tuple(self._notes())
+        if self.config["tie_word_embeddings"] and self._has_a_head_of_its_own():
+            untied = {**self.config.said, "tie_word_embeddings": False}
+            self.config = families.resolved(untied, self.config.where)
+            self.notes += (
+                f"{folder}: config.json ties the head to the embedding; the files hold another, which is used",
+            )
+
+    def _notes(self) -> Iterable[str]:
+        read = {file.name for file in self.files}
+        others = [path.name for path in sorted(self.folder.glob("*.safetensors")) if path.name not in read]
+        if read == {WEIGHTS} and (self.folder / INDEX).exists():
+            others.append(INDEX)
+        if others:
+            yield f"{self.folder}: not read, as in transformers: {', '.join(others[:3])}{' ...' if others[3:] else ''}"
+
+    def _has_a_head_of_its_own(self) -> bool:
+        """Whether the files hold a head that is not the embedding, though it is tied; transformers uses that."""
+        names = families.tied(self.config)
+        if any(formats.found(name, self.entries) is None for name in names):
+            return False
+        import torch
+
+        head, embedding = (formats.unpack(formats.read(name, self.entries, self.read)) for name in names)
+        return head.shape != embedding.shape or not all(
+            torch.equal(one.float(), other.float())
+            for one, other in zip(head.split(2**14), embedding.split(2**14), strict=True)
+        )
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, as stored. Raises ValueError if the model has no such tensor, its file ends too early, or its
@@ -193,7 +390,7 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and every byte of every weight file, file by file."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.config.said, sort_keys=True).encode())
         for file in self.files:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -213,22 +410,9 @@ def checksum(tensor: torch.Tensor) -> str:
     return f"{zlib.crc32(memoryview(raw)):08x}"  # pyright: ignore[reportArgumentType]
 
 
-def _read_checksums(path: Path) -> dict[str, str]:
-    """Empty for folders of other makers. Raises ValueError if the file is there and damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        raise ValueError(f"{path} is no JSON: {err}; it is damaged") from err
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise ValueError(f"{path} is no list of checksums by tensor; it is damaged")
-    return found
-
-
 def safetensors_bytes(folder: Path) -> int:
     """Bytes of all weight files of a model folder, headers included: what a budget on file size is held against."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(folder)[0])
 
 
 def header_bytes(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> int:

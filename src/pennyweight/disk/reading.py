@@ -3,7 +3,9 @@ and wrong in one line."""
 
 from __future__ import annotations
 
+import functools
 import json
+import reprlib
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 T = TypeVar("T")
 MOST_BYTES = 64 * 2**20
 _SHOWN = 60
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, _SHOWN, _SHOWN
 
 
 def json_file(path: Path, kind: type[T], *, most_bytes: int = MOST_BYTES) -> T:
@@ -35,19 +39,24 @@ def yaml_file(path: Path, kind: type[T], *, most_bytes: int = 2**20) -> T:
 def checked(path: Path, value: Any, kind: type[T]) -> T:
     """`value`, read from `path`, as a `kind`. Raises ValueError in one line."""
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as err:
         raise ValueError(f"{path}: {first_error(err)}") from err
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def first_error(err: ValidationError) -> str:
     """The first of a validation's errors in one line: where, what is wrong, what came."""
     first, count = err.errors(include_url=False)[0], err.error_count()
     where = ".".join(str(part)[:_SHOWN] for part in first["loc"])
-    came = repr(first["input"])
-    came = came if len(came) <= _SHOWN else came[: _SHOWN - 3] + "..."
+    came = first["input"]
+    came = _BRIEF.repr(came[:_SHOWN] if isinstance(came, bytes) else came)
     more = f" (and {count - 1} more)" if count > 1 else ""
-    return f"{where + ': ' if where else ''}{first['msg']}; found {came}{more}"
+    return f"{where + ': ' if where else ''}{first['msg']}; found {came[:_SHOWN]}{more}"
 
 
 def bytes_of(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
@@ -65,6 +74,8 @@ def size_of(path: Path) -> int:
         found = path.stat()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
+    except OSError as err:  # a link to itself, a folder that may not be looked into
+        raise ValueError(f"{path} cannot be opened: {err.strerror}") from err
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path} is not an ordinary file")
     return found.st_size

@@ -5,7 +5,7 @@ A family file says only what differs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,44 @@ from pennyweight.model.shapes import Attention, Dense, Embedding, GatedMLP, Head
 from pennyweight.model.slots import Kind, Slot
 
 Config = Mapping[str, Any]
+
+KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+"""What every family's config has; each names more in its own KEYS."""
+
+BESIDE = frozenset(
+    {
+        "head_dim",
+        "layer_types",
+        "sliding_window",
+        "per_layer_config",
+        "replace_with_linear",
+        "sparsity",
+        "quantization_config",
+        "torch_dtype",
+        "rope_theta",
+        "rope_scaling",
+        "partial_rotary_factor",
+        "original_max_position_embeddings",
+    }
+)
+"""Keys that mean something to transformers, or to layers that differ, though a family's config class has no such field:
+older names among them."""
+
+MOST_POSITIONS = 2**24
+"""Of a context. No sequence is longer, so a window that is not shorter is none."""
+
+KINDS_OF_LAYER = {"full_attention", "sliding_attention"}
 
 PATHS: dict[Kind, str] = {"mixer": "self_attn", "ffn": "mlp"}
 WORDS: dict[str, str] = {"mixer": "attention", "ffn": "mlp"}
@@ -48,122 +86,143 @@ _NAMES: dict[Kind, Mapping[str, str]] = {"mixer": _ATTENTION, "ffn": _MLP}
 
 def blocks(family: ModuleType, config: Config) -> dict[Slot, Block]:
     """Embedding, the layers' blocks, last norm and head. Raises ValueError for a config that lacks what it needs."""
-    hidden, vocab = need(config, "hidden_size"), need(config, "vocab_size")
-    tied = bool(config.get("tie_word_embeddings", False))
-    found: list[Block] = [
-        Block(
-            Slot("embed"),
-            Embedding(vocab_size=vocab, hidden_size=hidden, tied=tied),
-            "model.embed_tokens.",
-            "",
-            {"embedding": "weight"},
-        )
-    ]
+    hidden = need(config, "hidden_size")
+    embedding, norm, head = ends(config)
+    found = [embedding]
     norms: Norms = getattr(family, "NORMS", "before")
     for layer in range(need(config, "num_hidden_layers")):
-        own = layer_config(config, layer)
-        unknown = {*own.get("skip", ()), *own.get("replace_with_linear", ())} - set(WORDS.values())
+        gone, linear = (set(at(config, layer, key) or ()) for key in ("skip", "replace_with_linear"))
+        unknown = (gone | linear) - set(WORDS.values())
         if unknown:
             raise ValueError(
-                f"layer {layer}: per_layer_config names {sorted(unknown)}; known are {sorted(WORDS.values())}"
+                f"{where(config)}: layer {layer}: per_layer_config names {sorted(unknown)}; known are "
+                f"{sorted(WORDS.values())}"
             )
         for kind, path in PATHS.items():
             shape: Any
-            if WORDS[kind] in own.get("skip", ()):
+            if WORDS[kind] in gone:
                 shape = Noop(hidden_size=hidden)
-            elif WORDS[kind] in own.get("replace_with_linear", ()):
+            elif WORDS[kind] in linear:
                 shape = Dense(hidden_size=hidden, norms=norms)
             else:
                 shape = replace(getattr(family, kind)(config, layer), norms=norms)
             names = {**_NAMES[kind], **getattr(family, "NAMES", {}).get(kind, {})}
             names.pop({"before": "post_norm", "after": "norm"}.get(norms, ""), None)  # what a live layer has not
             found.append(Block(Slot(kind, layer), shape, f"model.layers.{layer}.", path, names))
-    found.append(Block(Slot("norm"), Norm(hidden_size=hidden), "model.norm.", "", {"norm": "weight"}))
-    head = Head(vocab_size=vocab, hidden_size=hidden, tied=tied)
-    found.append(Block(Slot("head"), head, "lm_head.", "", {"head": "weight"}))
+    found += [norm, head]
     return {block.slot: block for block in found}
 
 
-def layer_config(config: Config, layer: int) -> dict[str, Any]:
-    """The config of one layer: the global keys, overridden by its entry of `per_layer_config`."""
-    return {**config, **_overrides(config, layer)}
+def ends(config: Config) -> tuple[Block, Block, Block]:
+    """Embedding, last norm and head."""
+    hidden, vocab, tied = need(config, "hidden_size"), need(config, "vocab_size"), bool(config["tie_word_embeddings"])
+    embedding = Embedding(vocab_size=vocab, hidden_size=hidden, tied=tied)
+    head = Head(vocab_size=vocab, hidden_size=hidden, tied=tied)
+    return (
+        Block(Slot("embed"), embedding, "model.embed_tokens.", "", {"embedding": "weight"}),
+        Block(Slot("norm"), Norm(hidden_size=hidden), "model.norm.", "", {"norm": "weight"}),
+        Block(Slot("head"), head, "lm_head.", "", {"head": "weight"}),
+    )
 
 
-def _overrides(config: Config, layer: int) -> dict[str, Any]:
-    """What `per_layer_config` says of one layer; its keys are numbers, in JSON as text."""
-    said = config.get("per_layer_config") or {}
-    return said.get(str(layer)) or said.get(layer) or {}
+def left_open(said: Config, keys: Collection[str]) -> set[str]:
+    """Of these keys those that a file does not say, or not in the words in which transformers would leave them."""
+    found = {key for key in keys if said.get(key) is None and (key != "sliding_window" or key not in said)}
+    if "use_sliding_window" in keys and said.get("sliding_window") is not None and not said.get("use_sliding_window"):
+        found.add("sliding_window")
+    kinds = said.get("layer_types") or ()
+    if "layer_types" in keys and (len(kinds) != said.get("num_hidden_layers") or not KINDS_OF_LAYER.issuperset(kinds)):
+        found.add("layer_types")
+    return found
 
 
-def need(config: Config, key: str) -> int:
-    """An integer key of config.json that has no default. Raises ValueError if it is missing or not positive."""
-    value = config.get(key)
+def where(config: Config) -> str:
+    """What errors call it."""
+    return getattr(config, "where", "config.json")
+
+
+def own(config: Config, layer: int) -> dict[str, Any]:
+    """What `per_layer_config` says of one layer; its keys are numbers, as text."""
+    return (config.get("per_layer_config") or {}).get(str(layer), {})
+
+
+def at(config: Config, layer: int, key: str) -> Any:
+    """A key as it is for one layer."""
+    said = own(config, layer)
+    return said[key] if key in said else config.get(key)
+
+
+def need(config: Config, key: str, layer: int | None = None) -> int:
+    """An integer of a model's or a layer's config. Raises ValueError if it is missing or not positive."""
+    value = config.get(key) if layer is None else at(config, layer, key)
     if not isinstance(value, int) or value < 1:
+        whose = "" if layer is None else f" of layer {layer}"
         raise ValueError(
-            f"config.json: {key} is {value!r}; a {config.get('model_type')} model needs a positive integer"
+            f"{where(config)}: {key}{whose} is {value!r}; a {config.get('model_type')} model needs a positive integer"
         )
     return value
 
 
-def head_dim(config: Config) -> int:
-    """head_dim where the config names it, else hidden_size / num_attention_heads."""
-    return config.get("head_dim") or need(config, "hidden_size") // need(config, "num_attention_heads")
-
-
-def window(config: Config, layer: int) -> int | None:
-    """The layer's sliding window: an override, or sliding_window where layer_types says the layer slides."""
-    own = _overrides(config, layer)
-    if "sliding_window" in own:
-        return own["sliding_window"]
-    if config.get("use_sliding_window") is False:
+def sliding(config: Config, layer: int) -> int | None:
+    """The window of a family whose layers slide where layer_types says so. Raises ValueError for other kinds."""
+    if config["sliding_window"] is None:
         return None
-    types = config.get("layer_types")
-    if types is not None:
-        return config.get("sliding_window") if types[layer] == "sliding_attention" else None
-    if config.get("use_sliding_window"):  # Qwen2: the layers from max_window_layers on
-        return config.get("sliding_window") if layer >= config.get("max_window_layers", 0) else None
-    return None
+    kind = config["layer_types"][layer]
+    if kind not in KINDS_OF_LAYER:
+        raise ValueError(
+            f"{where(config)}: layer_types says {kind!r} of layer {layer}; "
+            f"{' and '.join(sorted(KINDS_OF_LAYER))} are run"
+        )
+    return config["sliding_window"] if kind == "sliding_attention" else None
 
 
-def attention(config: Config, layer: int, **differs: Any) -> Attention:
-    own = layer_config(config, layer)
-    heads = need(own, "num_attention_heads")
+def attention(config: Config, layer: int, *, window: int | None = None, **differs: Any) -> Attention:
+    """`window`: the family's own, which an override replaces. Raises ValueError for heads that do not fit."""
+    hidden, heads = need(config, "hidden_size"), need(config, "num_attention_heads")
+    kv_heads = need(config, "num_key_value_heads", layer)
+    width = config.get("head_dim") or hidden // heads  # as transformers' layers have it
+    if heads % kv_heads or width % 2 or not width:
+        raise ValueError(
+            f"{where(config)}: layer {layer} has {heads} heads of {width} channels on {kv_heads} key-value heads; "
+            "these divide the heads, and channels are even"
+        )
+    window = own(config, layer).get("sliding_window", window)
     return Attention(
-        hidden_size=need(config, "hidden_size"),
+        hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=own.get("num_key_value_heads") or heads,
-        head_dim=head_dim(own),
-        window=window(config, layer),
-        sparsity=_sparsity(own, "mixer"),
+        num_kv_heads=kv_heads,
+        head_dim=width,
+        window=None if window is None or window >= MOST_POSITIONS else window,
+        sparsity=_sparsity(config, layer, "mixer"),
         **differs,
     )
 
 
 def gated_mlp(config: Config, layer: int, **differs: Any) -> GatedMLP:
-    own = layer_config(config, layer)
     return GatedMLP(
         hidden_size=need(config, "hidden_size"),
-        intermediate_size=need(own, "intermediate_size"),
-        activation=config.get("hidden_act", "silu"),
-        sparsity=_sparsity(own, "ffn"),
+        intermediate_size=need(config, "intermediate_size", layer),
+        activation=config["hidden_act"],
+        sparsity=_sparsity(config, layer, "ffn"),
         **differs,
     )
 
 
-def _sparsity(own: Config, kind: Kind) -> Sparsity | None:
+def _sparsity(config: Config, layer: int, kind: Kind) -> Sparsity | None:
     """What a layer's config says of the channels that its block leaves out."""
-    said = (own.get("sparsity") or {}).get(WORDS[kind])
+    said = (at(config, layer, "sparsity") or {}).get(WORDS[kind])
     return None if said is None else Sparsity(**said)
 
 
-def config_of(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
-    """The inverse of reading shapes: the config of a model that has these. Bits are not part of it.
+def config_of(config: Config, said: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
+    """The inverse of reading shapes: the config of a model that has these, in the words of the parent's file, `said`,
+    where nothing changed. Bits are not part of it.
 
     Layers that agree are written as global keys; what differs goes to transformers' `per_layer_config`. A config that
     needs no per-layer entry loads anywhere. Raises ValueError for shapes these families cannot express.
     """
     layers = range(config["num_hidden_layers"])
-    own: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for layer in layers:
         here: dict[str, Shape] = {kind: shapes[Slot(kind, layer)] for kind in PATHS}
         entry: dict[str, Any] = {}
@@ -185,28 +244,30 @@ def config_of(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
         sparse = {WORDS[kind]: asdict(shape.sparsity) for kind, shape in here.items() if shape.sparsity is not None}
         if sparse:
             entry["sparsity"] = sparse
-        own.append(entry)
-    out = {key: value for key, value in config.items() if key != "per_layer_config"}
-    for key in ("num_key_value_heads", "intermediate_size"):
-        values = {entry[key] for entry in own if entry.get(key)}
-        if len(values) == 1:
-            out[key] = values.pop()
-    if any(entry.get("sliding_window") is not None for entry in own) or any(window(config, i) for i in layers):
-        # Our windows narrow the mask of full attention layers; the parent's own way of sliding is switched off.
-        out["layer_types"] = ["full_attention"] * len(own)
+        entries.append(entry)
+    out = {key: value for key, value in said.items() if key != "per_layer_config"}
+    shared = {key: config[key] for key in ("num_key_value_heads", "intermediate_size")}
+    for key, before in shared.items():
+        values = {entry[key] for entry in entries if entry.get(key)}
+        if len(values) == 1 and (value := values.pop()) != before:
+            out[key] = value
+    slides = config.get("sliding_window") is not None and "sliding_attention" in (config.get("layer_types") or ())
+    if slides or any(entry.get("sliding_window") is not None for entry in entries):
+        # Our windows narrow the mask of full attention layers; the parent's entries way of sliding is switched off.
+        out["layer_types"] = ["full_attention"] * len(entries)
         out["sliding_window"] = None
         if "use_sliding_window" in out:
             out["use_sliding_window"] = False
-    if any("replace_with_linear" in entry for entry in own):
+    if any("replace_with_linear" in entry for entry in entries):
         out["replace_with_linear"] = []
-    if any("sparsity" in entry for entry in own):
+    if any("sparsity" in entry for entry in entries):
         out["sparsity"] = {}
-    per_layer = _differing(own, out)
+    per_layer = _differing(entries, {**shared, **out})
     if any(per_layer) and not any(entry.keys() & {"num_key_value_heads", "intermediate_size"} for entry in per_layer):
         # Nothing that transformers looks at while it builds a layer: it would leave our keys unread and compute
         # something else. A global size that no layer has makes it stop.
         out["intermediate_size"] = 0
-        per_layer = _differing(own, out)
+        per_layer = _differing(entries, {**shared, **out})
     if any(per_layer):
         out["per_layer_config"] = {str(layer): entry for layer, entry in enumerate(per_layer) if entry}
     return out
@@ -215,4 +276,5 @@ def config_of(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
 def _differing(own: list[dict[str, Any]], shared: Config) -> list[dict[str, Any]]:
     """Of every layer's keys those that are not the model's."""
     always = ("skip", "replace_with_linear")
+    shared = {**shared, "sliding_window": None}  # where one means anything, layer_types says which layers slide
     return [{k: v for k, v in entry.items() if k in always or v != shared.get(k)} for entry in own]

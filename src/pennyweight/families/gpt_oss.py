@@ -5,12 +5,13 @@ Planned from its config (parameters, KV cache, prices); building children of it 
 
 from __future__ import annotations
 
-from pennyweight.families._decoder import Config, attention, layer_config, need
+from pennyweight.families._decoder import Config, attention, need, sliding
 from pennyweight.model.shapes import Attention, MoE
 
 MODEL_TYPES = ("gpt_oss",)
 MODULE = None  # no live modules yet: plan only
 PREFIX = "GptOss"
+KEYS = ("head_dim", "sliding_window", "layer_types", "num_local_experts", "num_experts_per_tok")
 NAMES = {
     "ffn": {
         "router": "mlp.router.weight",
@@ -24,17 +25,16 @@ NAMES = {
 
 
 def mixer(config: Config, layer: int) -> Attention:
-    return attention(config, layer, qkv_bias=True, o_bias=True, sinks=True)
+    return attention(config, layer, window=sliding(config, layer), qkv_bias=True, o_bias=True, sinks=True)
 
 
 def ffn(config: Config, layer: int) -> MoE:
     """`per_layer_config` may change experts by layer."""
-    own = layer_config(config, layer)
     return MoE(
         hidden_size=need(config, "hidden_size"),
-        intermediate_size=need(own, "intermediate_size"),
-        num_experts=need(own, "num_local_experts"),
-        top_k=need(own, "num_experts_per_tok"),
+        intermediate_size=need(config, "intermediate_size", layer),
+        num_experts=need(config, "num_local_experts", layer),
+        top_k=need(config, "num_experts_per_tok", layer),
         bias=True,
         router_bias=True,
     )

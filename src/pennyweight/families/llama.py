@@ -8,6 +8,7 @@ from pennyweight.model.shapes import Attention, GatedMLP
 MODEL_TYPES = ("llama",)
 MODULE = "transformers.models.llama.modeling_llama"
 PREFIX = "Llama"
+KEYS = ("attention_bias", "mlp_bias")
 PICO = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -18,9 +19,9 @@ PICO = {
 
 
 def mixer(config: Config, layer: int) -> Attention:
-    bias = bool(config.get("attention_bias", False))
+    bias = config["attention_bias"]
     return attention(config, layer, qkv_bias=bias, o_bias=bias)
 
 
 def ffn(config: Config, layer: int) -> GatedMLP:
-    return gated_mlp(config, layer, bias=bool(config.get("mlp_bias", False)))
+    return gated_mlp(config, layer, bias=config["mlp_bias"])

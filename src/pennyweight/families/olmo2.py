@@ -8,6 +8,7 @@ from pennyweight.model.shapes import Attention, GatedMLP
 MODEL_TYPES = ("olmo2",)
 MODULE = "transformers.models.olmo2.modeling_olmo2"
 PREFIX = "Olmo2"
+KEYS = ("attention_bias",)
 PICO = {"num_attention_heads": 4, "num_key_value_heads": 2}
 NORMS = "after"
 NAMES = {
@@ -17,7 +18,7 @@ NAMES = {
 
 
 def mixer(config: Config, layer: int) -> Attention:
-    bias = bool(config.get("attention_bias", False))
+    bias = config["attention_bias"]
     return attention(config, layer, qkv_bias=bias, o_bias=bias, qk_norm="all heads")
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from pennyweight.families._decoder import Config, attention, gated_mlp
+from pennyweight.families._decoder import Config, attention, gated_mlp, sliding
 from pennyweight.model.shapes import Attention, GatedMLP
 
 MODEL_TYPES = ("qwen2",)
 MODULE = "transformers.models.qwen2.modeling_qwen2"
 PREFIX = "Qwen2"
+KEYS = ("use_sliding_window", "sliding_window", "layer_types")
 PICO = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
 
 
 def mixer(config: Config, layer: int) -> Attention:
-    return attention(config, layer, qkv_bias=True)
+    return attention(config, layer, window=sliding(config, layer), qkv_bias=True)
 
 
 def ffn(config: Config, layer: int) -> GatedMLP:

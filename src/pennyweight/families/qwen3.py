@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pennyweight.families._decoder import Config, attention, gated_mlp
+from pennyweight.families._decoder import Config, attention, gated_mlp, sliding
 from pennyweight.model.shapes import Attention, GatedMLP
 
 MODEL_TYPES = ("qwen3",)
 MODULE = "transformers.models.qwen3.modeling_qwen3"
 PREFIX = "Qwen3"
+KEYS = ("head_dim", "attention_bias", "use_sliding_window", "sliding_window", "layer_types")
 PICO = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
 
 
 def mixer(config: Config, layer: int) -> Attention:
-    bias = bool(config.get("attention_bias", False))
-    return attention({"head_dim": 128, **config}, layer, qkv_bias=bias, o_bias=bias, qk_norm="each head")
+    bias = config["attention_bias"]
+    return attention(config, layer, window=sliding(config, layer), qkv_bias=bias, o_bias=bias, qk_norm="each head")
 
 
 def ffn(config: Config, layer: int) -> GatedMLP:

@@ -4,6 +4,7 @@ A format is a file with
 
     Spec            a frozen dataclass, a kind of model/stored.py's Stored: what it costs and which tensors it takes
     MARK, PARTS     suffixes of a matrix' tensors; the one that no other format has, and all
+    OPTIONAL        those of them that may be missing; may be left out
     IN_PLACE        True if the engine reads the MARK's bytes as they lie in their file
     CONFIG_FORMAT   what `quantization_config` calls it; None: not part of it
     encode(weight, spec, find, activity)    a matrix as tensors by suffix, its codes found by `find`
@@ -94,6 +95,11 @@ def on_disk(name: str, suffix: str) -> str:
     return name + suffix.removeprefix("weight")
 
 
+def tensors_of(name: str) -> set[str]:
+    """The tensors that the matrix `name` may be on disk, whatever its format."""
+    return {on_disk(name, suffix) for module in _all() for suffix in module.PARTS}
+
+
 def found(name: str, there: Iterable[str]) -> ModuleType | None:
     """The format of the matrix `name` among the tensors called `there`; None if it is not there at all. Raises
     ValueError for parts that compressed-tensors has and we do not read: without them the weights would be others."""
@@ -112,7 +118,7 @@ def read(
     map_tensor: Callable[[str], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The parts of the matrix `name`, by suffix; none if it is not there. What the engine could read where it lies goes
-    through `map_tensor`, if there is one."""
+    through `map_tensor`, if there is one. Raises ValueError for parts that do not belong together."""
     module = found(name, there)
     if module is None:
         return {}
@@ -121,7 +127,44 @@ def read(
         in_place = map_tensor is not None and module.IN_PLACE and suffix == module.MARK
         return (map_tensor if in_place and map_tensor is not None else read_tensor)(on_disk(name, suffix))
 
-    return {suffix: part(suffix) for suffix in module.PARTS if on_disk(name, suffix) in there}
+    parts = {suffix: part(suffix) for suffix in module.PARTS if on_disk(name, suffix) in there}
+    if module.CONFIG_FORMAT is not None:
+        _hold_together(name, module, parts)
+    return parts
+
+
+def _hold_together(name: str, module: ModuleType, parts: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError unless the parts of a matrix are of the types and shapes that its spec says."""
+    import torch
+
+    types = {"U8": (torch.uint8,), "I32": (torch.int32,), "F32": (torch.float32,)}
+    types |= {"I64": (torch.int64, torch.int32), "BF16": (torch.bfloat16, torch.float16)}  # as other makers have it
+    optional = getattr(module, "OPTIONAL", ())
+    if missing := [suffix for suffix in module.PARTS if suffix not in parts and suffix not in optional]:
+        raise ValueError(f"{name} is stored as {module.MARK} without {missing[0]}; the checkpoint is damaged")
+    try:
+        expected = module.spec_of(parts).tensors(*module.shape_of(parts))
+    except ValueError as err:
+        raise ValueError(f"{name}: {err}") from err
+    for suffix, tensor in parts.items():
+        kind, shape = expected[suffix]
+        if tensor.dtype not in types[kind] or tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name}: {suffix} is {tensor.dtype} of {tuple(tensor.shape)}; {kind} of {shape} belongs there"
+            )
+
+
+def numbers(parts: Mapping[str, torch.Tensor], suffix: str, count: int) -> list[int]:
+    """The sizes that a small tensor holds, such as rows and columns. Raises ValueError for anything else."""
+    import torch
+
+    tensor = parts[suffix]
+    if tensor.dtype not in (torch.int64, torch.int32) or tuple(tensor.shape) != (count,):
+        raise ValueError(f"{suffix} is {tensor.dtype} of {tuple(tensor.shape)}; {count} sizes belong there")
+    found = tensor.tolist()
+    if not all(0 <= number < 2**31 for number in found):
+        raise ValueError(f"{suffix} is {found}; these are no sizes")
+    return found
 
 
 def of_parts(parts: Mapping[str, Any]) -> ModuleType:

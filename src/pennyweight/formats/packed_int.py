@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pennyweight.formats import Find, Grid, refuse_damage
+from pennyweight.formats import Find, Grid, numbers, refuse_damage
 from pennyweight.model.stored import Stored
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
 
     rows, columns = shape_of(parts)
     bits = [b for b in BITS if parts["weight_packed"].shape == (rows, -(-columns // (32 // b)))]
-    groups = parts["weight_scale"].shape[-1]
+    groups = parts["weight_scale"].shape[-1] if parts["weight_scale"].dim() == 2 else 0
     if len(bits) != 1 or not groups or columns % groups or parts["weight_scale"].shape != (rows, groups):
         shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
         raise ValueError(f"{shapes} is no packed matrix of {rows} x {columns} in {BITS} bits")
@@ -106,8 +106,8 @@ def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
 
 
 def shape_of(parts: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """Rows and columns."""
-    rows, columns = (int(n) for n in parts["weight_shape"])
+    """Rows and columns. Raises ValueError for a weight_shape that is none."""
+    rows, columns = numbers(parts, "weight_shape", 2)
     return rows, columns
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pennyweight.formats import SUPER_GROUPS, Find, Grid, refuse_damage
+from pennyweight.formats import SUPER_GROUPS, Find, Grid, numbers, refuse_damage
 from pennyweight.model.stored import Stored
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ SCALES = get_args(Scales)
 
 MARK = "weight_zigzag"
 PARTS = (MARK, "weight_layout", "weight_row_scale", "weight_order", "weight_shape")
+OPTIONAL = ("weight_row_scale", "weight_order")
 IN_PLACE = True
 CONFIG_FORMAT = "pennyweight-zigzag"
 
@@ -200,7 +201,7 @@ def _as_bytes(halves: torch.Tensor) -> torch.Tensor:
 
 def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
     """Raises ValueError for a layout the kernels do not read."""
-    group, scales, tile_rows = (int(n) for n in parts["weight_layout"])
+    group, scales, tile_rows = numbers(parts, "weight_layout", 3)
     if not 0 <= scales < len(SCALES):
         raise ValueError(f"scales of kind {scales}; known are 0 to {len(SCALES) - 1}: {', '.join(SCALES)}")
     return Spec(group, SCALES[scales], tile_rows, "weight_order" in parts)
@@ -208,7 +209,7 @@ def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
 
 def shape_of(parts: Mapping[str, torch.Tensor]) -> tuple[int, int]:
     """Rows and columns. Raises ValueError if there are not as many bytes as they take."""
-    rows, columns = (int(n) for n in parts["weight_shape"])
+    rows, columns = numbers(parts, "weight_shape", 2)
     if MARK in parts:
         _, (needed,) = (spec := spec_of(parts)).tensors(rows, columns)[MARK]
         if (there := parts[MARK].numel()) != needed:

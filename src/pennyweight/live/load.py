@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from pennyweight import families, formats
+from pennyweight.disk import reading
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.formats import packed_int
 from pennyweight.live.patch import installed
+from pennyweight.live.walk import Walk
 
 STOCK = packed_int.CONFIG_FORMAT
 """The one format that transformers reads itself."""
@@ -20,20 +22,36 @@ STOCK = packed_int.CONFIG_FORMAT
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The whole model of a folder, ordinary or heterogeneous, packed matrices dequantised, as a transformers model.
+    Weights are safetensors, and no code of the folder runs.
 
     Raises ValueError if tensors are missing from the folder or the model has no place for some of them.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    walk = Walk(Checkpoint(folder))
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        reading.json_file(generation, dict[str, Any])
+    config = families.transformers_config(walk.checkpoint.config)
     if (getattr(config, "quantization_config", None) or {}).get("format", STOCK) != STOCK:
-        return _load_own(folder, config, dtype)
+        return _load_own(walk, config, dtype)
     if getattr(config, "quantization_config", None):
         config.quantization_config["dequantize"] = True
     with installed(), _quiet_progress():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except Exception as err:  # whatever other people's code raises
+            said = " ".join(f"{type(err).__name__}: {err}".split())
+            raise ValueError(f"{folder}: transformers cannot load it: {said[:300]}") from err
     model, info = loaded
     wrong = {kind: sorted(info.get(kind) or ())[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
@@ -41,23 +59,19 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
     return model.eval()
 
 
-def _load_own(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+def _load_own(walk: Walk, config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
+    if walk.left:
+        raise ValueError(
+            f"{walk.checkpoint.folder} does not fit the model its config describes: no place for {walk.left[:3]}"
+        )
     del config.quantization_config
     with installed():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    checkpoint, state = Checkpoint(folder), {}
-    left = set(checkpoint.entries)
-    names = {name for block in families.blocks(checkpoint.config).values() for name in block.tensors()}
-    for name in names:
-        packed = formats.read(name, checkpoint.entries, checkpoint.read)
-        if not packed:
-            raise ValueError(f"{folder} does not fit the model its config describes: {name} is missing")
-        state[name] = formats.unpack(packed).to(dtype)
-        left -= {formats.on_disk(name, suffix) for suffix in packed}
-    if left:
-        raise ValueError(f"{folder} does not fit the model its config describes: no place for {sorted(left)[:3]}")
+    checkpoint = walk.checkpoint
+    names = {name for block in walk.blocks.values() for name in block.tensors()}
+    state = {name: formats.unpack(formats.read(name, checkpoint.entries, checkpoint.read)).to(dtype) for name in names}
     missing, _ = model.load_state_dict(state, strict=False)
     assert set(missing) <= set(model.state_dict()) - names, missing
     model.tie_weights()

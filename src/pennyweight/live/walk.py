@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from pennyweight import families, formats
 from pennyweight.disk.checkpoint import Checkpoint
@@ -26,6 +25,7 @@ from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import Stored
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _VOCABULARY_PART = 2**14  # of the output matrix in float32 at once
 
 
@@ -61,6 +61,7 @@ class Walk:
     """A checkpoint seen as embedding, layers, last norm, head.
 
     Layers run in `dtype` weights with float32 activations between them; use `autocast` around for bfloat16 math.
+    `left`: tensors of the files that the model has no place for.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
@@ -72,9 +73,9 @@ class Walk:
         self.blocks = families.blocks(checkpoint.config)
         self.shapes: dict[Slot, Shape] = {slot: block.shape for slot, block in self.blocks.items()}
         self.dtype = dtype
-        self._modeling = importlib.import_module(self.family.MODULE)
-        self.config = AutoConfig.for_model(**checkpoint.config)
+        self.config = families.transformers_config(checkpoint.config)
         self.config._attn_implementation = "sdpa"
+        left = set(checkpoint.entries)
         for block in self.blocks.values():
             for name, weight in block.tensors().items():
                 found = self._stored_shape(name)
@@ -83,6 +84,18 @@ class Walk:
                         f"{checkpoint.folder}: {name} {'is missing' if found is None else f'has shape {found}'}; "
                         f"config.json promises shape {weight.shape}"
                     )
+                left -= {name} if name in left else formats.tensors_of(name)
+        if left and checkpoint.config["tie_word_embeddings"]:
+            left -= formats.tensors_of(families.tied(checkpoint.config)[0])  # equal to the embedding
+        self.left = sorted(left)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What users should know of tensors that are not read."""
+        if not self.left:
+            return ()
+        named = f"{', '.join(self.left[:3])}{' ...' if self.left[3:] else ''}"
+        return (f"{self.checkpoint.folder}: tensors that the config has no place for are not read: {named}",)
 
     @property
     def layers(self) -> int:
@@ -96,11 +109,16 @@ class Walk:
     def _stored_shape(self, name: str) -> tuple[int, ...] | None:
         entries = self.checkpoint.entries
         if name in entries:
+            if (dtype := entries[name].dtype) not in _FLOATS:
+                raise ValueError(f"{self.checkpoint.folder}: {name} is stored as {dtype}; floats are expected")
             return entries[name].shape
         module = formats.found(name, entries)
         if module is None:
             return None
-        return module.shape_of({"weight_shape": self.checkpoint.read(formats.on_disk(name, "weight_shape"))})
+        try:
+            return module.shape_of({"weight_shape": self.checkpoint.read(formats.on_disk(name, "weight_shape"))})
+        except ValueError as err:
+            raise ValueError(f"{self.checkpoint.folder}: {name}: {err}") from err
 
     def stored(self, slot: Slot) -> set[Stored]:
         """How the slot's matrices lie on disk."""
@@ -127,7 +145,7 @@ class Walk:
         """One decoder layer with its weights, in eval mode, not training."""
         blocks = {slot: block for slot, block in self.blocks.items() if slot.layer == index}
         with torch.device("meta"), patch.installed():
-            module = getattr(self._modeling, f"{self.family.PREFIX}DecoderLayer")(self.config, index)
+            module = _made(self.checkpoint.config, "DecoderLayer", self.config, index)
         if not self.config.is_heterogeneous:
             patch.dress(module, blocks.values())  # a window of the family's own, which a mask would bring along
         weights = {
@@ -164,9 +182,7 @@ class Walk:
 
     def norm(self) -> nn.Module:
         """The last norm."""
-        norm = getattr(self._modeling, f"{self.family.PREFIX}RMSNorm")(
-            self.config.hidden_size, eps=self.config.rms_norm_eps
-        )
+        norm = _made(self.checkpoint.config, "RMSNorm", self.config.hidden_size, eps=self.config.rms_norm_eps)
         norm.weight = nn.Parameter(self.matrix(Slot("norm")).to(self.dtype), requires_grad=False)
         return norm.eval()
 
@@ -190,10 +206,24 @@ class Walk:
 
 
 def rotary_embedding(config: Mapping[str, Any]) -> Any:
-    """transformers' module that gives (cosines, sines) of positions, for a config.json of a supported family."""
-    family = families.of(config["model_type"])
+    """transformers' module that gives (cosines, sines) of positions, for a config.json of a supported family. Raises
+    ValueError for rope parameters that it cannot compute with."""
+    found = families.resolved(config)
+    rotary = _made(found, "RotaryEmbedding", config=families.transformers_config(found))
+    if not bool(torch.isfinite(rotary.inv_freq).all()):
+        raise ValueError(f"{found.where}: its rope parameters give frequencies that are no numbers")
+    return rotary
+
+
+def _made(read: families.Resolved, part: str, *arguments: Any, **named: Any) -> Any:
+    """A module of transformers' for a family. Raises ValueError for a config that transformers cannot build it from."""
+    family = families.of(read["model_type"])
     modeling = importlib.import_module(family.MODULE)
-    return getattr(modeling, f"{family.PREFIX}RotaryEmbedding")(config=AutoConfig.for_model(**config))
+    try:
+        return getattr(modeling, family.PREFIX + part)(*arguments, **named)
+    except Exception as err:  # whatever other people's code raises
+        why = " ".join(f"{type(err).__name__}: {err}".split())
+        raise ValueError(f"{read.where}: transformers cannot build its {part}: {why[:300]}") from err
 
 
 def float_logits(states: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

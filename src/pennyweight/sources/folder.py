@@ -25,14 +25,16 @@ class Folder:
 
     def __init__(self, path: Path, *, mapped: bool = False) -> None:
         self._checkpoint = Checkpoint(path)
-        self.name = path.resolve().name
+        self.name = _name(path)
         self.config = self._checkpoint.config
-        self.blocks = Walk(self._checkpoint).blocks
+        walk = Walk(self._checkpoint)
+        self.blocks = walk.blocks
+        self._said = self._checkpoint.notes + walk.notes
         self._mapped, self._rearranged = mapped, 0
 
     @property
     def notes(self) -> Sequence[str]:
-        return rearranged(self._rearranged) if self._mapped else ()
+        return self._said + (rearranged(self._rearranged) if self._mapped else ())
 
     def vector(self, name: str) -> np.ndarray:
         tensor = self._checkpoint.read(name).float()
@@ -64,3 +66,10 @@ class Folder:
             ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
             stop |= set(ids) if isinstance(ids, list) else {ids}
         return Vocabulary(tokenizer, tokenizer.bos_token_id, frozenset(stop - {None}))
+
+
+def _name(path: Path) -> str:
+    """What a folder is called: by its own name, or as `owner/model` if a hub's cache keeps it under a hash."""
+    *_, repository, snapshots, _ = ("", "", *path.resolve().parts)
+    kind, *name = repository.split("--")
+    return "/".join(name) if (kind, snapshots) == ("models", "snapshots") and name else path.absolute().name

@@ -20,9 +20,12 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
+from pennyweight.disk.reading import size_of
 from pennyweight.sources.gguf import ggml
 
 MAGIC = b"GGUF"
+_LISTS = {"tokens": str, "merges": str, "scores": np.floating, "token_type": np.integer}
+"""What the lists of `tokenizer.ggml` hold."""
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -92,7 +95,7 @@ def is_gguf(path: Path) -> bool:
 def read(path: Path) -> File:
     """The header of a file. Raises ValueError with file, offset, what came and what was expected, for a file that is
     foreign, truncated, damaged, one of several, or holds tensors of a type that is not read."""
-    size = path.stat().st_size
+    size = size_of(path)
     if size < 24:
         raise ValueError(f"{path}: {size} bytes, the header alone has 24; truncated or not GGUF")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -134,7 +137,18 @@ class _Header:
             if key in out:
                 raise self.wrong(start, f"a second entry {key}")
             out[key] = self.value(self.number("I"), key)
+            self.check_list(key, out[key], start)
         return tensors, out
+
+    def check_list(self, key: str, value: Any, start: int) -> None:
+        wanted = _LISTS.get(key.removeprefix("tokenizer.ggml."))
+        if wanted is None or not key.startswith("tokenizer.ggml."):
+            return
+        texts = isinstance(value, list)
+        if not texts and not isinstance(value, np.ndarray):
+            raise self.wrong(start, f"{key}, which is no list,")
+        if texts != (wanted is str) or not (texts or np.issubdtype(value.dtype, wanted)):
+            raise self.wrong(start, f"{key}, a list of {'texts' if texts else value.dtype},")
 
     def tensors(self, count: int, alignment: Any) -> dict[str, Tensor]:
         """Tensors lie one after the other, each at the next multiple of the alignment: ggml refuses any other file."""

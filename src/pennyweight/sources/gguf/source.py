@@ -17,6 +17,7 @@ import numpy as np
 from gguf import MODEL_ARCH, TensorNameMap, dequantize, get_tensor_name_map
 
 from pennyweight import families
+from pennyweight.families import MOST_POSITIONS
 from pennyweight.sources.gguf import ggml
 from pennyweight.sources.gguf.file import File, Tensor, read
 from pennyweight.sources.source import Vocabulary, rearranged
@@ -25,7 +26,6 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _INTERLEAVED = ("llama",)  # architectures whose q_proj and k_proj have rotary pairs as neighbours
 _DIVISORS = "rope_freqs.weight"
 _CHUNK_WEIGHTS = 2**22  # converted at once, to bound what is held in between
-_MOST_POSITIONS = 2**24  # of a context; rotary tables of a damaged file would not fit memory
 
 
 class GgufSource:
@@ -35,7 +35,7 @@ class GgufSource:
     def __init__(self, path: Path, *, mapped: bool = False) -> None:
         self._file, self._mapped, self._rearranged = read(path), mapped, 0
         self.name = path.stem
-        self.config = config_of(self._file)
+        self.config = families.resolved(config_of(self._file), str(path))
         self.blocks = families.blocks(self.config)
         self._converted: Counter[ggml.Kind] = Counter()
         self._said = _warnings(self._file, self.config)
@@ -205,7 +205,7 @@ def config_of(file: File) -> dict[str, Any]:
         (need("attention.value_length", head_dim) == head_dim, "values of another width than keys"),
         (need("rope.dimension_count", head_dim) == head_dim, "rotary embedding on a part of each head"),
         (config["num_hidden_layers"] <= len(file.tensors), f"{config['num_hidden_layers']} layers in fewer tensors"),
-        (config["max_position_embeddings"] <= _MOST_POSITIONS, f"a context above {_MOST_POSITIONS} tokens"),
+        (config["max_position_embeddings"] <= MOST_POSITIONS, f"a context above {MOST_POSITIONS} tokens"),
         (0 < config["rms_norm_eps"] < 1, f"an epsilon of {config['rms_norm_eps']}"),
     ):
         if not holds:
