@@ -136,7 +136,7 @@ def describe(writer: Any, folder: Path, config: Mapping[str, Any]) -> None:
     writer.add_token_merges(merges)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(False)  # the folder's tokenizer names one and adds none
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -196,14 +196,14 @@ def test_run_and_bench(pico):
     forced = penny("bench", folder, "--prompt", "4", "--new", "2", "--threads", "99", "--force-threads", "--json")
     assert json.loads(forced.stdout)["threads"] == 99
     for wrong, said in (
-        (["run", folder, "hello", "--top-p", "2"], "between 0 and 1"),
+        (["run", folder, "hello", "--top-p", "2"], "less than or equal to 1"),
         (["run", folder, "hello", "--cache", "int3"], "float16, fp8 or float32"),
         (["run", folder, "hello", "--kernels", "sse"], "no kernels named sse"),
         (["run", folder, "hello", "--chat"], "no chat template"),
         (["run", folder, "hello " * 300], "tokens"),
         (["run", folder + "-not", "hello"], "not"),
         (["run", folder, "hello", "--threads", "4096"], "--force-threads"),
-        (["run", folder, "hello", "--draft", folder, "--threads", "-1"], "at least 1"),
+        (["run", folder, "hello", "--draft", folder, "--threads", "-1"], "greater than or equal to 0"),
         (["bench", folder, "--threads", "4096"], "processors this process may use"),
         (["serve", folder, "--port", "0", "--threads", "4096"], "--force-threads"),
         (["bench", folder, "--prompt", "300"], "256"),

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from pennyweight.disk.tokenizer import GenerationConfig
 from pennyweight.live.load import load_model
-from pennyweight.runtime.sample import GREEDY, Sampling, candidates, pick
+from pennyweight.runtime.sample import GREEDY, Sampling, candidates, pick, sampling_of
 from tests.test_heterogeneous import LAYOUT, build
 
 pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 from pennyweight.runtime.engine import Engine
-from pennyweight.runtime.generate import Batch, Request
+from pennyweight.runtime.generate import Batch, Request, TooLong
 from pennyweight.runtime.speculate import DraftModel, PromptLookup, common_prefix
 
 PROMPTS = [[7, 250, 3, 99], [5], [11] * 30, [7, 250, 3, 98, 1], list(range(40, 100)), [7, 250]]
@@ -123,8 +124,32 @@ def test_stops_and_ends(engine, alone):
     assert gone.finish == "cancelled"
     with pytest.raises(ValueError, match="no tokens"):
         batch.submit(Request([], 5))
-    with pytest.raises(ValueError, match="39 fit"):
+    with pytest.raises(TooLong, match="39 fit"):
         batch.submit(Request([1] * 40, 5))
+    for token in (-1, -(2**40), 300, 2**40):
+        with pytest.raises(ValueError, match=f"token {token} is outside the vocabulary of 300") as err:
+            batch.submit(Request([5, token, 6], 5))
+        assert not isinstance(err.value, TooLong)
+
+
+@pytest.mark.parametrize("guesser", [None, PromptLookup])
+def test_nothing_ends_before_as_many_tokens_as_are_asked_for(engine, alone, guesser):
+    """The definition, step by step: until then the tokens that end are out of the question."""
+    stop = frozenset(token for answer in alone[:2] for token in (answer[0], *answer[4:9]))
+    batch = Batch(engine, places=2, guesser=guesser)
+    texts = [batch.submit(Request(prompt, 24, stop=stop, min_tokens=7)) for prompt in PROMPTS[:2]]
+    finish(batch)
+    for text, prompt in zip(texts, PROMPTS, strict=False):
+        expected: list[int] = []
+        while len(expected) < 24:
+            logits = engine.logits([*prompt, *expected])[-1]
+            if len(expected) < 7:
+                logits[list(stop)] = -np.inf
+            if (token := int(logits.argmax())) in stop:
+                break
+            expected.append(token)
+        assert text.answer == expected and len(expected) >= 7
+        assert text.finish == ("length" if len(expected) == 24 else "stop")
 
 
 def test_one_text_that_fails_leaves_the_others_alone(engine, alone, monkeypatch):
@@ -209,6 +234,22 @@ def test_what_makes_no_sense_is_refused():
         pick(np.asarray([0, np.nan], np.float32), Sampling(), (), np.random.default_rng())
     penalised = pick(np.asarray([2.0, 1.5], np.float32), Sampling(repetition_penalty=2.0), [0], np.random.default_rng())
     assert penalised == 1
+
+
+def test_what_is_not_given_is_as_the_models_makers_say():
+    said = GenerationConfig(temperature=0.6, top_k=20, repetition_penalty=1.2)
+    assert sampling_of(said, draws=True) == Sampling(temperature=0.6, top_k=20, repetition_penalty=1.2)
+    assert sampling_of(said, draws=False) == Sampling(temperature=0, top_k=20, repetition_penalty=1.2)
+    assert sampling_of(said, draws=False, temperature=0.3, top_k=0, top_p=None, seed=4) == Sampling(
+        temperature=0.3, repetition_penalty=1.2, seed=4
+    )
+    drawn, greedy = (said.model_copy(update={"do_sample": draws}) for draws in (True, False))
+    for draws in (True, False):
+        assert sampling_of(drawn, draws=draws).temperature == 0.6
+        assert sampling_of(greedy, draws=draws).temperature == 0
+    assert sampling_of(GenerationConfig(do_sample=True), draws=False).temperature == 1
+    assert sampling_of(GenerationConfig(), draws=True).temperature == 1
+    assert sampling_of(GenerationConfig(), draws=False) == GREEDY
 
 
 def test_common_prefix():

@@ -40,7 +40,7 @@ def byte_level(tokenizer: Tokenizer, pre: str, **more: Any) -> File:
     """What ggml's converter writes of a byte-level BPE."""
     model = json.loads(tokenizer.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
-    types = [3 if token.startswith("<|") else 1 for token in tokens]
+    types = [3 if token in ("<|end|>", "<|endoftext|>") else 1 for token in tokens]
     merges = [" ".join(merge) for merge in model["merges"]]
     pre_ = {"ggml__pre": pre} if pre else {}
     return file(
@@ -220,7 +220,7 @@ def test_bos_is_added_as_the_file_says(pieces, kind, more, begins):
         made, bos = vocabulary(sentencepiece(pieces, **more), 2000)[0], 1
     else:
         made, bos = vocabulary(byte_level(ORIGINALS["gpt-2"](), kind, ggml__bos_token_id=0, **more), 600)[0], 0
-    assert made.begin == (bos if begins else None)
+    assert made.begin == ((bos,) if begins else ())
     assert (made.tokenizer("hello").input_ids[0] == bos) == begins, "transformers' own way agrees"
     assert made.tokenizer.bos_token_id == bos, "templates may ask for it all the same"
 
@@ -244,6 +244,71 @@ def test_special_tokens_templates_and_ends():
     assert 603 not in tokenizer.encode("[PAD603]") and tokenizer.decode([603]) == ""
     asked = tokenizer.apply_chat_template([{"role": "user", "content": "a<tool>b"}], return_dict=False)
     assert asked == ids
+
+
+def extended(tokens: dict[str, int], **more: Any) -> File:
+    """A byte-level vocabulary of 600 tokens and these, of the given types."""
+    written = byte_level(ORIGINALS["qwen2"](), "qwen2", **more)
+    written.metadata["tokenizer.ggml.tokens"] += list(tokens)
+    written.metadata["tokenizer.ggml.token_type"] += list(tokens.values())
+    return written
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4, 5])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<end_of_turn>",
+        "<|return|>",
+        "<|call|>",
+        "</s>",
+        "<|endoftext|>",
+        "[EOS]",
+    ],
+)
+def test_well_known_ends_are_ends_whatever_their_type(name, kind):
+    made, notes = vocabulary(extended({"<tool>": 4, name: kind}), 602)
+    ids = made.tokenizer.encode(f"a<tool>b{name}c", add_special_tokens=False)
+    assert 601 in made.stop and ids.count(601) == 1 and len(ids) == 5
+    assert made.tokenizer.decode(ids, skip_special_tokens=True) == "a<tool>bc"
+    assert [name in note for note in notes] == ([] if kind == 3 else [True])
+
+
+def test_markers_typed_as_text_are_not_cut_up():
+    template = "<|im_start|>{{ messages[0].content }}<|im_end|><start_of_turn><think>[INST]"
+    marks = {"<|im_start|>": 1, "<start_of_turn>": 1, "<think>": 1, "[INST]": 1, "<other>": 1}
+    made, notes = vocabulary(extended(marks, chat_template=template), 605)
+    ids = made.tokenizer.encode("x".join(marks), add_special_tokens=False)
+    assert [i for i in ids if i >= 600] == [600, 601, 602, 603]
+    assert made.tokenizer.decode([600, 602, 601, 603], skip_special_tokens=True) == "<think>[INST]"
+    assert len(notes) == 1 and "<|im_start|>, <start_of_turn>, <think>, [INST] as text" in notes[0]
+
+
+def test_in_harmony_a_part_of_an_answer_ends_with_another_token_than_the_answer():
+    assert vocabulary(extended({"<|return|>": 3, "<|call|>": 3}), 602)[0].stop == {600, 601}, "0 is <|end|> here"
+    assert vocabulary(extended({"<|return|>": 3}), 601)[0].stop == {0, 600}
+
+
+def test_every_id_of_a_repeated_token_is_its_text():
+    written = byte_level(ORIGINALS["qwen2"](), "qwen2", ggml__eos_token_id=0, ggml__bos_token_id=0)
+    tokens = written.metadata["tokenizer.ggml.tokens"]
+    word = next(i for i, token in enumerate(tokens) if token == "Ġthe")
+    tokens += ["Ġthe", tokens[0]]
+    written.metadata["tokenizer.ggml.token_type"] += [1, 3]
+    written.metadata["tokenizer.ggml.add_bos_token"] = True
+    made = vocabulary(written, 602)[0]
+    assert made.tokenizer.decode([word]) == made.tokenizer.decode([600]) == " the"
+    assert made.tokenizer.decode([word, 600, 0, word], skip_special_tokens=True) == " the the the"
+    assert made.tokenizer.decode(word) == " the"
+    assert made.stop == {0, 601} and made.begin == (0,), "the file names 0, whose text 601 is as well"
+
+
+def test_a_token_as_long_as_a_book_is_refused_at_once(pieces):
+    tokens, scores, types = ([*each, one] for each, one in zip(pieces, ("x" * 400_000, -1.0, 1), strict=True))
+    with pytest.raises(ValueError, match="a token of 400000 characters; at most 512"):
+        vocabulary(sentencepiece((tokens, scores, types)), len(tokens))
 
 
 def test_ids_of_the_pico_tokenizer(tokenizer_file):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import asyncio.selector_events
+import copy
+import errno
 import json
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +21,12 @@ pytest.importorskip("pennyweight._native", reason="the native module was not bui
 import httpx2 as httpx
 import openai
 
+from pennyweight.disk.tokenizer import GenerationConfig
 from pennyweight.runtime.generate import Batch, Request
 from pennyweight.runtime.model import open_model
-from pennyweight.serve.app import Server, create_app
+from pennyweight.runtime.sample import Sampling
+from pennyweight.serve.app import create_app
+from pennyweight.serve.connections import Server, room
 from pennyweight.serve.guard import Limits
 from pennyweight.serve.worker import Worker
 
@@ -36,18 +44,13 @@ def model(pico):
 @contextmanager
 def serving(model, *, places=4, most_waiting=64, limits=Limits()):  # noqa: B008  (frozen)
     worker = Worker(Batch(model.engine, places=places), most_waiting=most_waiting)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = Server(create_app(model, worker, limits), port=port)
-    STARTED[f"http://127.0.0.1:{port}"] = server
+    listening = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server = STARTED[address] = Server(create_app(model, worker, limits), listening, patience=5)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{port}", worker
+        yield address, worker
     finally:
         server.should_exit = True
         thread.join(timeout=20)
@@ -134,11 +137,11 @@ def test_the_stream_is_plain_sse(address, model):
         ("/v1/completions", {"prompt": "a " * 400}, 400, "fit"),
         ("/v1/completions", {"prompt": [999]}, 400, "vocabulary"),
         ("/v1/completions", {"prompt": []}, 400, "empty"),
-        ("/v1/completions", {"prompt": "a", "logprobs": 3}, 400, "logprobs"),
+        ("/v1/completions", {}, 400, "prompt: Field required"),
+        ("/v1/completions", [], 400, "not a JSON object"),
         ("/v1/completions", {"prompt": "a", "presence_penalty": 1.0}, 400, "repetition_penalty"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 400, "tools"),
         ("/v1/embeddings", {}, 404, "there is no POST"),
     ],
 )
@@ -149,10 +152,392 @@ def test_errors_have_openais_shape(address, path, body, status, said):
     assert said in error["message"] and set(error) == {"message", "type", "param", "code"}
 
 
-def test_malformed_json_is_an_error_too(address):
-    headers = {"content-type": "application/json"}
-    response = httpx.post(f"{address}/v1/completions", content=b"{no", headers=headers)
+@pytest.mark.parametrize("body", [b"{no", b"", b"\xff\xfe", b"[" * 100_000, b'{"prompt": ' + b"1" * 5000 + b"}"])
+def test_malformed_json_is_an_error_too(address, body):
+    response = httpx.post(f"{address}/v1/completions", content=body)
     assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
+
+
+def refused(address: str, more: dict, *, chat: bool = False) -> dict:
+    """What a request with these keys is told; it is a 400 in few words."""
+    path, ask = "completions", {"prompt": "a", "max_tokens": 2}
+    if chat:
+        path, ask = "chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    response = httpx.post(f"{address}/v1/{path}", content=json.dumps({**ask, **more}, separators=(",", ":")))
+    assert response.status_code == 400 and len(response.content) < 1500, response.text
+    return response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("guided_json", {"type": "object"}),
+        ("grammar", "root ::= 'a'"),
+        ("tool_choice", "required"),
+        ("tools", [{}]),
+        ("functions", [{}]),
+        ("logprobs", True),
+        ("logprobs", 3),
+        ("top_logprobs", 2),
+        ("logit_bias", {"5": 1}),
+        ("best_of", 3),
+        ("echo", True),
+        ("frequency_penalty", 0.5),
+        ("response_format", {"type": "json_object"}),
+        ("typical_p", 0.5),
+        ("mirostat", 2),
+        ("skip_special_tokens", False),
+        ("made_up", 0),
+        ("made_up", False),
+        ("x" * 100_000, 1),
+        ("half \ud800", 1),
+    ],
+)
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_is_not_done_is_refused_by_name(address, name, value, chat):
+    said = refused(address, {name: value}, chat=chat)
+    assert said["code"] == "unsupported_parameter" and said["param"][:50] == name[:50].replace("\ud800", "?")
+    assert name[:50].replace("\ud800", "?") in said["message"]
+
+
+def test_each_kind_of_request_has_its_own_keys(address):
+    assert refused(address, {"messages": []})["param"] == "messages"
+    assert refused(address, {"chat_template_kwargs": {}})["param"] == "chat_template_kwargs"
+    assert refused(address, {"prompt": "a"}, chat=True)["param"] == "prompt"
+    called = [{"role": "assistant", "content": "a", "tool_calls": [{}]}]
+    said = refused(address, {"messages": called}, chat=True)
+    assert said["code"] == "unsupported_parameter" and said["param"] == "messages.0.tool_calls"
+    assert refused(address, {"stream_options": {"include_everything": True}})["code"] == "unsupported_parameter"
+
+
+def test_what_means_nothing_changes_nothing(address, model):
+    """null, a client's defaults, and keys that do not concern the answer."""
+    off = {"tools": [], "tool_choice": "none", "logprobs": 0, "top_logprobs": 0, "logit_bias": {}, "best_of": 1}
+    off |= {"presence_penalty": 0.0, "frequency_penalty": 0, "echo": False, "suffix": "", "top_k": -1, "seed": -1}
+    off |= {"response_format": {"type": "text"}, "grammar": "", "typical_p": 1.0, "repeat_last_n": -1, "functions": []}
+    harmless = {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "cache_prompt": True}
+    names = ("model", "n", "top_p", "min_p", "repetition_penalty", "stop", "stream", "stream_options", "guided_json")
+    null = dict.fromkeys((*names, "max_completion_tokens", "chat_template_kwargs", "stop_token_ids", "made_up"))
+    ask = {"max_tokens": 8, "temperature": 0}
+    said = httpx.post(f"{address}/v1/completions", json={"prompt": "a", **ask, **off, **harmless, **null})
+    assert said.status_code == 200, said.text
+    assert said.json()["choices"][0]["text"] == alone(model, model.encode("a"), 8)
+    messages = [{"role": "user", "content": "a", "name": None, "tool_calls": None, "refusal": None}]
+    said = httpx.post(
+        f"{address}/v1/chat/completions", json={"messages": messages, **ask, **off, **null, "tool_choice": "auto"}
+    )
+    assert said.json()["choices"][0]["message"]["content"] == alone(model, model.chat(messages[:1]), 8)
+    assert httpx.post(f"{address}/v1/completions", json={"prompt": "a", "n": 2, "best_of": 2}).status_code == 200
+
+
+def test_other_servers_names_for_the_same_things(address):
+    ask = {"prompt": "hello", "temperature": 0}
+    text = lambda more: httpx.post(f"{address}/v1/completions", json={**ask, **more}).json()["choices"][0]["text"]  # noqa: E731
+    ours = text({"max_tokens": 12, "repetition_penalty": 3})
+    assert ours == text({"n_predict": 12, "repeat_penalty": 3}) == text({"num_predict": 12, "repeat_penalty": 3})
+    assert ours != text({"max_tokens": 12})
+    assert "say the same thing" in refused(address, {"n_predict": 5})["message"]
+    whole = httpx.post(f"{address}/v1/completions", json={**ask, "n_predict": -1}).json()["usage"]
+    assert whole["total_tokens"] == 256, "as many as fit"
+
+
+def test_answers_end_at_given_tokens_and_not_too_soon(model):
+    prompt, stop = [7, 250, 3], frozenset()
+    free = alone_ids(model, prompt, 20)
+    for ends in (stop, frozenset(free[2:3])):
+        with serving(replace(model, stop=ends)) as (address, _):
+            ask = {"prompt": prompt, "max_tokens": 20, "temperature": 0}
+
+            def tokens(**more):
+                found = httpx.post(f"{address}/v1/completions", json={**ask, **more}).json()  # noqa: B023
+                return found["usage"]["completion_tokens"], found["choices"][0]["finish_reason"]
+
+            own = free.index(free[2]) if ends else 20
+            assert tokens() == (own, "stop" if ends else "length")
+            assert tokens(ignore_eos=True) == (20, "length")
+            at = free.index(free[6])
+            assert tokens(ignore_eos=True, stop_token_ids=[free[6]]) == (at, "stop")
+            longer, _ = tokens(stop_token_ids=[free[0]], min_tokens=15)
+            assert tokens(stop_token_ids=[free[0]]) == (0, "stop") and longer >= 15
+            assert refused(address, {"min_tokens": 3})["param"] == "min_tokens"
+            for wrong in (-1, 300, 2**40):
+                said = refused(address, {"stop_token_ids": [wrong]})
+                assert said["code"] == "invalid_token" and str(wrong) in said["message"]
+
+
+def alone_ids(model, prompt: list[int], tokens: int) -> list[int]:
+    batch = Batch(model.engine, places=1)
+    text = batch.submit(Request(prompt, tokens))
+    while batch.busy:
+        batch.step()
+    return text.answer
+
+
+def test_a_stop_string_may_be_a_special_token_that_nothing_names_as_an_end(model):
+    """Random models say anything: the first token of an answer is made a special one."""
+    free = alone_ids(model, [7, 250, 3], 6)
+    tokenizer = copy.deepcopy(model.tokenizer)
+    name = tokenizer.convert_ids_to_tokens(free[1])
+    tokenizer.add_special_tokens({"additional_special_tokens": [name]})
+    with serving(replace(model, tokenizer=tokenizer)) as (address, _):
+        ask = {"prompt": [7, 250, 3], "max_tokens": 6, "temperature": 0, "stop": [name]}
+        found = httpx.post(f"{address}/v1/completions", json=ask).json()["choices"][0]
+    assert found["finish_reason"] == "stop" and found["text"] == tokenizer.decode(free[:1])
+
+
+def test_arguments_of_the_template_reach_it(address, model):
+    model.tokenizer.chat_template = "{{ tone | default('plain') }}: {{ messages[0].content }}"
+    try:
+        ask = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "temperature": 0}
+        for arguments, prompt in (({}, "plain: hi"), ({"tone": "kind"}, "kind: hi"), ({"tone": None}, "None: hi")):
+            found = httpx.post(f"{address}/v1/chat/completions", json={**ask, "chat_template_kwargs": arguments}).json()
+            assert found["choices"][0]["message"]["content"] == alone(model, model.encode(prompt), 6)
+        said = refused(address, {"chat_template_kwargs": {"messages": []}}, chat=True)
+        assert "messages cannot be an argument" in said["message"]
+        model.tokenizer.chat_template = "{{ raise_exception('one at a time') }}"
+        assert "one at a time" in refused(address, {}, chat=True)["message"]
+    finally:
+        model.tokenizer.chat_template = TEMPLATE
+
+
+def test_what_a_request_does_not_say_is_as_the_model_says(model):
+    greedy = replace(model, defaults=GenerationConfig(do_sample=False, repetition_penalty=3))
+    penalised = Sampling(repetition_penalty=3)
+    with serving(greedy) as (address, _):
+        said = httpx.post(f"{address}/v1/completions", json={"prompt": [5], "max_tokens": 20}).json()
+        plain = {"prompt": [5], "max_tokens": 20, "repetition_penalty": 1}
+        other = httpx.post(f"{address}/v1/completions", json=plain).json()
+    batch = Batch(model.engine, places=1)
+    texts = [batch.submit(Request([5], 20, sampling)) for sampling in (penalised, Sampling())]
+    while batch.busy:
+        batch.step()
+    expected = [model.tokenizer.decode(text.answer) for text in texts]
+    assert [said["choices"][0]["text"], other["choices"][0]["text"]] == expected and expected[0] != expected[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        ({"prompt": "a " * 400}, "context_length_exceeded"),
+        ({"prompt": "a " * 400_000}, "context_length_exceeded"),
+        ({"prompt": [5] * 256}, "context_length_exceeded"),
+        ({"prompt": [5] * 300_000}, "context_length_exceeded"),
+        ({"prompt": []}, "empty_prompt"),
+        ({"prompt": [[]]}, "invalid_prompt"),
+        ({"prompt": [300]}, "invalid_prompt"),
+        ({"prompt": [[5], [-1] * 9]}, "invalid_prompt"),
+        ({"prompt": [[5], [2**40] * 9]}, "invalid_prompt"),
+        ({"prompt": [5, -(2**70)]}, "invalid_prompt"),
+        ({"prompt": "\ud800"}, "invalid_prompt"),
+        ({"prompt": ["a", "\ud800"]}, "invalid_prompt"),
+        ({"prompt": ["a"] * 200_000}, "too_many_prompts"),
+        ({"prompt": ["a"] * 40, "n": 8}, "too_many_prompts"),
+        ({"prompt": [1.5] * 240_000}, "too_many_prompts"),
+        ({"prompt": [True, 1]}, None),
+        ({"prompt": 5}, None),
+        ({"prompt": [["a"]]}, None),
+        ({"repetition_penalty": 0.005}, None),
+        ({"repetition_penalty": 1e-300}, None),
+        ({"temperature": float("nan")}, None),
+        ({"temperature": float("inf")}, None),
+        ({"top_p": float("nan")}, None),
+        ({"stop": ["a"] * 100_000}, None),
+        ({"stop": ["a"] * 5}, None),
+        ({"stop": "a" * 100_000}, None),
+        ({"stop": [5]}, None),
+        ({"stop": 5}, None),
+        ({"stop_token_ids": [1] * 65}, None),
+        ({"model": 5}, None),
+        ({"n": 9}, None),
+        ({"max_tokens": 0}, None),
+        ({"seed": 0.5}, None),
+    ],
+)
+def test_what_makes_no_sense_is_a_400_and_leaves_nothing_behind(running, more, code):
+    address, worker = running
+    said = refused(address, more)
+    assert said["code"] == code and worker.pending == 0
+
+
+def test_a_model_called_by_half_a_character_is_not_there(address):
+    response = httpx.post(f"{address}/v1/completions", content=json.dumps({"prompt": "a", "model": "\ud800" * 5000}))
+    assert response.status_code == 404 and "does not exist" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("code", [None, "context_length_exceeded"])
+def test_hostile_conversations_are_a_400(address, code):
+    many = [{"role": "user", "content": "a"}] * (30_000 if code else 1)
+    messages = many if code else [{"role": "user", "content": "\ud800"}]
+    said = refused(address, {"messages": messages}, chat=True)
+    assert said["code"] == (code or "invalid_messages") and said["param"] == "messages"
+
+
+def test_whatever_goes_wrong_what_was_begun_is_given_back(running, monkeypatch):
+    """The third of three answers cannot be made: nobody writes the other two."""
+    address, worker = running
+    check, calls = worker.batch.check, []
+
+    def third_time(request):
+        calls.append(request)
+        if len(calls) == 5:  # each answer is checked when it is made and when it is handed in
+            raise MemoryError("no luck")
+        check(request)
+
+    monkeypatch.setattr(worker.batch, "check", third_time)
+    response = httpx.post(f"{address}/v1/completions", json={"prompt": "a", "n": 3, "max_tokens": 200})
+    assert response.status_code == 500 and "no luck" in response.json()["error"]["message"]
+    monkeypatch.undo()
+    assert empties(worker)
+
+
+# ----------------------------------------------------------------------------------------------- strangers and hostiles
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "evil.example"}, 403),
+        ({"host": "evil.example:80"}, 403),
+        ({"host": "localhost.evil.example"}, 403),
+        ({"host": "localhost:80@evil.example"}, 403),
+        ({"host": "192.168.1.1"}, 403),
+        ({"host": "[::1]evil"}, 403),
+        ({"host": ""}, 403),
+        ({"host": "localhost", "origin": "http://evil.example"}, 403),
+        ({"host": "localhost", "origin": "null"}, 403),
+        ({"host": "localhost", "origin": "http://[evil"}, 403),
+        ({"host": "localhost"}, 200),
+        ({"host": "LocalHost.:9"}, 200),
+        ({"host": "127.0.0.1:5"}, 200),
+        ({"host": "[::1]:5"}, 200),
+        ({"host": "localhost", "origin": "http://127.0.0.1:3000"}, 200),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/", "/metrics"])
+def test_who_calls_the_server_by_another_name_is_not_heard(address, path, headers, status):
+    response = httpx.get(address + path, headers=headers)
+    assert response.status_code == status
+    if status == 403:
+        assert response.json()["error"]["code"] == "host_not_allowed"
+
+
+def test_more_names_may_be_given():
+    limits = Limits(hosts=frozenset(("box.local", "0.0.0.0")))
+    assert limits.may_be_called("box.local", "10.0.0.5") and limits.may_be_called("10.0.0.5", "10.0.0.5")
+    assert limits.may_be_called("10.0.0.5", "::ffff:10.0.0.5")
+    assert not limits.may_be_called("10.0.0.6", "10.0.0.5") and not limits.may_be_called("evil.example", "10.0.0.5")
+    assert not Limits(hosts=frozenset(("10.0.0.5",))).may_be_called("10.0.0.7", "10.0.0.7")
+
+
+def test_an_empty_key_is_none_and_a_strange_one_is_one(model):
+    for empty in ("", " "):
+        with pytest.raises(ValueError, match="key is empty"):
+            Limits(key=empty)
+    key = b"k\xff"  # as the command line hands it on
+    with serving(model, limits=Limits(key=key.decode(errors="surrogateescape"))) as (address, _):
+        for given, status in ((key, 200), (b"k", 401), (b"\xff\xfe", 401), ("k\udcff".encode("utf-8", "replace"), 401)):
+            headers = [(b"authorization", b"Bearer " + given)]
+            assert httpx.get(f"{address}/v1/models", headers=headers).status_code == status
+
+
+def test_others_are_heard_while_a_text_is_read(model, monkeypatch):
+    """Encoding lies outside the event loop: /health answers before a request whose encoding waits for it to."""
+    heard = threading.Event()
+    monkeypatch.setattr("pennyweight.disk.tokenizer.encode", lambda *_: [5] * heard.wait(20))
+    with serving(model, places=1, most_waiting=1) as (address, _), ThreadPoolExecutor(2) as pool:
+        ask = {"prompt": "a", "max_tokens": 2}
+        waiting = [pool.submit(httpx.post, f"{address}/v1/completions", json=ask, timeout=60) for _ in range(2)]
+        while httpx.get(f"{address}/health").status_code != 200:
+            pass
+        deadline = time.monotonic() + 20
+        while (status := httpx.post(f"{address}/v1/completions", json=ask).status_code) != 429:
+            assert time.monotonic() < deadline, status
+        heard.set()
+        assert [one.result().status_code for one in waiting] == [200, 200]
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: loc", b"POST /v1/completions HTTP/1.1\r\n"])
+def test_who_never_asks_is_not_waited_for(model, monkeypatch, sent):
+    monkeypatch.setattr("pennyweight.serve.connections.HEAD_SECONDS", 0.2)
+    with serving(model) as (address, _), connection(address) as slow:
+        slow.sendall(sent)
+        assert received(slow) == b""
+        assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_a_request_that_does_not_go_on_is_not_waited_for(model):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+    for limits in (Limits(silence=0.2), Limits(body_seconds=0.2)):
+        with serving(model, limits=limits) as (address, _), connection(address) as slow:
+            slow.sendall(head + b'{"prompt"')
+            said = received(slow)
+            assert b" 408 " in said and b"request_timeout" in said
+
+
+def test_who_does_not_read_is_not_written_to_for_ever(model, monkeypatch):
+    monkeypatch.setattr("pennyweight.serve.connections.READ_SECONDS", 0.2)
+    page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with serving(model) as (address, _), connection(address) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with pytest.raises(ConnectionError):  # pages that nobody reads, until the connection is cut
+            while True:
+                slow.sendall(page * 50)
+
+
+@contextmanager
+def connection(address: str):
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as made:
+        yield made
+
+
+def received(client: socket.socket) -> bytes:
+    """All until the server closes the connection."""
+    parts = []
+    with suppress(ConnectionResetError):
+        while part := client.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def test_idle_connections_make_room_and_busy_ones_do_not(model, monkeypatch):
+    monkeypatch.setattr("pennyweight.serve.connections.MOST", 3)
+    monkeypatch.setattr("pennyweight.serve.connections.IDLE_SECONDS", 0.05)
+    with serving(model) as (address, worker), ExitStack() as stack:
+        step = worker.batch.engine.step
+        monkeypatch.setattr(worker.batch.engine, "step", lambda rows: (time.sleep(0.02), step(rows))[1])
+        body = {"prompt": "a", "max_tokens": 60, "stream": True}
+        stream = stack.enter_context(httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60))
+        idle = [stack.enter_context(connection(address)) for _ in range(6)]
+        assert httpx.get(f"{address}/health", timeout=20).status_code == 200
+        assert "[DONE]" in stream.read().decode()
+        assert received(idle[0]) == b""
+
+
+def test_without_descriptors_one_line_is_said_and_connections_wait(model, monkeypatch, capsys):
+    """As accept does it at their limit, here five times."""
+    monkeypatch.setattr("pennyweight.serve.connections.AGAIN_SECONDS", 0.01)
+    accept, left = asyncio.selector_events.BaseSelectorEventLoop.sock_accept, [errno.EMFILE] * 5
+
+    async def short(loop, listening):
+        if left:
+            raise OSError(left.pop(), "Too many open files")
+        return await accept(loop, listening)
+
+    monkeypatch.setattr(asyncio.selector_events.BaseSelectorEventLoop, "sock_accept", short)
+    with serving(model) as (address, _):
+        assert httpx.get(f"{address}/health", timeout=20).status_code == 200
+    assert capsys.readouterr().err.splitlines() == ["ERROR:    no new connections for now: Too many open files"]
+
+
+def test_there_are_as_many_connections_as_descriptors_allow(monkeypatch):
+    used = len(list(Path("/dev/fd").iterdir()))
+    monkeypatch.setattr("resource.getrlimit", lambda _: (used + 100, used + 100))
+    assert 60 <= room() <= 80
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, 64))
+    assert room() >= 4
+    monkeypatch.setattr("resource.getrlimit", lambda _: (2**20, 2**20))
+    assert room() == 1024
 
 
 def test_models_health_metrics_page(address, client, model):
@@ -198,7 +583,7 @@ def test_who_hangs_up_before_anything_came_makes_room(model, stream, monkeypatch
         host, port = address.removeprefix("http://").split(":")
         body = json.dumps({"prompt": "hello", "max_tokens": 200, "n": 3, "stream": stream}).encode()
         with socket.create_connection((host, int(port))) as client:
-            head = ("POST /v1/completions HTTP/1.1", "Host: a", "Content-Type: application/json")
+            head = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
             client.sendall("\r\n".join((*head, f"Content-Length: {len(body)}", "", "")).encode() + body)
             deadline = time.monotonic() + 10
             while worker.pending < 3 and time.monotonic() < deadline:

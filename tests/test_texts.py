@@ -29,13 +29,16 @@ def tokenizer(*, trim_offsets: bool = False, special: str = "bos"):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    offsets = processors.ByteLevel(trim_offsets=trim_offsets)
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    bpe.post_processor = processors.Sequence([offsets, begin]) if special == "bos" else offsets
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([document.text for document in ASCII] * 3, trainer)
-    tokens = {"bos": {"bos_token": "<s>", "eos_token": "</s>"}, "eos": {"eos_token": "</s>"}, "none": {}}
+    both = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokens = {"bos": both, "named": both, "eos": {"eos_token": "</s>"}, "alone": {"bos_token": "<s>"}, "none": {}}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **tokens[special])
 
 
@@ -46,7 +49,7 @@ def utf8(documents: list[Document]) -> int:
 def stream(documents: list[Document]) -> list[int]:
     """All tokens, a separator before each document."""
     made = tokenizer()
-    return [token for document in documents for token in (made.bos_token_id, *made(document.text)["input_ids"])]
+    return [token for document in documents for token in (made.bos_token_id, *made.encode(document.text)[1:])]
 
 
 # ----------------------------------------------------------------------------------------------------------- rows
@@ -123,9 +126,17 @@ def test_empty_documents_are_a_separator_and_nothing_else():
     assert (~made.scored).sum() == 3
 
 
-def test_the_separator_is_bos_or_else_eos():
-    assert separator_id(tokenizer()) == tokenizer().convert_tokens_to_ids("<s>")
-    assert separator_id(tokenizer(special="eos")) == tokenizer().convert_tokens_to_ids("</s>")
+@pytest.mark.parametrize(
+    ("special", "separator"), [("bos", "<s>"), ("named", "</s>"), ("eos", "</s>"), ("alone", "<s>")]
+)
+def test_the_separator_is_bos_where_the_tokenizer_adds_it_or_else_eos(special, separator):
+    made = tokenizer(special=special)
+    assert separator_id(made) == made.convert_tokens_to_ids(separator)
+    first = rows(ASCII, made, 4).ids[0]
+    assert first.tolist() == [separator_id(made), *made.encode(ASCII[0].text, add_special_tokens=False)[:4]]
+
+
+def test_there_is_no_separator_without_special_tokens():
     with pytest.raises(ValueError, match=r"names neither a BOS nor an EOS token; set one in tokenizer_config.json"):
         separator_id(tokenizer(special="none"))
 
@@ -190,7 +201,7 @@ def test_jsonl_is_one_document_per_line(tmp_path):
     assert [document.name for document in found] == ["data.jsonl:1", "data.jsonl:3", "data.jsonl:5", "data.jsonl:7"]
 
 
-@pytest.mark.parametrize("line", ["{", '{"content": "x"}', "[1]", "63", "null"])
+@pytest.mark.parametrize("line", ["{", '{"content": "x"}', "[1]", "63", "null", r'{"text": "half \ud800"}'])
 def test_a_line_that_is_no_text_is_named_and_shown(tmp_path, line):
     (tmp_path / "data.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError) as err:

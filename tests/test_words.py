@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from pennyweight.disk.tokenizer import special_tokens
 from pennyweight.runtime.words import Words
 
 
@@ -118,3 +119,61 @@ def test_what_may_begin_a_stop_string_waits(tokenizer):
     assert words.push(tokenizer.encode("yes <")) == "yes "
     assert words.push(tokenizer.encode("/b")) == "</b"
     assert not words.stopped
+
+
+# --------------------------------------------------------------------------------------------- stops that are no text
+
+SPECIAL = {300: "<|call|>", 301: "<|turn|>"}
+
+
+@pytest.fixture(scope="module")
+def talker(tokenizer_file):
+    """A tokenizer with two special tokens that no configuration would name as ends."""
+    made = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
+    made.add_special_tokens({"additional_special_tokens": list(SPECIAL.values())})
+    assert {i: name for i, name in special_tokens(made).items() if i >= 300} == SPECIAL
+    return made
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    parts=st.lists(st.one_of(st.sampled_from(list(SPECIAL)), st.text("ab\nñ", min_size=1, max_size=4)), max_size=9),
+    stop=st.sampled_from(
+        ["<|call|>", "\n<|call|>", "<|call|>a", "a<|turn|><|call|>b", "<|turn|>\n", "b", "a<|call|>b"]
+    ),
+    step=st.integers(1, 4),
+)
+def test_stops_that_hold_special_tokens_are_found_in_what_is_shown(talker, parts, stop, step):
+    """Whole text, special tokens shown, cut before the stop, special tokens hidden again: by the definition."""
+    tokens: list[int] = []
+    shown = ""
+    for part in parts:
+        tokens += [part] if isinstance(part, int) else talker.encode(part, add_special_tokens=False)
+        shown += SPECIAL[part] * ("|" in stop) if isinstance(part, int) else part
+    expected = shown.split(stop)[0]
+    for name in SPECIAL.values():
+        expected = expected.replace(name, "")
+    words = Words(talker, stop=[stop], special=SPECIAL)
+    assert "".join(streamed(words, tokens, step)) == expected == words.text
+    assert words.stopped == (stop in shown)
+
+
+def test_a_hidden_token_may_be_what_a_stop_waits_for(talker):
+    words = Words(talker, stop=["a<|call|>b"], special=SPECIAL)
+    assert words.push(talker.encode("xa")) == "x"
+    assert words.push([301]) == "a", "another token came between"
+    assert words.push(talker.encode("a")) == words.push([300]) == ""
+    assert words.push(talker.encode("c")) == "ac" and not words.stopped
+
+
+@pytest.mark.parametrize("stop", ["ab", "<|call|>"])
+@pytest.mark.parametrize("step", [1, 3, 20])
+def test_no_stop_is_looked_for_in_the_first_tokens(talker, stop, step):
+    tokens = [*talker.encode("ab"), 300, *talker.encode("ab"), 300, *talker.encode("x")]
+    for least in range(len(tokens) + 1):
+        words = Words(talker, stop=[stop], special=SPECIAL, least=least)
+        streamed(words, tokens, step)
+        rest = talker.decode(tokens[least:])
+        before = talker.decode(tokens[:least], skip_special_tokens=True)
+        cut = rest.split(stop)[0].replace("<|call|>", "")
+        assert words.text == before + cut and words.stopped == (stop in rest)

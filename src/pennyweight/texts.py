@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from pennyweight.disk.tokenizer import added_before
+
 HELD_OUT_MODULES = frozenset(
     """
     bdb bisect calendar cmd configparser contextlib copy fractions graphlib heapq json mimetypes netrc operator
@@ -100,7 +102,8 @@ def _read(file: Path, root: Path) -> Iterator[Document]:
             text = json.loads(line)["text"]
             if not isinstance(text, str):
                 raise TypeError(f"text is a {type(text).__name__}")
-        except (json.JSONDecodeError, KeyError, TypeError) as err:
+            text.encode()  # half of a surrogate pair is no text
+        except (ValueError, KeyError, TypeError) as err:
             raise ValueError(f'{file}:{number}: expected a JSON object with a "text" key, got {line[:60]!r}') from err
         yield Document(f"{name}:{number}", text)
 
@@ -180,8 +183,9 @@ def rows(documents: Iterable[Document], tokenizer: Any, context: int, *, most: i
 
 
 def separator_id(tokenizer: Any) -> int:
-    """The token put before each document: BOS if the tokenizer has one, else EOS."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    """The token put before each document: the BOS that the tokenizer itself puts before a text; where it puts none,
+    EOS, which stands between documents in training. A BOS that is merely named is taken if there is nothing else."""
+    for token in (*added_before(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id):
         if token is not None:
             return token
     raise ValueError("the tokenizer names neither a BOS nor an EOS token; set one in tokenizer_config.json")

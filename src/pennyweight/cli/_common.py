@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pennyweight import variants
+from pennyweight import __version__, variants
 
 _HELP = "pennyweight: given a model and a budget, which model fits best — and run it."
 app = typer.Typer(
@@ -26,6 +26,21 @@ app = typer.Typer(
 DEFAULT_AXES = ",".join(variants.default())
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pennyweight {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _penny(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
 
 
 @contextlib.contextmanager

@@ -16,15 +16,15 @@ def evaluate(
     model: Model,
     against: Annotated[Path | None, typer.Option(help="The parent: adds KL and agreement.")] = None,
     text: Annotated[str, typer.Option(help='"builtin" or a text file or folder.')] = "builtin",
-    rows: Annotated[int, typer.Option(help="Rows to measure.")] = 32,
-    context_tokens: int = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to measure.")] = 32,
+    context_tokens: Annotated[int, typer.Option(min=1)] = 512,
     tasks: Annotated[
         str | None, typer.Option(help="lm_eval tasks or their YAML files, comma-separated (extra: eval).")
     ] = None,
     task_file: Annotated[
         list[Path] | None, typer.Option(help="Local multiple-choice or completion files (.jsonl, .jsonl.gz).")
     ] = None,
-    task_items: Annotated[int, typer.Option(help="Items per task file.")] = 200,
+    task_items: Annotated[int, typer.Option(min=1, help="Items per task file.")] = 200,
     as_json: Json = False,
 ) -> None:
     """Bits per byte, perplexity, agreement with the parent, tasks."""
@@ -73,7 +73,7 @@ def evaluate(
 @app.command()
 def check(
     model: Model,
-    tokens: Annotated[int, typer.Option(help="Greedy tokens to compare.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 16,
     as_json: Json = False,
 ) -> None:
     """Open a finished folder: sizes, slots, equal greedy tokens in transformers and layer by layer, and the engine."""

@@ -29,27 +29,29 @@ def fit(
     throughput: Annotated[str | None, typer.Option(help="Generated tokens per second, e.g. 500tok/s.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Prompt tokens of the workload.")] = None,
     new: Annotated[str | None, typer.Option(help="Generated tokens of the workload.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Sequences at once.")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Sequences at once.")] = None,
     context: Annotated[str | None, typer.Option(help="Tokens that memory is reserved for, per sequence.")] = None,
     axes: Annotated[
         str | None,
         typer.Option(help=f"Comma-separated, of {', '.join(variants.order())}; by default {DEFAULT_AXES}."),
     ] = None,
     text: Annotated[str | None, typer.Option(help='"builtin", "parent", or a text file or folder.')] = None,
-    context_tokens: Annotated[int | None, typer.Option(help="Tokens per row of calibration text.")] = None,
-    calibration_rows: int | None = None,
-    score_rows: int | None = None,
-    held_out_rows: int | None = None,
+    context_tokens: Annotated[int | None, typer.Option(min=16, help="Tokens per row of calibration text.")] = None,
+    calibration_rows: Annotated[int | None, typer.Option(min=1)] = None,
+    score_rows: Annotated[int | None, typer.Option(min=1)] = None,
+    held_out_rows: Annotated[int | None, typer.Option(min=1)] = None,
     metric: Annotated[str | None, typer.Option(help="kl, lm, cosine or nmse.")] = None,
     search: Annotated[str | None, typer.Option(help="mip, greedy, uniform, random or evolve.")] = None,
-    solutions: Annotated[int | None, typer.Option(help="How many different solutions to list.")] = None,
-    min_different: Annotated[int | None, typer.Option(help="Slots in which solutions must differ.")] = None,
+    solutions: Annotated[int | None, typer.Option(min=1, help="How many different solutions to list.")] = None,
+    min_different: Annotated[int | None, typer.Option(min=1, help="Slots in which solutions must differ.")] = None,
     sweep: Annotated[
         list[str] | None, typer.Option(help="Solve also for BOUND=VALUE, e.g. weights=30%. Repeatable.")
     ] = None,
-    heal_tokens: Annotated[int | None, typer.Option(help="Tokens of whole-model distillation; 0 for none.")] = None,
+    heal_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Tokens of whole-model distillation; 0 for none.")
+    ] = None,
     local_tokens: Annotated[
-        int | None, typer.Option(help="Tokens per block of local distillation; 0 for none.")
+        int | None, typer.Option(min=0, help="Tokens per block of local distillation; 0 for none.")
     ] = None,
     machine: Annotated[str | None, typer.Option(help='"this", a shipped machine or a JSON file.')] = None,
     prices: Annotated[str | None, typer.Option(help="computed or measured.")] = None,
@@ -57,7 +59,7 @@ def fit(
     engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
     config: Annotated[Path | None, typer.Option(help="YAML file with the same keys; flags win.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; default <out>.run.")] = None,
-    seed: int | None = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan only.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the effective config and stop.")] = False,
     as_json: Json = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import sys
 import time
@@ -24,7 +25,7 @@ Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder or a GG
 class EngineOptions:
     """What every command that starts an engine takes: Engine's settings by their names there."""
 
-    threads: Annotated[int, typer.Option(help="Threads; 0: one per core.")] = 0
+    threads: Annotated[int, typer.Option(min=0, help="Threads; 0: one per core.")] = 0
     force_threads: Annotated[
         bool, typer.Option("--force-threads", help="Start so many threads even where there are fewer processors.")
     ] = False
@@ -34,7 +35,9 @@ class EngineOptions:
     ] = "best"
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Share of input channels left out, instead of what the model's blocks say; 0: none."),
+        typer.Option(
+            min=0, max=1, help="Share of input channels left out, instead of what the model's blocks say; 0: none."
+        ),
     ] = None
     mapped: Annotated[
         bool,
@@ -66,18 +69,25 @@ def _takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
 def run(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="0 always takes the likeliest token. This and the next four: by default as the model says.",
+        ),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    min_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(min=0.01, max=100)] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     chat: Annotated[
         bool | None, typer.Option(help="Ask in the model's chat template (default: where it has one).")
     ] = None,
-    context: Annotated[int, typer.Option(help="Most tokens of prompt and answer; 0: what both need.")] = 0,
+    context: Annotated[int, typer.Option(min=0, help="Most tokens of prompt and answer; 0: what both need.")] = 0,
     draft: Annotated[Path | None, typer.Option(help="A smaller model of the same vocabulary to guess ahead.")] = None,
     lookup: Annotated[bool, typer.Option(help="Guess ahead what followed the same words before.")] = False,
     as_json: Json = False,
@@ -90,15 +100,24 @@ def run(
         from pennyweight.runtime.engine import Engine
         from pennyweight.runtime.generate import Batch, Request
         from pennyweight.runtime.model import open_model
-        from pennyweight.runtime.sample import Sampling
+        from pennyweight.runtime.sample import sampling_of
         from pennyweight.runtime.speculate import DraftModel, PromptLookup
         from pennyweight.runtime.words import Words
 
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         started = time.perf_counter()
         opened = open_model(model, **asdict(engine))
         _tell(opened.notes)
         loaded = time.perf_counter() - started
+        sampling = sampling_of(
+            opened.defaults,
+            draws=False,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
         text = sys.stdin.read() if prompt == "-" else prompt
         converses = chat if chat is not None else opened.converses
         ids = opened.chat([{"role": "user", "content": text}]) if converses else opened.encode(text)
@@ -116,7 +135,7 @@ def run(
         elif lookup:
             guesser = PromptLookup
         batch = Batch(opened.engine, places=1, capacity=capacity, guesser=guesser)
-        words = Words(opened.tokenizer, stop=stop or (), after=() if converses else ids)
+        words = Words(opened.tokenizer, stop=stop or (), after=() if converses else ids, special=opened.special)
         request = batch.submit(Request(ids, max_tokens, sampling, opened.stop))
         started, first, steps = time.perf_counter(), 0.0, 0
         while batch.busy and not words.stopped:
@@ -159,10 +178,10 @@ def _stream(text: str, as_json: bool) -> None:
 @_takes_engine_options
 def bench(
     model: Model,
-    prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 256,
-    new: Annotated[int, typer.Option(help="Tokens to write.")] = 128,
-    concurrency: Annotated[int, typer.Option(help="Texts written at once.")] = 1,
-    repeats: int = 3,
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 256,
+    new: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128,
+    concurrency: Annotated[int, typer.Option(min=1, help="Texts written at once.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
     as_json: Json = False,
     *,
     engine: EngineOptions,
@@ -199,38 +218,58 @@ def bench(
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: int = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")] = 8000,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name by which clients may call the server; may be given several times.")
+    ] = None,
     key: Annotated[str | None, typer.Option(envvar="PENNY_API_KEY", help="Clients have to present this key.")] = None,
-    places: Annotated[int, typer.Option(help="Texts written at once.")] = 8,
-    most_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 64,
-    context: Annotated[int, typer.Option(help="Tokens of a text, prompt included; 0: what the model allows.")] = 0,
+    places: Annotated[int, typer.Option(min=1, max=1024, help="Texts written at once.")] = 8,
+    most_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 64,
+    context: Annotated[
+        int, typer.Option(min=0, help="Tokens of a text, prompt included; 0: what the model allows.")
+    ] = 0,
     max_body: Annotated[str, typer.Option(help="Largest request.")] = "1MB",
     lookup: Annotated[bool, typer.Option(help="Guess ahead what followed the same words before.")] = False,
     *,
     engine: EngineOptions,
 ) -> None:
     """Serve a model as OpenAI's API does, with a chat page at /. Ctrl-C gives answers a few seconds to end."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with errors(), contextlib.suppress(KeyboardInterrupt), socket.socket(family) as listening:
+    with errors(), contextlib.suppress(KeyboardInterrupt), _listening(host, port) as listening:
         quiet_libraries()
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:  # before the model is read: that takes a while
-            listening.bind((host, port))
-        except OSError as err:
-            raise ValueError(f"cannot listen on {host}:{port}: {err.strerror}; --port picks another") from err
         from pennyweight.runtime.generate import Batch
         from pennyweight.runtime.model import open_model
         from pennyweight.runtime.speculate import PromptLookup
-        from pennyweight.serve.app import Server, create_app
+        from pennyweight.serve.answers import PATIENCE
+        from pennyweight.serve.app import create_app
+        from pennyweight.serve.connections import Server
         from pennyweight.serve.guard import Limits
         from pennyweight.serve.worker import Worker
         from pennyweight.units import parse_bytes
 
-        limits = Limits(key=key, body_bytes=parse_bytes(max_body))
+        if key is None:  # an empty variable counts as none to typer, and somebody meant to set a key
+            key = os.environ.get("PENNY_API_KEY")
+        bound = listening.getsockname()
+        names = frozenset(name.lower() for name in (host, bound[0], *(allow_host or ())))
+        limits = Limits(key=key, hosts=names, body_bytes=parse_bytes(max_body))
         opened = open_model(model, context=context or None, **asdict(engine))
         _tell(opened.notes)
         batch = Batch(opened.engine, places=places, guesser=PromptLookup if lookup else None)
-        server = Server(create_app(opened, Worker(batch, most_waiting=most_waiting), limits))
-        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        app = create_app(opened, Worker(batch, most_waiting=most_waiting), limits)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{bound[1]}"
         print(f"{opened.name} at {address}/v1, chat page at {address}/", flush=True)
-        server.run(sockets=[listening])
+        Server(app, listening, patience=int(PATIENCE) + 4).run()
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that listens before the model is read, which takes a while: nobody else can have the port meanwhile."""
+    if not host:
+        raise ValueError("--host is empty; 127.0.0.1 is this machine alone, 0.0.0.0 lets others in")
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+        made.listen(512)
+    except OSError as err:
+        made.close()
+        raise ValueError(f"cannot listen on {host}:{port}: {err.strerror}; --port picks another") from err
+    return made

@@ -1,18 +1,116 @@
-"""The tokenizer of a model folder."""
+"""The tokenizer of a model folder, its chat template, and the settings for sampling that came with it.
+
+Tokenizers and templates are other people's programs. They are called here and nowhere else, so what they raise, which
+may be anything, becomes a ValueError in one line.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from pennyweight.disk.reading import json_file
+from pennyweight.disk.templates import Templates
+
+_SHOWN = 300
+_GIVEN = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
+"""What a template is told of the conversation itself; nobody may say otherwise."""
+
+
+class Ends(BaseModel):
+    """The tokens that end an answer, as config.json and generation_config.json name them."""
+
+    eos_token_id: int | list[int] | None = None
+
+    @property
+    def ends(self) -> list[int]:
+        named = [] if self.eos_token_id is None else self.eos_token_id
+        return named if isinstance(named, list) else [named]
+
+
+class GenerationConfig(Ends):
+    """What is read of generation_config.json; None where it says nothing."""
+
+    do_sample: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+
+
+def read_generation_config(model: Path) -> GenerationConfig:
+    """A folder without the file says nothing. Raises ValueError for one that makes no sense."""
+    path = model / "generation_config.json"
+    return json_file(path, GenerationConfig) if path.exists() else GenerationConfig()
 
 
 def load_tokenizer(model: Path) -> Any:
-    """Raises ValueError if the folder's tokenizer cannot be loaded."""
+    """Raises ValueError if the folder's tokenizer cannot be loaded without running code that lies beside it."""
     from transformers import AutoTokenizer
 
+    def what(said: str) -> str:
+        if "trust_remote_code" in said:
+            return (
+                f"{model} names a tokenizer that is Python code of its own (auto_map), which is not run; copy a "
+                "tokenizer.json beside the weights and take auto_map out of tokenizer_config.json"
+            )
+        return (
+            f"{model} has no tokenizer that transformers can load ({said[:_SHOWN]}); copy tokenizer.json beside the "
+            "weights. If it is there, it may be newer than the installed transformers and tokenizers"
+        )
+
+    with _theirs(what):
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, nothing added. Raises ValueError for what is no text or no text to this tokenizer."""
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as err:
-        raise ValueError(
-            f"{model} has no tokenizer that transformers can load ({err}); copy tokenizer.json beside the weights"
-        ) from err
+        text.encode()
+    except UnicodeEncodeError as err:
+        raise ValueError(f"the text is not Unicode: character {err.start} is half a pair or a stray byte") from None
+    with _theirs(lambda said: f"the tokenizer cannot read this text: {said[:_SHOWN]}"):
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def added_before(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that a tokenizer itself puts before a text: its BOS, if it adds one and does not merely name it."""
+    with _theirs(lambda said: f"the tokenizer cannot read a letter: {said[:_SHOWN]}"):
+        bare, whole = (list(tokenizer.encode("a", add_special_tokens=add)) for add in (False, True))
+    starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return tuple(whole[: next(starts, 0)])
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokens that are not text, by id: decoding leaves them out."""
+    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def converse(
+    tokenizer: Any, templates: Templates, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
+) -> str:
+    """A conversation as the chat template writes it, up to where the model answers. `arguments` are further variables
+    of the template. Raises ValueError in the template's words, or if it cannot be used."""
+    taken = sorted(_GIVEN & arguments.keys())
+    if taken:
+        raise ValueError(f"{taken[0]} cannot be an argument of the chat template: the request itself says it")
+    with _theirs(lambda said: f"the chat template cannot be used: {said[:_SHOWN]}"):
+        template, names = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
+    given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+    return templates.render(template, {**names, **arguments, **given})
+
+
+@contextlib.contextmanager
+def _theirs(what: Callable[[str], str]) -> Iterator[None]:
+    """Other people's code: whatever it raises becomes a ValueError, of which `what` makes a sentence."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as err:  # a panic in Rust is no Exception
+        raise ValueError(what(" ".join((str(err) or type(err).__name__).split()))) from err

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 
+from pennyweight.disk.tokenizer import added_before, encode
 from pennyweight.evals.loss import nats_per_target
 from pennyweight.runs.events import Listener, Silent
 from pennyweight.texts import separator_id
@@ -80,10 +81,10 @@ def _lines(path: Path, items: int) -> Iterator[dict[str, Any]]:
 @torch.no_grad()
 def _score(model: Any, tokenizer: Any, context: str, continuation: str) -> tuple[float, bool]:
     """Mean log-likelihood per token of the continuation, and whether greedy decoding would give it."""
-    before = tokenizer(context, add_special_tokens=False)["input_ids"]
-    after = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    before = [*added_before(tokenizer), *encode(tokenizer, context)] or [separator_id(tokenizer)]
+    after = encode(tokenizer, continuation)
     limit = model.config.max_position_embeddings
-    ids = torch.tensor([[separator_id(tokenizer), *before, *after][-limit:]])
+    ids = torch.tensor([[*before, *after][-limit:]])
     count = min(len(after), ids.shape[1] - 1)
     logits = model(ids[:, :-1], use_cache=False).logits[:, -count:]
     targets = ids[:, -count:]

@@ -18,14 +18,20 @@ from pennyweight.runtime.sample import GREEDY, Sampling, pick
 from pennyweight.runtime.speculate import Guesser, common_prefix
 
 
+class TooLong(ValueError):
+    """A prompt has more tokens than fit."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """A prompt of at least one token, and when to stop: after `max_tokens`, or at a token of `stop`."""
+    """A prompt of at least one token, and when to stop: after `max_tokens`, or at a token of `stop`, none of which is
+    picked before there are `min_tokens`."""
 
     prompt: list[int]
     max_tokens: int
     sampling: Sampling = GREEDY
     stop: frozenset[int] = frozenset()
+    min_tokens: int = 0
 
 
 @dataclass
@@ -90,14 +96,14 @@ class Batch:
         return len(self._places)
 
     def check(self, request: Request) -> None:
-        """Raises ValueError if the request cannot be answered."""
+        """Raises ValueError if the request cannot be answered, TooLong if that is because of its length."""
         if not request.prompt:
             raise ValueError("the prompt has no tokens")
         if len(request.prompt) + 1 > self.capacity:
-            raise ValueError(f"the prompt has {len(request.prompt)} tokens; {self.capacity - 1} fit with one to answer")
-        worst = max(request.prompt)
-        if min(request.prompt) < 0 or worst >= self.engine.vocab_size:
-            raise ValueError(f"token {worst} is outside the vocabulary of {self.engine.vocab_size}")
+            raise TooLong(f"the prompt has {len(request.prompt)} tokens; {self.capacity - 1} fit with one to answer")
+        for token in (min(request.prompt), max(request.prompt)):
+            if not 0 <= token < self.engine.vocab_size:
+                raise ValueError(f"token {token} is outside the vocabulary of {self.engine.vocab_size}")
 
     def submit(self, request: Request) -> Text:
         """Put a request in line. Raises ValueError if it cannot be answered."""
@@ -173,18 +179,20 @@ class Batch:
         """Pick tokens as long as the guesses were right; each right guess has been read already."""
         new: list[int] = []
         for i, row in enumerate(logits):
-            seen: Collection[int] = text.tokens if text.request.sampling.repetition_penalty != 1.0 else ()
+            request, written = text.request, len(text.tokens) - len(text.request.prompt)
+            seen: Collection[int] = text.tokens if request.sampling.repetition_penalty != 1.0 else ()
+            never = request.stop if written < request.min_tokens else ()
             try:
-                token = pick(row, text.request.sampling, seen, text.rng)
+                token = pick(row, request.sampling, seen, text.rng, never)
             except FloatingPointError as err:  # of this text alone
                 text.finish, text.error = "failed", err
                 break
-            if token in text.request.stop:
+            if token in request.stop:
                 text.finish = "stop"
                 break
             text.tokens.append(token)
             new.append(token)
-            if len(text.answer) >= text.request.max_tokens or len(text.tokens) >= self.capacity:
+            if written + 1 >= request.max_tokens or len(text.tokens) >= self.capacity:
                 text.finish = "length"
                 break
             if i >= len(guesses) or guesses[i] != token:

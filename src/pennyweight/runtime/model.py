@@ -2,40 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pennyweight.disk import tokenizer as tokenizers
+from pennyweight.disk.templates import Templates
+from pennyweight.disk.tokenizer import GenerationConfig
 from pennyweight.runtime.engine import Engine
+from pennyweight.runtime.generate import TooLong
 from pennyweight.sources.open import open_source
+
+_CHARACTERS = 8  # of a text for every token that fits, to begin with
+_SPARE = 64
 
 
 @dataclass(frozen=True)
 class Model:
-    """`begin`: the token plain text starts with, if any. `notes`: what users should know about how it was read."""
+    """`begin`: the tokens plain text starts with, if any. `defaults`: how the model's makers want it sampled. `notes`:
+    what users should know about how it was read."""
 
     name: str
     engine: Engine
     tokenizer: Any
-    begin: int | None
+    begin: tuple[int, ...]
     stop: frozenset[int]
+    defaults: GenerationConfig = field(default_factory=GenerationConfig)
     notes: tuple[str, ...] = ()
+    templates: Templates = field(default_factory=Templates, repr=False)
 
-    def encode(self, text: str) -> list[int]:
-        """Plain text as the model saw it in training: after its BOS token, if it has one."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids if self.begin is None or ids[:1] == [self.begin] else [self.begin, *ids]
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """Plain text after what the tokenizer itself puts before it. Raises ValueError for what is no text, TooLong if
+        it has more than `most` tokens; text that is far too long is not read to its end."""
+        ids = self._tokens(text, most)
+        return ids if tuple(ids[: len(self.begin)]) == self.begin else [*self.begin, *ids]
 
     @property
     def converses(self) -> bool:
         """Whether it has a chat template."""
         return bool(self.tokenizer.chat_template)
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation up to the point where the model answers. Raises ValueError without a chat template."""
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any] | None = None, most: int | None = None
+    ) -> list[int]:
+        """A conversation up to the point where the model answers; `arguments` are further variables of the template.
+        Raises ValueError without a chat template or in its words, TooLong as `encode` does."""
         if not self.converses:
             raise ValueError(f"{self.name} has no chat template: it continues text, it does not converse")
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return self._tokens(tokenizers.converse(self.tokenizer, self.templates, messages, arguments or {}), most)
+
+    @cached_property
+    def special(self) -> dict[int, str]:
+        """The tokens that are not text, by id."""
+        return tokenizers.special_tokens(self.tokenizer)
+
+    def _tokens(self, text: str, most: int | None) -> list[int]:
+        """A text that is far too long is found out by its first part: more text never makes fewer tokens, but for the
+        few where it was cut."""
+        size = _CHARACTERS * (most or len(text))
+        while most is not None and size < len(text):
+            if len(tokenizers.encode(self.tokenizer, text[:size])) > most + _SPARE:
+                raise TooLong(f"the prompt has far more than {most} tokens; {most} fit with one to answer")
+            size *= 4
+        return tokenizers.encode(self.tokenizer, text)
 
 
 def open_model(path: Path, *, mapped: bool = False, **settings: Any) -> Model:
@@ -44,5 +75,11 @@ def open_model(path: Path, *, mapped: bool = False, **settings: Any) -> Model:
     source = open_source(path, mapped=mapped)
     vocabulary, engine = source.vocabulary(), Engine(source, **settings)
     return Model(
-        source.name, engine, vocabulary.tokenizer, vocabulary.begin, vocabulary.stop, notes=tuple(source.notes)
+        source.name,
+        engine,
+        vocabulary.tokenizer,
+        vocabulary.begin,
+        vocabulary.stop,
+        vocabulary.defaults,
+        tuple(source.notes),
     )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from pennyweight.disk.tokenizer import GenerationConfig
 
 _NEGLIGIBLE = 30.0
 """Tokens this many nats below the best share less than 1e-8 of the mass in any vocabulary; they are not looked at."""
@@ -43,11 +46,30 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def pick(logits: np.ndarray, sampling: Sampling, seen: Collection[int], rng: np.random.Generator) -> int:
-    """The next token. `logits` (vocab_size) float32 is not changed; `seen` are the tokens so far.
+def sampling_of(defaults: GenerationConfig, *, draws: bool, seed: int = 0, **given: Any) -> Sampling:
+    """What is given, and where that is None what the model's makers say. `draws`: whether an answer is drawn, and not
+    the likeliest, where they do not say that either. Raises ValueError for values outside their range."""
+    draws = draws if defaults.do_sample is None else defaults.do_sample
+    said: dict[str, Any] = {name: getattr(defaults, name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")}
+    said["temperature"] = (1.0 if defaults.temperature is None else defaults.temperature) if draws else 0.0
+    known = {name: value for name, value in (*said.items(), *given.items()) if value is not None}
+    return Sampling(**known, seed=seed)
+
+
+def pick(
+    logits: np.ndarray,
+    sampling: Sampling,
+    seen: Collection[int],
+    rng: np.random.Generator,
+    never: Collection[int] = (),
+) -> int:
+    """The next token, none of `never`. `logits` (vocab_size) float32 is not changed; `seen` are the tokens so far.
 
     Raises FloatingPointError if a logit is NaN: the model or the text has broken the arithmetic.
     """
+    if never:
+        logits = logits.copy()
+        logits[[token for token in never if 0 <= token < len(logits)]] = -np.inf
     if sampling.repetition_penalty != 1.0 and seen:
         logits = logits.copy()
         ids = np.fromiter(set(seen), np.int64)

@@ -8,7 +8,8 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
@@ -19,11 +20,12 @@ from sse_starlette import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from pennyweight.runtime.generate import Request as Wanted
+from pennyweight.runtime.generate import TooLong
 from pennyweight.runtime.model import Model
-from pennyweight.runtime.sample import Sampling
+from pennyweight.runtime.sample import sampling_of
 from pennyweight.runtime.words import Words
-from pennyweight.serve.guard import Limits, Refused, invalid, stopping
-from pennyweight.serve.protocol import Ask, Chat, check
+from pennyweight.serve.guard import Limits, Refused, busy, invalid, stopping
+from pennyweight.serve.protocol import A, Ask, Chat, plain, prompts, read
 from pennyweight.serve.worker import Full, Stopping, Worker
 
 PATIENCE = 5.0
@@ -49,16 +51,18 @@ class Answer:
     """One text on its way to a client."""
 
     def __init__(self, server: Answers, prompt: list[int], ask: Ask, number: int, most: int) -> None:
-        sampling = Sampling(
-            temperature=1.0 if ask.temperature is None else ask.temperature,
-            top_p=1.0 if ask.top_p is None else ask.top_p,
-            top_k=ask.top_k,
-            min_p=ask.min_p,
-            repetition_penalty=ask.repetition_penalty,
+        model = server.model
+        sampling = sampling_of(
+            model.defaults,
+            draws=True,
             seed=(secrets.randbits(31) if ask.seed is None else ask.seed % 2**31) + number,
+            **{name: getattr(ask, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
         )
-        stop = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
-        self.words = Words(server.model.tokenizer, stop=stop, after=() if isinstance(ask, Chat) else prompt)
+        stop = frozenset(ask.stop_token_ids) | (frozenset() if ask.ignore_eos else model.stop)
+        wanted = Wanted(prompt, most, sampling, stop, ask.min_tokens)
+        server.worker.batch.check(wanted)
+        after = () if isinstance(ask, Chat) else prompt
+        self.words = Words(model.tokenizer, stop=ask.stop, after=after, special=model.special, least=ask.min_tokens)
         self.queue: asyncio.Queue[tuple[list[int], str | Exception | None]] = asyncio.Queue()
         self.prompt, self.tokens, self.number, self.finish = prompt, 0, number, ""
         self._server, self._started = server, time.monotonic()
@@ -68,17 +72,7 @@ class Answer:
             with contextlib.suppress(RuntimeError):  # the loop is gone, and with it whoever listened
                 loop.call_soon_threadsafe(self.queue.put_nowait, (tokens, finish))
 
-        wanted = Wanted(prompt, most, sampling, server.model.stop)
-        try:
-            self._ticket = server.worker.submit(wanted, hear)
-        except ValueError as err:
-            raise invalid(str(err), "prompt", "context_length_exceeded") from err
-        except Full as err:
-            server.metrics.requests.labels("refused").inc()
-            retry = {"Retry-After": "1"}
-            raise Refused(429, str(err), "rate_limit_error", code="queue_full", headers=retry) from err
-        except Stopping as err:
-            raise stopping() from err
+        self._ticket = server.worker.submit(wanted, hear)
         server.live.add(self)
 
     def leave(self) -> None:
@@ -133,6 +127,9 @@ class Answers:
         self.created = int(time.time())
         self.live: set[Answer] = set()
         self.closing = False
+        self._most = worker.most_waiting + worker.batch.places  # requests at once, in whatever state
+        self._preparing = 0
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="penny-prepare")
 
     async def close(self) -> None:
         """Take no more requests; answers get a while to end, and whoever waits then is told."""
@@ -142,33 +139,72 @@ class Answers:
             await asyncio.sleep(0.02)
         for answer in self.live:
             answer.give_up()
+        self._threads.shutdown(wait=False)
 
     def check_name(self, name: str) -> None:
         if name and name != self.model.name:
-            said = f"the model {name!r} does not exist; this server runs {self.model.name!r}"
+            said = f"the model {name[:50]!r} does not exist; this server runs {self.model.name!r}"
             raise Refused(404, said, "invalid_request_error", param="model", code="model_not_found")
 
-    def check(self, ask: Ask) -> None:
+    async def reply(self, kind: type[A], request: Request) -> Response:
+        """To a request of this kind. Raises Refused; nothing that was begun goes on then."""
         if self.closing:
             raise stopping()
-        self.check_name(ask.model)
-        check(ask)
-
-    def answers(self, prompts: list[list[int]], ask: Ask, most: int | None) -> list[Answer]:
+        if self._preparing >= self._most:
+            self.metrics.requests.labels("refused").inc()
+            raise busy(self._preparing)
+        body = await request.body()
+        self._preparing += 1
+        try:  # in a thread: it may take seconds, and meanwhile others want to hear something
+            loop = asyncio.get_running_loop()
+            ask, asked = await loop.run_in_executor(self._threads, self._prepare, kind, body)
+        finally:
+            self._preparing -= 1
         made: list[Answer] = []
         try:
-            for prompt in prompts:
-                for _ in range(ask.n or 1):
-                    room = self.worker.batch.capacity - len(prompt)
-                    limit = min(self.limits.most_tokens, most or room, max(1, room))
-                    made.append(Answer(self, prompt, ask, len(made), limit))
-        except Refused:
+            for prompt in asked:
+                for _ in range(ask.n):
+                    made.append(self._answer(prompt, ask, len(made)))
+            return await self._respond(made, ask, request, chat=isinstance(ask, Chat))
+        except BaseException:
             for answer in made:
                 answer.leave()
             raise
-        return made
 
-    async def respond(self, answers: list[Answer], ask: Ask, request: Request, *, chat: bool) -> Response:
+    def _prepare(self, kind: type[A], body: bytes) -> tuple[A, list[list[int]]]:
+        """What is asked for, and its prompts in tokens."""
+        model, capacity = self.model, self.worker.batch.capacity
+        ask = read(kind, body, self.limits, capacity)
+        self.check_name(ask.model)
+        if ask.n > self._most:
+            raise invalid(f"n: at most {self._most} answers at once", "n")
+        if ask.min_tokens > (ask.most or capacity):
+            raise invalid("min_tokens is more than the most that may be written", "min_tokens")
+        wrong = [token for token in ask.stop_token_ids if not 0 <= token < model.engine.vocab_size]
+        if wrong:
+            said = f"token {wrong[0]} is outside the vocabulary of {model.engine.vocab_size}"
+            raise invalid(said, "stop_token_ids", "invalid_token")
+        if isinstance(ask, Chat):
+            conversation = [plain(message) for message in ask.messages]
+            with _refusing("messages"):
+                return ask, [model.chat(conversation, ask.chat_template_kwargs, capacity - 1)]
+        given = prompts(ask.prompt, self._most // ask.n)
+        with _refusing("prompt"):
+            return ask, [model.encode(one, capacity - 1) if isinstance(one, str) else one for one in given]
+
+    def _answer(self, prompt: list[int], ask: Ask, number: int) -> Answer:
+        room = self.worker.batch.capacity - len(prompt)
+        limit = min(self.limits.most_tokens, ask.most or room, max(1, room))
+        try:
+            with _refusing("messages" if isinstance(ask, Chat) else "prompt"):
+                return Answer(self, prompt, ask, number, limit)
+        except Full as err:
+            self.metrics.requests.labels("refused").inc()
+            raise busy(self.worker.pending) from err
+        except Stopping as err:
+            raise stopping() from err
+
+    async def _respond(self, answers: list[Answer], ask: Ask, request: Request, *, chat: bool) -> Response:
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",
@@ -178,7 +214,7 @@ class Answers:
         if ask.stream:
             if chat:
                 head["object"] = "chat.completion.chunk"
-            usage = bool((ask.stream_options or {}).get("include_usage"))
+            usage = bool(ask.stream_options.include_usage)
             return _Stream(_events(head, answers, chat=chat, usage=usage), answers)
         texts = await _unless_gone(request, answers)
         choices: list[dict[str, Any]] = []
@@ -186,6 +222,17 @@ class Answers:
             said = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
             choices.append({"index": answer.number, **said, "logprobs": None, "finish_reason": answer.finish})
         return JSONResponse({**head, "choices": choices, "usage": _usage(answers)})
+
+
+@contextlib.contextmanager
+def _refusing(param: str) -> Iterator[None]:
+    """What cannot be done is the client's mistake, told as such."""
+    try:
+        yield
+    except TooLong as err:
+        raise invalid(str(err), param, "context_length_exceeded") from err
+    except ValueError as err:
+        raise invalid(str(err), param, f"invalid_{param}") from err
 
 
 class _Stream(EventSourceResponse):

@@ -115,8 +115,12 @@ class Worker:
                 return
             block = False
             if ticket is not None:
-                ticket.text = self.batch.submit(ticket.request)
                 self._open.append(ticket)
+                try:
+                    ticket.text = self.batch.submit(ticket.request)
+                except Exception as err:  # this thread ends for nobody's request
+                    ticket.on_tokens([], err)
+                    self._done(ticket)
 
     def _done(self, ticket: Ticket) -> None:
         self._open.remove(ticket)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 
 from pennyweight import formats
 from pennyweight.disk.checkpoint import Checkpoint
-from pennyweight.disk.tokenizer import load_tokenizer
+from pennyweight.disk.reading import json_file
+from pennyweight.disk.tokenizer import Ends, added_before, load_tokenizer, read_generation_config
 from pennyweight.live.walk import Walk
 from pennyweight.sources.source import Vocabulary, rearranged
 
@@ -59,17 +60,15 @@ class Folder:
         return formats.read(name, checkpoint.entries, checkpoint.read, map_tensor=mapping)
 
     def vocabulary(self) -> Vocabulary:
-        tokenizer = load_tokenizer(self._checkpoint.folder)
-        stop = {tokenizer.eos_token_id}
-        for name in ("generation_config.json", "config.json"):
-            path = self._checkpoint.folder / name
-            ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-            stop |= set(ids) if isinstance(ids, list) else {ids}
-        return Vocabulary(tokenizer, tokenizer.bos_token_id, frozenset(stop - {None}))
+        folder = self._checkpoint.folder
+        tokenizer, defaults = load_tokenizer(folder), read_generation_config(folder)
+        stop = {tokenizer.eos_token_id, *defaults.ends, *json_file(folder / "config.json", Ends).ends}
+        return Vocabulary(tokenizer, added_before(tokenizer), frozenset(stop - {None}), defaults)
 
 
 def _name(path: Path) -> str:
-    """What a folder is called: by its own name, or as `owner/model` if a hub's cache keeps it under a hash."""
+    """What a folder is called: by its own name or that of the link to it, or as `owner/model` if a hub's cache keeps it
+    under a hash (models--owner--model/snapshots/<hash>)."""
     *_, repository, snapshots, _ = ("", "", *path.resolve().parts)
     kind, *name = repository.split("--")
-    return "/".join(name) if (kind, snapshots) == ("models", "snapshots") and name else path.absolute().name
+    return "/".join(name) if (kind, snapshots) == ("models", "snapshots") and name else Path(os.path.abspath(path)).name

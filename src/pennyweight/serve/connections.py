@@ -1,0 +1,144 @@
+"""Connections of the server: how many there may be, and how long one may be silent.
+
+uvicorn takes every connection there is, waits for ever for the first request of one, and where no file descriptor is
+left it says so thousands of times a second. Here connections are taken one by one as long as there is room; where
+there is none, those that have asked nothing for a while make some, and others wait in the system's line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import resource
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MOST = 1024
+"""Connections at once, where file descriptors allow so many."""
+SPARE = 24
+"""File descriptors that are left for everything else."""
+HEAD_SECONDS = 10.0
+"""From a connection, or the first byte of its next request, until the head of the request is there."""
+READ_SECONDS = 30.0
+"""In which a client has to take something of what is sent to it."""
+IDLE_SECONDS = 1.0
+"""After which a connection that asks nothing may have to make room."""
+AGAIN_SECONDS = 0.5
+"""Until connections are taken again when no file descriptor was left for one."""
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def room() -> int:
+    """How many connections the file descriptors of this process allow."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return MOST
+    return max(4, min(MOST, limit - len(list(Path("/dev/fd").iterdir())) - SPARE))
+
+
+class Connection(H11Protocol):
+    """uvicorn's, but closed when a request does not come or what is sent is not read."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.since = self.loop.time()  # the last request was answered then
+        self._late: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
+        self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait_for_head()
+
+    def on_response_complete(self) -> None:
+        self.since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._late, self._unread):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    @property
+    def asks_nothing(self) -> bool:
+        """Whether no whole request has come that is not answered yet."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def _wait_for_head(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            if self._late is not None:
+                self._late.cancel()
+            self._late = None
+        elif self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+
+class Server(uvicorn.Server):
+    """Serves an application on a listening socket. Lets answers end, or tells who waits for them, before connections
+    are closed."""
+
+    def __init__(self, app: FastAPI, listening: socket.socket, *, patience: int) -> None:
+        """`patience`: seconds that connections get to close once the application has ended its answers."""
+        config = uvicorn.Config(
+            app, http=Connection, ws="none", log_level="error", timeout_graceful_shutdown=patience, lifespan="on"
+        )
+        super().__init__(config)
+        self._listening, self._closing = listening, app.state.close
+        self._accepting: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets=[])
+        self._listening.setblocking(False)
+        self._accepting = asyncio.create_task(self._accept(room()))
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        await self._closing()
+        if self._accepting is not None:
+            self._accepting.cancel()
+        self._listening.close()
+        await super().shutdown(sockets)
+
+    async def _accept(self, most: int) -> None:
+        """Take connections as long as there is room, which those make that have asked nothing for a while."""
+        loop, told = asyncio.get_running_loop(), float("-inf")
+        connections: set[Any] = self.server_state.connections
+        while True:
+            if len(connections) >= most:
+                idle = [one for one in connections if one.asks_nothing and loop.time() - one.since > IDLE_SECONDS]
+                if idle:
+                    min(idle, key=lambda one: one.since).transport.abort()
+                await asyncio.sleep(0 if idle else 0.02)
+                continue
+            try:
+                taken, _ = await loop.sock_accept(self._listening)
+            except ConnectionError:
+                continue
+            except OSError as err:
+                if err.errno not in _SHORT:
+                    raise
+                if time.monotonic() - told > 60:
+                    told = time.monotonic()
+                    logging.getLogger("uvicorn.error").error("no new connections for now: %s", err.strerror)
+                await asyncio.sleep(AGAIN_SECONDS)
+                continue
+            await loop.connect_accepted_socket(self._protocol, taken)
+
+    def _protocol(self) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state)
