@@ -70,5 +70,6 @@ def _name(path: Path) -> str:
     """What a folder is called: by its own name or that of the link to it, or as `owner/model` if a hub's cache keeps it
     under a hash (models--owner--model/snapshots/<hash>)."""
     *_, repository, snapshots, _ = ("", "", *path.resolve().parts)
-    kind, *name = repository.split("--")
-    return "/".join(name) if (kind, snapshots) == ("models", "snapshots") and name else Path(os.path.abspath(path)).name
+    if snapshots == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return Path(os.path.abspath(path)).name  # noqa: PTH100  resolve() would follow the link
