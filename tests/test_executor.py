@@ -24,12 +24,13 @@ def test_tasks_here_say_how_far_they_are():
     heard: list[int] = []
 
     def task(n: int) -> int:
+        executor.tick()
         executor.tick(n)
         return n
 
-    assert list(executor.run(task, [(1,), (2,)], on_tick=heard.append)) == [1, 2]
+    assert list(executor.run(task, [(3,), (2,)], on_tick=heard.append)) == [3, 2]
     executor.tick(3)  # nobody listens between tasks
-    assert heard == [1, 2]
+    assert heard == [1, 3, 1, 2]
 
 
 def test_an_unknown_engine_is_named():
@@ -58,11 +59,11 @@ def test_ray_gives_the_same_statistics_and_scores_byte_for_byte(pico, tmp_path):
     found = []
     try:
         for engine in ("local", "ray"):
-            job = open_job(pico("qwen3"), tmp_path / engine, wanted, where=engine)
-            gather_stats(job)
-            score_choices(job)
-            statistics = {key: job.store.path(key).read_bytes() for key in job.store.keys("stats/")}
-            found.append((statistics, {key: job.store.get(key) for key in job.store.keys("score/")}))
+            with open_job(pico("qwen3"), tmp_path / engine, wanted, where=engine) as job:
+                gather_stats(job)
+                score_choices(job)
+                statistics = {key: job.store.path(key).read_bytes() for key in job.store.keys("stats/")}
+                found.append((statistics, job.store.values("score/")))
     finally:
         ray.shutdown()
     (local_statistics, local_scores), (ray_statistics, ray_scores) = found

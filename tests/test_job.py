@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import re
 import shutil
+import sqlite3
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from pennyweight.config import FitConfig, merged
+from pennyweight.config import FitConfig, asked, merged
 from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
 from pennyweight.job import checks as verify
-from pennyweight.job.job import open_job
+from pennyweight.job.gather import gather_stats, score_choices
+from pennyweight.job.job import compute_dtype, open_job
 from pennyweight.job.plan import plan
 from pennyweight.job.run import run_job
 from pennyweight.job.verify import _speed
 from pennyweight.live.load import load_model
 from pennyweight.model import shapes as slots
 from pennyweight.model.demand import Workload
+from pennyweight.prices import planning
+from pennyweight.prices.machine import Machine
+from pennyweight.quantize import gptq
 from pennyweight.report import summary
+from pennyweight.runs import scratch, space
 from pennyweight.runs.events import Silent
+from pennyweight.runs.lock import Held
+from pennyweight.runs.store import Store
 from pennyweight.runtime import engine
 from pennyweight.runtime.lower import NotRun
 from pennyweight.search import Infeasible
@@ -54,7 +67,8 @@ def config(text, **changes) -> FitConfig:
 
 
 def run(model, out, wanted, listen=None):
-    return run_job(open_job(model, out, wanted, listen=listen or Silent()))
+    with open_job(model, out, wanted, listen=listen or Silent()) as job:
+        return run_job(job)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -230,23 +244,36 @@ def test_a_budget_that_needs_nothing_changes_nothing(model_type, pico, text, tmp
     assert quality["parent"] == quality["child"]
 
 
-@pytest.mark.parametrize("stage", ["stats", "score", "build", "heal blocks", "heal model", "pack", "verify"])
-def test_stopped_in_any_stage_it_goes_on_to_the_same_bytes(stage, finished, tmp_path):
+class At(Silent):
+    """Does something when a stage begins, or has advanced `ticks` times."""
+
+    def __init__(self, stage: str, do, ticks: int = 0) -> None:
+        self._stage, self._do, self._ticks, self._left = stage, do, ticks, -1
+
+    def begin(self, stage, **kwargs):
+        self._left = self._ticks if stage == self._stage else -1
+        self._tick()
+
+    def advance(self, done, **figures):
+        self._left -= 1
+        self._tick()
+
+    def _tick(self) -> None:
+        if self._left == 0:
+            self._do()
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_stopped_in_every_stage_it_goes_on_to_the_same_bytes(finished, tmp_path):
     model, out, wanted, _ = finished
-    if "qwen3" not in str(model):
-        pytest.skip("one family is enough: stages do not depend on it")
-
-    class StopIn(Silent):
-        def begin(self, name, **kwargs):
-            self.name = name
-
-        def advance(self, done, **figures):
-            if self.name == stage:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(model, tmp_path / "out", wanted, listen=StopIn())
-    assert not (tmp_path / "out").exists()
+    only("qwen3", model)
+    for stage in ("stats", "score", "solve", "build", "heal blocks", "heal model", "pack", "verify", "agreement"):
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out", wanted, listen=At(stage, interrupt, ticks=1))
+        assert not (tmp_path / "out").exists()
     run(model, tmp_path / "out", wanted)
     assert digests(tmp_path / "out") == digests(out)
 
@@ -276,32 +303,409 @@ def test_what_an_earlier_call_did_is_not_told_as_done_now(finished, tmp_path):
     assert {"pack", "verify", "loss of parent", "loss of child", "agreement", "samples", "report"} <= set(stages)
 
 
-def test_another_config_model_or_text_is_refused_with_the_reason(finished, pico, text, tmp_path):
+def run_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".run")
+
+
+def only(family: str, model: Path) -> None:
+    if family not in str(model):
+        pytest.skip("one family is enough: the run folder does not depend on it")
+
+
+def test_what_a_run_stands_on_cannot_change(finished, text, tmp_path, monkeypatch):
+    """Model, tokenizer, text, how it is dealt out, versions and arithmetic: the first difference is named, with what
+    came, what the run was begun with and what to do."""
     model, out, wanted, _ = finished
-    folder = out.with_name(out.name + ".run")
-    with pytest.raises(ValueError, match=r"config\.seed was 0, now it is 7"):
-        open_job(model, out, merged(wanted, {"seed": 7}), run=folder)
-    other = shutil.copytree(text, tmp_path / "text")
-    (other / "0.py").write_text("x = 1\n" * 3000)
-    with pytest.raises(ValueError, match="text was"):
-        same = merged(wanted, {"data": {"text": str(text)}})
-        (text / "extra.py").write_text("y = 2\n")
-        try:
-            open_job(model, out, same, run=folder)
-        finally:
-            (text / "extra.py").unlink()
-    changed = shutil.copytree(model, tmp_path / "model")
-    raw = bytearray((changed / "model.safetensors").read_bytes())
-    raw[-1] ^= 1
-    (changed / "model.safetensors").write_bytes(raw)
-    with pytest.raises(ValueError, match="model was"):
-        open_job(changed, out, wanted, run=folder)
+    only("qwen3", model)
+
+    def refused(difference: str, model=model, wanted=wanted):
+        with pytest.raises(ValueError) as err:
+            open_job(model, out, wanted, run=run_folder(out))
+        said = str(err.value)
+        assert said.startswith(f"{run_folder(out)} was begun with {difference}"), said
+        assert ", now it is " in said and said.endswith("choose another --run folder, or go back to that")
+
+    refused("seed 0, now it is 7", wanted=merged(wanted, {"seed": 7}))
+    refused("text score_rows 2, now it is 3", wanted=merged(wanted, {"data": {"score_rows": 3}}))
+    changed = shutil.copytree(text, tmp_path / "text")
+    (changed / "0.py").write_text("x = 1\n" * 3000)
+    refused("text sha256", wanted=merged(wanted, {"data": {"text": str(changed)}}))
+    for name, difference in (("model.safetensors", "model "), ("tokenizer.json", "tokenizer tokenizer.json ")):
+        other = shutil.copytree(model, tmp_path / name)
+        raw = bytearray((other / name).read_bytes())
+        raw[-1] ^= 1 if name == "model.safetensors" else ord("}") ^ ord(" ")
+        (other / name).write_bytes(raw + (b"}" if name == "tokenizer.json" else b""))
+        refused(difference, model=other)
+    for package in ("pennyweight", "tokenizers", "torch", "transformers"):
+        with monkeypatch.context() as patched:
+            installed = lambda name, own=package: "0.0" if name == own else version(name)  # noqa: E731
+            patched.setattr("pennyweight.job.job.version", installed)
+            refused(f'versions {package} "{version(package)}", now it is "0.0"')
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.get_num_threads", lambda: 99)
+        refused("arithmetic threads 1, now it is 99")
+    refused('arithmetic dtype "torch.', wanted=merged(wanted, {"compute": "float32" if BRAIN else "bfloat16"}))
+
+
+BRAIN = compute_dtype("auto") == torch.bfloat16
+
+
+class Stages(Silent):
+    """Remembers what began, and how much of it had been done before."""
+
+    def __init__(self) -> None:
+        self.began: dict[str, tuple[int, int]] = {}
+
+    def begin(self, stage, *, total, done=0, unit=""):
+        self.began[stage] = done, total
+
+
+@pytest.fixture
+def again(finished, tmp_path):
+    """A copy of a finished fit: its model, its config, its folder and its run folder."""
+    model, out, wanted, _ = finished
+    only("qwen3", model)
+    shutil.copytree(out, tmp_path / "out")
+    shutil.copytree(run_folder(out), run_folder(tmp_path / "out"))
+    return model, tmp_path / "out", wanted
+
+
+def test_another_budget_is_solved_from_the_scores_there_are(again, tmp_path):
+    model, out, wanted = again
+    other = merged(
+        wanted, {"budget": {"weights": "45%"}, "sweep": ("weights=60%",), "solutions": 1, "search": "greedy"}
+    )
+    stages = Stages()
+    report = run(model, out, other, stages)
+    assert not {"text", "score parent", "score"} & set(stages.began) or set(stages.began) >= {"solve"}
+    assert not {"score parent", "score"} & set(stages.began)
+    assert report["chosen"]["sweep"][0]["budget"] == {"weights": "60%"}
+    run(model, tmp_path / "new" / "out", other)
+    assert digests(out) == digests(tmp_path / "new" / "out")
+
+
+def test_what_comes_out_the_same_is_not_built_again(again):
+    """Another sweep: solved anew, written anew (penny.json tells the config); nothing healed or quantised again."""
+    model, out, wanted = again
+    before, stages = digests(out), Stages()
+    report = run(model, out, merged(wanted, {"sweep": ("weights=70%",)}), stages)
+    assert [each["budget"] for each in report["chosen"]["sweep"]] == [{"weights": "70%"}]
+    assert not {"stats", "score", "measure child", "build", "heal blocks", "heal model"} & set(stages.began)
+    assert stages.began["solve"] == (0, 2) and stages.began["pack"] == (3, 3)
+    after = digests(out)
+    assert {name for name in before if before[name] != after[name]} == {"penny.json"}
+
+
+def test_more_text_to_judge_by_only_judges_again(again):
+    model, out, wanted = again
+    stages = Stages()
+    run(model, out, merged(wanted, {"data": {"held_out_rows": 3}}), stages)
+    assert "verify" in stages.began and not {"stats", "score", "solve", "build", "heal model"} & set(stages.began)
+
+
+def test_slots_that_stay_as_they_were_are_not_healed_again(again):
+    model, out, wanted = again
+    known = Store(run_folder(out), json.loads(raw_value(out, "origin"))).keys("heal/local/")
+    stages = Stages()
+    run(model, out, merged(wanted, {"heal": {"whole_tokens": 512}}), stages)
+    done, total = stages.began["heal blocks"]
+    assert done == total == len(known) > 0 and stages.began["heal model"][0] == 0
+
+
+def test_more_axes_score_only_what_is_new(again):
+    model, out, wanted = again
+    stages = Stages()
+    run(model, out, merged(wanted, {"axes": (*wanted.axes, "few_bits")}), stages)
+    done, total = stages.began["score"]
+    assert 0 < total - done < total / 2
+
+
+def test_the_result_may_go_to_another_place(again, tmp_path):
+    model, out, wanted = again
+    stages = Stages()
+    with open_job(model, tmp_path / "elsewhere", wanted, run=run_folder(out), listen=stages) as job:
+        run_job(job)
+    assert set(stages.began) == {"read inputs", "report"}
+    assert digests(tmp_path / "elsewhere") == digests(out)
+
+
+def raw_value(out: Path, key: str) -> str:
+    rows = sqlite3.connect(run_folder(out) / "run.sqlite").execute("select value from kept where key = ?", (key,))
+    return rows.fetchone()[0]
+
+
+def spoil(path: Path, how: str) -> None:
+    raw = path.read_bytes()
+    if how == "removed":
+        path.unlink()
+    else:
+        path.write_bytes({"emptied": b"", "cut": raw[:-1], "flipped": raw[:-9] + bytes([raw[-9] ^ 4]) + raw[-8:]}[how])
+
+
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        *(("model.safetensors", how) for how in ("removed", "emptied", "cut", "flipped")),
+        *((name, "flipped") for name in ("config.json", "penny.json", "tokenizer.json")),
+    ],
+)
+def test_a_damaged_candidate_is_never_shipped(again, what, how):
+    model, out, wanted = again
+    before = digests(out)
+    spoil(run_folder(out) / "candidate" / what, how)
+    shutil.rmtree(out)
+    run(model, out, wanted)
+    assert digests(out) == before
+
+
+@pytest.mark.parametrize("how", ["removed", "flipped"])
+def test_whatever_file_of_a_run_folder_is_damaged_the_result_stays_right(again, how, tmp_path):
+    """All of them at once, after which another child is asked for and the first one again."""
+    model, out, wanted = again
+    before = digests(out)
+    for path in [path for path in run_folder(out).rglob("*") if path.is_file() and path.parent != run_folder(out)]:
+        spoil(path, how)
+    shutil.rmtree(out)
+    run(model, out, wanted)
+    assert digests(out) == before
+
+
+def test_a_damaged_score_is_made_again(again):
+    model, out, wanted = again
+    before = digests(out)
+    database = sqlite3.connect(run_folder(out) / "run.sqlite", isolation_level=None)
+    key, value = database.execute("select key, value from kept where key like 'score/0/1.ffn/%'").fetchone()
+    database.execute("update kept set value = ? where key = ?", (value.replace("0.0", "0.9", 1), key))
+    database.execute("delete from kept where key = 'chosen'")
+    database.close()
+    stages = Stages()
+    run(model, out, wanted, stages)
+    done, total = stages.began["score"]
+    assert 0 < total - done < total / 20
+    assert digests(out) == before
+
+
+def test_a_second_start_says_who_is_at_it_and_leaves(finished, tmp_path):
+    model, out, wanted, _ = finished
+    only("qwen3", model)
+    with open_job(model, out, wanted):
+        with pytest.raises(Held, match=rf"out\.run is worked on by process {os.getpid()} on .* since 20"):
+            open_job(model, out, wanted)
+        with open_job(model, out, wanted, dry=True) as dry:
+            assert plan(dry)["slots"] > 0
+    with open_job(model, out, wanted):
+        pass
+
+
+def test_a_dry_run_and_a_budget_that_cannot_be_met_leave_nothing_behind(pico, text, tmp_path):
+    wanted = config(text, budget={"weights": "50%"})
+    with open_job(pico("llama"), tmp_path / "out", wanted, dry=True) as job:
+        assert plan(job)["choices"] > 0
+    with pytest.raises(Infeasible):
+        run(pico("llama"), tmp_path / "out", config(text, budget={"weights": "2%"}))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sweep": ("wait=30%",)}, "--sweep 'wait=30%': write BOUND=VALUE with one of memory, weights"),
+        ({"sweep": ("weights",)}, "write BOUND=VALUE"),
+        ({"sweep": ("weights=lots",)}, "'lots' is not a size"),
+        ({"budget": {"tpot": "soon"}}, "'soon' is not a time"),
+        ({"budget": {"throughput": "5km/h"}}, "is not a rate"),
+        ({"axes": ("bits", "Bits")}, "there is no variants called 'Bits'; there are: bits"),
+        ({"search": "luck"}, "there is no search called 'luck'"),
+        ({"machine": "abacus"}, "no machine 'abacus'"),
+        ({"max_pending": "many"}, "'many' is not a size"),
+        ({"max_pending": "50%"}, "a share needs something to be a share of"),
+        ({"max_ram": "some"}, "'some' is not a size"),
+        ({"max_disk": "0"}, "is no room to work in"),
+        ({"workload": {"prompt": 0}}, "prompt is 0; it must be at least 1"),
+        ({"workload": {"context": 8}}, "context 8 is shorter than prompt"),
+    ],
+)
+def test_every_option_is_understood_before_anything_is_read(changes, said, text, tmp_path):
+    wanted = merged(config(text, budget={"weights": "50%"}), changes)
+    with pytest.raises(ValueError, match=re.escape(said)) as err:
+        open_job(tmp_path / "no model here", tmp_path / "out", wanted)
+    assert "\n" not in str(err.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"metric": "luck"}, "metric: Input should be 'kl', 'lm', 'cosine' or 'nmse'; found 'luck'"),
+        ({"prices": "low"}, "prices: Input should be 'computed' or 'measured'"),
+        ({"data": {"score_rows": 0}}, "data.score_rows: Input should be greater than or equal to 1; found 0"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+    ],
+)
+def test_what_cannot_be_a_config_is_told_in_one_line(changes, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as err:
+        merged(FitConfig(), changes)
+    assert "\n" not in str(err.value)
+
+
+def test_axes_are_trimmed_and_named_once():
+    assert merged(FitConfig(), asked(axes=" bits, ffn_width,bits")).axes == ("bits", "ffn_width")
+
+
+@pytest.mark.parametrize("out", ["model", "link", "parent", "run"])
+def test_an_output_that_would_replace_an_input_is_refused(out, pico, text, tmp_path):
+    model = shutil.copytree(pico("llama"), tmp_path / "models" / "model")
+    (model / "penny.json").write_text("{}")
+    (tmp_path / "models" / "penny.json").write_text("{}")
+    (tmp_path / "link").symlink_to(model)
+    places = {"model": model, "link": tmp_path / "link", "parent": tmp_path / "models", "run": tmp_path / "new"}
+    with pytest.raises(ValueError, match="would replace"):
+        open_job(model, places[out], config(text, budget={"weights": "50%"}), run=tmp_path / "new" / "run")
+    assert (model / "model.safetensors").exists()
+
+
+def test_a_disk_that_fills_up_in_any_stage_stops_it_to_go_on_to_the_same_bytes(finished, tmp_path, monkeypatch):
+    """Every way to write fails from the moment a stage has begun, as it fails in each library's own words."""
+    model, out, wanted, _ = finished
+    only("qwen3", model)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+
+    def full_rust(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def full_tree(*_, **__):
+        raise shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
+
+    for stage in ("stats", "score parent", "score", "build", "heal blocks", "write child", "pack", "report"):
+        with monkeypatch.context() as patched:
+
+            def fill(patched=patched):
+                patched.setattr("pennyweight.runs.store.write_atomic", full)
+                patched.setattr("pennyweight.runs.scratch.save_file", full_rust)
+                patched.setattr("pennyweight.judge.score._KEEP_EVERY_S", 0.0)
+                patched.setattr("safetensors.torch.save_file", full_rust)
+                patched.setattr(shutil, "copytree", full_tree)
+
+            with pytest.raises(OSError) as err:
+                run(model, tmp_path / "out", wanted, listen=At(stage, fill))
+        assert err.value.errno == errno.ENOSPC
+        assert not (tmp_path / "out").exists()
+    run(model, tmp_path / "out", wanted)
+    assert digests(tmp_path / "out") == digests(out)
+
+
+def peak(model, out, wanted) -> tuple[int, dict]:
+    """The most that the run folder held whenever something was told, and what was told beforehand."""
+    sizes = [0]
+
+    class Watching(Silent):
+        def advance(self, done, **figures):
+            sizes.append(space.used_bytes(run_folder(out)))
+
+    report = run(model, out, wanted, Watching())
+    return max(sizes), report["plan"]
+
+
+def test_what_the_run_folder_takes_is_told_beforehand_and_bounded(pico, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("pennyweight.job.plan._SMALL", 2**19)
+    model, heal = pico("llama"), {"whole_tokens": 512, "local_tokens": 0}
+    wanted = config(text, budget={"weights": "25%"}, axes=("bits", "ffn_width"), heal=heal, max_pending="100kB")
+    most, told = peak(model, tmp_path / "a", wanted)
+    assert most <= told["disk_bytes"] <= 3 * most
+    bounded = merged(wanted, {"max_disk": str(told["disk_bytes"] - 1)})
+    less, told_less = peak(model, tmp_path / "b", bounded)
+    assert less <= told_less["disk_bytes"] < told["disk_bytes"]
+    assert space.used_bytes(run_folder(tmp_path / "b")) < space.used_bytes(run_folder(tmp_path / "a"))
+    names = ("config.json", "model.safetensors")
+    assert [digests(tmp_path / "a")[name] for name in names] == [digests(tmp_path / "b")[name] for name in names]
+    with pytest.raises(ValueError, match="--max-disk 1kB is too little: the run folder needs up to"):
+        run(model, tmp_path / "c", merged(wanted, {"max_disk": "1kB"}))
+    assert not run_folder(tmp_path / "c").exists()
+
+
+def test_moments_that_only_codes_need_are_not_kept(pico, text, tmp_path):
+    """Those of an FFN's inner activation are most of what statistics take."""
+    wanted = config(text, budget={"weights": "40%"}, axes=("bits",))
+    with open_job(pico("llama"), tmp_path / "out", wanted) as job:
+        gather_stats(job)
+        kept = job.store.tensors("stats/0")
+        assert all(tensor.ndim == 1 for name, tensor in kept.items() if name.endswith("_moment"))
+        score_choices(job)
+    with open_job(pico("llama"), tmp_path / "out", merged(wanted, {"axes": ("bits", "kv_heads", "ffn_width")})) as job:
+        gather_stats(job)
+        whole = {name for name, tensor in job.store.tensors("stats/0").items() if tensor.ndim == 2}
+        assert whole == {"mixer.input_moment", "mixer.inner_moment", "ffn.input_moment"}
+
+
+def test_codes_of_a_matrix_are_found_once(pico, text, tmp_path, monkeypatch):
+    """Not for every chunk, not by every axis, not when a stopped run goes on, not when the child is measured."""
+    found: list[tuple] = []
+    quantize = gptq.quantize
+
+    def counted(weight, prepared, spec):
+        found.append((hashlib.sha256(weight.float().numpy().tobytes()).hexdigest(), str(spec)))
+        return quantize(weight, prepared, spec)
+
+    monkeypatch.setattr(gptq, "quantize", counted)
+    axes = ("window", "bits", "mixed_bits")
+    wanted = config(text, budget={"weights": "35%"}, axes=axes, heal={"whole_tokens": 0, "local_tokens": 0})
+    wanted = merged(wanted, {"data": {"score_rows": 6}})  # three chunks
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pico("llama"), tmp_path / "out", wanted, At("measure child", interrupt))
+    groups = 2  # of 64 and 32 columns
+    # Each of 7 matrices in 4 bits and two groups; and in 8 bits where mixed_bits wants GPTQ to find those.
+    assert len(found) == len(set(found)) == 3 * (7 * groups + 7)
+    found.clear()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pico("llama"), tmp_path / "out", wanted, At("pack", interrupt))
+    assert not found
+
+
+def test_packing_takes_the_codes_of_the_embedding_that_scoring_found(pico, text, tmp_path, monkeypatch):
+    wanted = config(text, budget={"weights": "35%"}, axes=("bits",), heal={"whole_tokens": 0, "local_tokens": 0})
+    made: list[str] = []
+    of = scratch.Remembered.of
+
+    def heard(self, source, how, make):
+        return of(self, source, how, lambda: made.append(how) or make())
+
+    monkeypatch.setattr(scratch.Remembered, "of", heard)
+
+    report = run(pico("llama"), tmp_path / "out", wanted, At("pack", lambda: made.append("pack")))
+    layout = report["chosen"]["solutions"][0]["layout"]
+    assert layout["embed"]["bits"]["bits"] == 4 and made.count("pack") == 1
+    assert made[-1] == "pack", "nothing was found again"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_share_is_of_the_parent_s_16_bits_and_the_child_says_what_it_is_stored_in(dtype, pico, text, tmp_path):
+    model = shutil.copytree(pico("llama"), tmp_path / "model")
+    parent = load_model(model, dtype=getattr(torch, dtype))
+    parent.save_pretrained(model)
+    wanted = config(text, budget={"weights": "60%"}, axes=("bits",))
+    report = run(model, tmp_path / "out", wanted)
+    whole = Checkpoint(pico("llama")).weight_bytes
+    assert report["plan"]["parent_bytes"] == report["parent"]["bytes"] == whole
+    assert safetensors_bytes(tmp_path / "out") <= 0.6 * whole
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {said[key] for key in ("dtype", "torch_dtype") if key in said} == {"bfloat16"}
+    made = planning.plan(
+        json.loads((model / "config.json").read_text()),
+        Workload(prompt=32, new=16),
+        Machine.load("m2-max"),
+        wanted.budget.resolve(parent_bytes=whole),
+        wanted.axes,
+    )
+    assert made.verdict.startswith("fits after shrinking: bits alone leaves")
 
 
 def test_an_impossible_budget_is_refused_before_any_work(pico, text, tmp_path):
     class Nothing(Silent):
         def begin(self, stage, **kwargs):
-            assert stage == "read inputs", f"{stage} began"
+            assert stage in ("read inputs", "plan"), f"{stage} began"
 
     with pytest.raises(Infeasible) as caught:
         run(pico("llama"), tmp_path / "out", config(text, budget={"weights": "2%"}), listen=Nothing())

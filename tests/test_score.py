@@ -34,13 +34,15 @@ class Scored:
     """A pico model, its statistics, and the scores of every single choice."""
 
     def __init__(self, folder, work, dtype=torch.float32, max_pending=2**30) -> None:
-        self.folder = folder
+        self.folder, self.work, self.dtype = folder, work, dtype
         self.walk = Walk(Checkpoint(folder), dtype=dtype)
         wanted = {slot: variants.wanted(shape, variants.order()) for slot, shape in self.walk.shapes.items()}
-        stats.calibrate_chunk(folder, ids()[:, :-1], wanted, work, 0, dtype)
+        stats.embed(folder, {0: ids()[:, :-1]}, work, dtype)
         self.files = {}
         for layer in range(self.walk.layers):
-            self.files[layer] = stats.partial_path(work, 0, layer)
+            here = {slot: names for slot, names in wanted.items() if slot.layer == layer}
+            stats.calibrate(folder, layer, [0], here, work, dtype)
+            self.files[layer] = stats.sums_path(work, 0, layer)
         axes = kinds.names("variants")
         self.choices = {}
         for slot, shape in self.walk.shapes.items():
@@ -52,7 +54,11 @@ class Scored:
         self.groups = score.groups(self.choices, hidden_bytes, max_pending)
         self.out: dict = {}
         for group in self.groups:
-            self.out |= score.score_chunk(folder, ids(), scored(), work, 0, group, self.files, dtype)
+            self.out |= self.score(group)
+
+    def score(self, group: score.Group) -> dict:
+        codes = self.work / "codes"
+        return score.score_chunk(self.folder, ids(), scored(), self.work, 0, group, self.files, codes, self.dtype)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -88,7 +94,7 @@ def test_cached_states_give_what_a_full_forward_gives(run):
         hidden = embedding.root(torch.from_numpy(ids()[:, :-1]))
         for layer in walk.each():
             if slot.layer == layer.index:
-                tensors = score._load(run.files[layer.index])
+                tensors = stats.read(run.files[layer.index])
                 apply(layer.parts[slot], choice, of_slot(tensors, slot.kind))
             hidden = layer.run(hidden)
         final = walk.norm()(hidden)

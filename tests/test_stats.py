@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from pennyweight.disk.checkpoint import Checkpoint, read_entry, read_header
+from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.judge import stats
 from pennyweight.live import magnitudes
-from pennyweight.live.walk import Walk
+from pennyweight.live.walk import Layer, Walk
 from pennyweight.model.slots import Slot
+from pennyweight.runs import scratch
 from pennyweight.variants import linear
 from tests.conftest import FAMILIES
 
@@ -31,12 +32,17 @@ def everything(folder) -> stats.Wanted:
     return {slot: attention if slot.kind == "mixer" else stats.NAMES for slot in walk.shapes if slot.layer is not None}
 
 
+def calibrate(folder, tmp_path, parts, wanted, dtype=torch.float32):
+    """All parts of the rows through all three layers."""
+    stats.embed(folder, dict(enumerate(parts)), tmp_path, dtype)
+    for layer in range(3):
+        here = {slot: names for slot, names in wanted.items() if slot.layer == layer}
+        stats.calibrate(folder, layer, range(len(parts)), here, tmp_path, dtype)
+
+
 def gather(folder, tmp_path, chunks):
-    tokens = sum(
-        stats.calibrate_chunk(folder, part, everything(folder), tmp_path, i, torch.float32)
-        for i, part in enumerate(np.array_split(ids(), chunks))
-    )
-    return [stats.merge(tmp_path, chunks, layer, tokens) for layer in range(3)]
+    calibrate(folder, tmp_path, np.array_split(ids(), chunks), everything(folder))
+    return [stats.merge(tmp_path, chunks, layer, ids().size) for layer in range(3)]
 
 
 @torch.no_grad()
@@ -86,8 +92,9 @@ def test_chunks_do_not_change_the_means(folder, tmp_path):
 
 
 def test_only_what_is_wanted_is_gathered(folder, tmp_path):
-    stats.calibrate_chunk(folder, ids(2), {Slot("ffn", 0): ("activation_mean_abs",)}, tmp_path, 0, torch.float32)
-    assert set(read_header(stats.partial_path(tmp_path, 0, 0))) == {"ffn.activation_mean_abs"}
+    calibrate(folder, tmp_path, [ids(2)], {Slot("ffn", 0): ("activation_mean_abs",)})
+    assert set(scratch.needed(stats.sums_path(tmp_path, 0, 0))) == {"ffn.activation_mean_abs"}
+    assert scratch.kept(stats.sums_path(tmp_path, 0, 1)) is None
 
 
 def test_a_block_of_one_matrix_has_no_inner_activation(folder):
@@ -99,21 +106,22 @@ def test_a_block_of_one_matrix_has_no_inner_activation(folder):
     assert set(found.sums) == {"mixer.input_moment"}
 
 
-def test_a_stopped_chunk_goes_on_to_the_same_result(folder, tmp_path):
-    def content(layer):
-        entries = read_header(stats.partial_path(tmp_path, 0, layer))
-        return {name: read_entry(name, entry) for name, entry in entries.items()}
-
-    stats.calibrate_chunk(folder, ids(2), everything(folder), tmp_path, 0, torch.float32)
-    before = content(2)
-    stats.partial_path(tmp_path, 0, 2).unlink()
-    stats.calibrate_chunk(folder, ids(2), everything(folder), tmp_path, 0, torch.float32)
-    after = content(2)
-    assert all(torch.equal(after[name], before[name]) for name in before)
+@pytest.mark.parametrize("damaged", ["sums", "states"])
+def test_what_is_gone_or_damaged_is_made_again_and_nothing_else(damaged, folder, tmp_path, monkeypatch):
+    path = stats.sums_path(tmp_path, 1, 2) if damaged == "sums" else stats.hidden_path(tmp_path, 1, 3)
+    parts = np.array_split(ids(4), 2)
+    calibrate(folder, tmp_path, parts, everything(folder))
+    before = path.read_bytes()
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    ran, run = [], Layer.run
+    monkeypatch.setattr(Layer, "run", lambda self, *args, **more: ran.append(self.index) or run(self, *args, **more))
+    calibrate(folder, tmp_path, parts, everything(folder))
+    assert ran == [2]
+    assert path.read_bytes() == before
 
 
 def test_bfloat16_arithmetic_still_sums_in_float32(folder, tmp_path):
-    stats.calibrate_chunk(folder, ids(), everything(folder), tmp_path, 0, torch.bfloat16)
+    calibrate(folder, tmp_path, [ids()], everything(folder), torch.bfloat16)
     for name, moment in stats.merge(tmp_path, 1, 0, ids().size).items():
         assert moment.dtype == torch.float32
         if name.endswith(("input_moment", "inner_moment")):

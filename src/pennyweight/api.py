@@ -63,20 +63,25 @@ def fit(
     its budget is replaced by `budget`. A stopped call goes on where it was when made again.
 
     Raises ValueError or FileNotFoundError for wrong input, search.Infeasible if the budget cannot be met,
-    verify.VerificationFailed if the result is not what was promised.
+    runs.lock.Held if another process works on the run folder, OSError (ENOSPC) if the disk is full, after which the
+    same call goes on, checks.VerificationFailed if the result is not what was promised.
     """
     from pennyweight.job.job import open_job
     from pennyweight.job.run import run_job
+    from pennyweight.runs.lock import Lock
 
     out = Path(out)
     folder = Path(run) if run is not None else out.with_name(out.name + ".run")
+    wanted = (config or FitConfig()).model_copy(update={"budget": budget})
+    wanted.check()
+    lock = None
     if not isinstance(model, str | Path):
         if tokenizer is None:
             raise ValueError("a live model needs its tokenizer: fit(model, budget, tokenizer=...)")
+        lock = Lock(folder)
         model = _written(model, tokenizer, folder / "parent")
-    wanted = (config or FitConfig()).model_copy(update={"budget": budget})
-    job = open_job(Path(model), out, wanted, run=folder, listen=listen)
-    report = run_job(job)
+    with open_job(Path(model), out, wanted, run=folder, listen=listen, lock=lock) as job:
+        report = run_job(job)
     found, own_tokenizer = load(out)
     return Result(found, own_tokenizer, report, out)
 

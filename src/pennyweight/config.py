@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pennyweight import kinds, units, variants
+from pennyweight.disk import reading
 from pennyweight.model.demand import Budget, Workload
+from pennyweight.prices.machine import Machine
 
 
 class _Strict(BaseModel):
@@ -26,7 +27,8 @@ class BudgetConfig(_Strict):
     throughput: str | None = None
 
     def resolve(self, *, parent_bytes: int) -> Budget:
-        """Raises ValueError for text that is no size, time or rate."""
+        """`parent_bytes`: of the parent's weights in 16 bits. Raises ValueError for text that is no size, time or
+        rate."""
         return Budget(
             memory_bytes=None if self.memory is None else units.parse_bytes(self.memory),
             weight_bytes=None if self.weights is None else units.parse_bytes(self.weights, whole=parent_bytes),
@@ -34,6 +36,13 @@ class BudgetConfig(_Strict):
             tpot_seconds=None if self.tpot is None else units.parse_seconds(self.tpot),
             tokens_per_second=None if self.throughput is None else units.parse_rate(self.throughput),
         )
+
+    def swept(self, bound: str) -> BudgetConfig:
+        """With one bound another: "weights=30%". Raises ValueError for anything that is no bound of a budget."""
+        name, equals, text = (part.strip() for part in bound.partition("="))
+        if not equals or not text or name not in type(self).model_fields:
+            raise ValueError(f"--sweep {bound!r}: write BOUND=VALUE with one of {', '.join(type(self).model_fields)}")
+        return self.model_copy(update={name: text})
 
 
 class WorkloadConfig(_Strict):
@@ -77,8 +86,9 @@ class HealConfig(_Strict):
 class FitConfig(_Strict):
     """Everything that decides the result of a fit, except the model and its text.
 
-    max_pending bounds the hidden states held while scoring; max_ram (a size, or a share of this machine's memory) says
-    whether whole models may be loaded for healing and checking, or must be walked layer by layer.
+    `seed` deals out the rows of text; `search_seed` (None: the same) is that of searches which draw. max_pending bounds
+    the hidden states held while scoring; max_ram (a size, or a share of this machine's memory) says whether whole
+    models may be loaded for healing and checking, or must be walked layer by layer; max_disk bounds the run folder.
     """
 
     budget: BudgetConfig = BudgetConfig()
@@ -88,6 +98,7 @@ class FitConfig(_Strict):
     axes: tuple[str, ...] = Field(default_factory=variants.default)
     metric: Literal["kl", "lm", "cosine", "nmse"] = "kl"
     search: str = "mip"
+    search_seed: int | None = Field(default=None, ge=0)
     solutions: int = Field(default=1, ge=1)
     min_different: int = Field(default=1, ge=1)
     sweep: tuple[str, ...] = ()
@@ -96,27 +107,75 @@ class FitConfig(_Strict):
     compute: Literal["auto", "bfloat16", "float32"] = "auto"
     max_pending: str = "1GiB"
     max_ram: str = "50%"
-    seed: int = 0
+    max_disk: str | None = None
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("axes")
+    @classmethod
+    def _in_order(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Once each, without the spaces that a list on a command line may have."""
+        return tuple(dict.fromkeys(name.strip() for name in names))
+
+    @property
+    def drawn_by(self) -> int:
+        """The seed of searches."""
+        return self.seed if self.search_seed is None else self.search_seed
 
     def check(self) -> None:
-        """Raises ValueError for an axis or search that does not exist."""
+        """Look at everything that can be wrong before a model is read. Raises ValueError, naming what there is, for
+        what does not exist or cannot be understood."""
         for axis in self.axes:
             kinds.load("variants", axis)
         kinds.load("search", self.search)
-        if self.machine != "this" and self.prices == "measured":
-            raise ValueError(f"prices of {self.machine} cannot be measured here; use --prices computed")
+        self.workload.resolve()
+        share_of = 2**40  # of what is not known before the model is read
+        for budget in (self.budget, *(self.budget.swept(bound) for bound in self.sweep)):
+            budget.resolve(parent_bytes=share_of)
+        for size, whole in ((self.max_pending, None), (self.max_ram, share_of), (self.max_disk, None)):
+            if size is not None and units.parse_bytes(size, whole=whole) < 1:
+                raise ValueError(f"{size!r} is no room to work in; give at least a byte")
+        if self.machine != "this":
+            Machine.load(self.machine)
+            if self.prices == "measured":
+                raise ValueError(f"prices of {self.machine} cannot be measured here; use --prices computed")
+
+
+def asked(
+    *,
+    memory: str | None = None,
+    weights: str | None = None,
+    ttft: str | None = None,
+    tpot: str | None = None,
+    throughput: str | None = None,
+    prompt: str | None = None,
+    new: str | None = None,
+    concurrency: int | None = None,
+    context: str | None = None,
+    axes: str | None = None,
+    machine: str | None = None,
+) -> dict[str, Any]:
+    """What `penny plan` and `penny fit` are both asked on the command line, as changes for `merged`. Raises ValueError
+    for text that is no number of tokens."""
+
+    def count(text: str | None) -> int | None:
+        return None if text is None else units.parse_count(text)
+
+    return {
+        "budget": {"memory": memory, "weights": weights, "ttft": ttft, "tpot": tpot, "throughput": throughput},
+        "workload": {"prompt": count(prompt), "new": count(new), "concurrency": concurrency, "context": count(context)},
+        "axes": None if axes is None else tuple(axes.split(",")),
+        "machine": machine,
+    }
 
 
 def read(path: Path) -> FitConfig:
-    """Raises ValueError that names the file and every wrong key."""
-    try:
-        return FitConfig(**(yaml.safe_load(path.read_text()) or {}))
-    except (yaml.YAMLError, ValidationError, TypeError) as err:
-        raise ValueError(f"{path}: {err}") from err
+    """Raises FileNotFoundError, or ValueError that names the file and the first wrong key."""
+    return reading.yaml_file(path, FitConfig)
 
 
 def merged(base: FitConfig, changes: dict[str, Any]) -> FitConfig:
-    """`base` with the given keys replaced; nested sections are given as dicts. None values change nothing."""
+    """`base` with the given keys replaced; nested sections are given as dicts. None values change nothing. Raises
+    ValueError in one line for what does not fit."""
     data = base.model_dump()
     for key, value in changes.items():
         if isinstance(value, dict):
@@ -126,4 +185,4 @@ def merged(base: FitConfig, changes: dict[str, Any]) -> FitConfig:
     try:
         return FitConfig(**data)
     except ValidationError as err:
-        raise ValueError(str(err)) from err
+        raise ValueError(reading.first_error(err)) from err

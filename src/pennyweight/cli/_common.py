@@ -51,6 +51,8 @@ def errors(*, resumes: bool = False) -> Iterator[None]:
 
     try:
         yield
+    except typer.Exit:  # a RuntimeError, and decided already
+        raise
     except Infeasible as err:
         say(f"infeasible budget: {err}")
         raise typer.Exit(3) from err

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pennyweight import variants
-from pennyweight.cli._common import DEFAULT_AXES, Json, Model, app, errors, own_stdout, quiet_libraries
+from pennyweight.cli._common import DEFAULT_AXES, Json, Model, app, errors, own_stdout, quiet_libraries, say
 
 if TYPE_CHECKING:
     from pennyweight.config import FitConfig
@@ -22,7 +24,8 @@ def fit(
     out: Annotated[Path, typer.Option(help="Folder of the result.")],
     memory: Annotated[str | None, typer.Option(help="Weights + KV cache + work space, e.g. 3GiB.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Bytes of the weight files, e.g. 700MB, or a share of the parent: 22%.")
+        str | None,
+        typer.Option(help="Bytes of the weight files: 700MB, or a share of the parent's in 16 bits: 22%."),
     ] = None,
     ttft: Annotated[str | None, typer.Option(help="Time to first token, e.g. 800ms.")] = None,
     tpot: Annotated[str | None, typer.Option(help="Time per output token, e.g. 40ms.")] = None,
@@ -42,6 +45,7 @@ def fit(
     held_out_rows: Annotated[int | None, typer.Option(min=1)] = None,
     metric: Annotated[str | None, typer.Option(help="kl, lm, cosine or nmse.")] = None,
     search: Annotated[str | None, typer.Option(help="mip, greedy, uniform, random or evolve.")] = None,
+    search_seed: Annotated[int | None, typer.Option(min=0, help="Of searches that draw; default: --seed.")] = None,
     solutions: Annotated[int | None, typer.Option(min=1, help="How many different solutions to list.")] = None,
     min_different: Annotated[int | None, typer.Option(min=1, help="Slots in which solutions must differ.")] = None,
     sweep: Annotated[
@@ -56,33 +60,36 @@ def fit(
     machine: Annotated[str | None, typer.Option(help='"this", a shipped machine or a JSON file.')] = None,
     prices: Annotated[str | None, typer.Option(help="computed or measured.")] = None,
     max_ram: Annotated[str | None, typer.Option(help="Memory the job may plan with, e.g. 8GiB or 50%.")] = None,
+    max_disk: Annotated[str | None, typer.Option(help="Most that the run folder may take, e.g. 5GiB.")] = None,
     engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
     config: Annotated[Path | None, typer.Option(help="YAML file with the same keys; flags win.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; default <out>.run.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan only.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Deals out the rows of text.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan only; leaves nothing behind.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the effective config and stop.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make the model that fits a budget best, and check it."""
     with errors(resumes=True):
-        from pennyweight.config import FitConfig, merged, read
-        from pennyweight.units import parse_count
-
-        def count(value: str | None) -> int | None:
-            return None if value is None else parse_count(value)
+        from pennyweight.config import FitConfig, asked, merged, read
 
         base = read(config) if config is not None else FitConfig()
         effective = merged(
             base,
             {
-                "budget": {"memory": memory, "weights": weights, "ttft": ttft, "tpot": tpot, "throughput": throughput},
-                "workload": {
-                    "prompt": count(prompt),
-                    "new": count(new),
-                    "concurrency": concurrency,
-                    "context": count(context),
-                },
+                **asked(
+                    memory=memory,
+                    weights=weights,
+                    ttft=ttft,
+                    tpot=tpot,
+                    throughput=throughput,
+                    prompt=prompt,
+                    new=new,
+                    concurrency=concurrency,
+                    context=context,
+                    axes=axes,
+                    machine=machine,
+                ),
                 "data": {
                     "text": text,
                     "context": context_tokens,
@@ -91,18 +98,19 @@ def fit(
                     "held_out_rows": held_out_rows,
                 },
                 "heal": {"whole_tokens": heal_tokens, "local_tokens": local_tokens},
-                "axes": None if axes is None else tuple(axes.split(",")),
                 "metric": metric,
                 "search": search,
+                "search_seed": search_seed,
                 "solutions": solutions,
                 "min_different": min_different,
                 "sweep": None if sweep is None else tuple(sweep),
-                "machine": machine,
                 "prices": prices,
                 "max_ram": max_ram,
+                "max_disk": max_disk,
                 "seed": seed,
             },
         )
+        effective.check()
         if print_config:
             import yaml
 
@@ -121,11 +129,16 @@ def _fit(
     from pennyweight.report import summary
     from pennyweight.runs import allocator
     from pennyweight.runs.progress import Terminal
+    from pennyweight.runs.space import full_disk_is_one_error
 
     if not any(config.budget.model_dump().values()):
         raise ValueError("a budget is needed: at least one of --memory, --weights, --ttft, --tpot, --throughput")
-    with Terminal() as listen:
-        job = open_job(model, out, config, run=run, where=engine, listen=listen)  # type: ignore[arg-type]
+    with (
+        _one_at_a_time(),
+        Terminal() as listen,
+        full_disk_is_one_error(),
+        open_job(model, out, config, run=run, where=engine, listen=listen, dry=dry_run) as job,
+    ):
         if job.fits_whole:  # otherwise memory is what is short, not time
             allocator.keep_freed_memory()
         with own_stdout():
@@ -138,6 +151,18 @@ def _fit(
     else:
         print(summary.render(made))
     print(out)
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """A second start of a job leaves in one line, and can be made again later."""
+    from pennyweight.runs.lock import Held
+
+    try:
+        yield
+    except Held as err:
+        say(str(err))
+        raise typer.Exit(75) from err
 
 
 @app.command()
@@ -168,19 +193,16 @@ def train(
 ) -> None:
     """Train a small reference model from a recipe; goes on where it stopped."""
     with errors(resumes=True):
-        import yaml
-        from pydantic import ValidationError
-
+        from pennyweight.disk import reading
         from pennyweight.runs import allocator
+        from pennyweight.runs.lock import Lock
         from pennyweight.runs.progress import Terminal
+        from pennyweight.runs.space import full_disk_is_one_error
         from pennyweight.train import Recipe
         from pennyweight.train import train as run
 
         allocator.keep_freed_memory()
-        try:
-            wanted = Recipe(**yaml.safe_load(recipe.read_text()))
-        except (yaml.YAMLError, ValidationError, TypeError) as err:
-            raise ValueError(f"{recipe}: {err}") from err
-        with Terminal() as listen:
+        wanted = reading.yaml_file(recipe, Recipe)
+        with _one_at_a_time(), Lock(out), Terminal() as listen, full_disk_is_one_error():
             made = run(wanted, books=books, out=out, listen=listen)
         print(made)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pennyweight.cli._common import DEFAULT_AXES, Json, app, errors, own_stdout, quiet_libraries
+
+if TYPE_CHECKING:
+    from pennyweight.prices.machine import Machine
 
 
 @app.command()
@@ -16,39 +19,53 @@ def plan(
     model: Annotated[Path, typer.Argument(help="A model folder or a config.json; weights are not read.")],
     against: Annotated[Path | None, typer.Option(help="A parent to compare with: folder or config.json.")] = None,
     memory: str | None = None,
-    weights: str | None = None,
+    weights: Annotated[str | None, typer.Option(help="Bytes, or a share of the model's in 16 bits: 22%.")] = None,
     ttft: str | None = None,
     tpot: str | None = None,
     throughput: str | None = None,
-    prompt: str = "256",
-    new: str = "128",
-    concurrency: Annotated[int, typer.Option(min=1)] = 1,
-    context: str = "0",
-    machine: Annotated[str, typer.Option(help="A shipped machine (penny machine --list) or a JSON file.")] = "h100",
-    axes: str = DEFAULT_AXES,
+    prompt: str | None = None,
+    new: str | None = None,
+    concurrency: Annotated[int | None, typer.Option(min=1)] = None,
+    context: str | None = None,
+    machine: Annotated[
+        str, typer.Option(help='A shipped machine (penny machine --list), a JSON file, or "this" one, measured.')
+    ] = "h100",
+    axes: Annotated[str | None, typer.Option(help=f"Comma-separated; by default {DEFAULT_AXES}.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a model needs and what would fit, from its config alone."""
     with errors():
         from pennyweight import families
-        from pennyweight.config import BudgetConfig
+        from pennyweight.config import FitConfig, asked, merged
         from pennyweight.disk.checkpoint import read_config
-        from pennyweight.model.demand import Workload
         from pennyweight.model.shapes import parameters
         from pennyweight.prices import planning
         from pennyweight.prices.machine import Machine
-        from pennyweight.units import parse_count, show_bytes, show_seconds
+        from pennyweight.units import show_bytes, show_seconds
 
-        config = read_config(model)
-        shapes = families.shapes(config)
-        load = Workload(
-            prompt=parse_count(prompt), new=parse_count(new), concurrency=concurrency, context=parse_count(context)
+        wanted = merged(
+            FitConfig(),
+            asked(
+                memory=memory,
+                weights=weights,
+                ttft=ttft,
+                tpot=tpot,
+                throughput=throughput,
+                prompt=prompt,
+                new=new,
+                concurrency=concurrency,
+                context=context,
+                axes=axes,
+                machine=machine,
+            ),
         )
-        budget = BudgetConfig(memory=memory, weights=weights, ttft=ttft, tpot=tpot, throughput=throughput)
-        device = Machine.load(machine)
-        bounds = budget.resolve(parent_bytes=planning.stored_bytes(shapes, 16))
+        wanted.check()
+        config, load = read_config(model), wanted.workload.resolve()
+        shapes = families.shapes(config)
+        device = _this_machine() if machine == "this" else Machine.load(machine)
+        bounds = wanted.budget.resolve(parent_bytes=planning.stored_bytes(shapes, 16))
         with own_stdout():
-            found = planning.plan(config, load, device, bounds, axes.split(","))
+            found = planning.plan(config, load, device, bounds, wanted.axes, scored_tokens=wanted.data.context)
         result = found.to_json()
         if against is not None:
             parent = families.shapes(read_config(against))
@@ -67,6 +84,8 @@ def plan(
             + "   ".join(f"{bits} bits {show_bytes(count)}" for bits, count in found.weight_bytes.items())
         )
         print(f"smallest     {show_bytes(found.smallest_bytes)} with every axis at its cheapest")
+        if found.longest is not None and load.context > found.longest:
+            print(f"context      {load.context} tokens are asked for, the model takes up to {found.longest}")
         for tokens, count in found.kv_bytes.items():
             line = f"KV cache     {tokens:>7} tokens  {count / 2**20:10.1f} MiB"
             if against is not None:
@@ -85,58 +104,63 @@ def plan(
         print(f"verdict      {found.verdict}")
 
 
+def _this_machine() -> Machine:
+    from pennyweight.prices import measure
+    from pennyweight.runs.progress import Terminal
+
+    with Terminal() as listen:
+        return measure.machine(listen=listen)
+
+
 @app.command()
 def machine(
     model: Annotated[Path | None, typer.Argument(help="Also time the blocks this model could be made of.")] = None,
-    axes: Annotated[str, typer.Option(help="Comma-separated axes.")] = DEFAULT_AXES,
-    prompt: str = "256",
-    new: str = "128",
-    concurrency: Annotated[int, typer.Option(min=1)] = 1,
-    context: Annotated[str, typer.Option(help="Tokens of KV cache per sequence; 0: prompt + new.")] = "0",
+    axes: Annotated[str | None, typer.Option(help=f"Comma-separated; by default {DEFAULT_AXES}.")] = None,
+    prompt: str | None = None,
+    new: str | None = None,
+    concurrency: Annotated[int | None, typer.Option(min=1)] = None,
+    context: Annotated[str | None, typer.Option(help="Tokens of KV cache per sequence; 0: prompt + new.")] = None,
     context_tokens: Annotated[int, typer.Option(min=1, help="Tokens per row of calibration text.")] = 512,
-    again: Annotated[bool, typer.Option("--again", help="Forget earlier measurements.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure this machine, or the model's blocks, anew.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Name the shipped machine descriptions.")] = False,
     save: Annotated[Path | None, typer.Option(help="Write the description to a JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure this computer once: bandwidth, arithmetic, and the time of a model's possible blocks."""
     with errors(resumes=model is not None and not again):  # every block is remembered as soon as it is measured
+        from pennyweight.config import FitConfig, asked, merged
         from pennyweight.prices.machine import Machine
 
         if listed:
             for name in Machine.shipped():
                 print(name)
             return
+        wanted = merged(FitConfig(), asked(prompt=prompt, new=new, concurrency=concurrency, context=context, axes=axes))
+        wanted.check()
         import dataclasses
 
         from pennyweight.prices import measure
         from pennyweight.runs.progress import Terminal
+        from pennyweight.runs.space import full_disk_is_one_error
 
-        with Terminal() as listen:
+        with Terminal() as listen, full_disk_is_one_error():
             found = measure.machine(again=again, listen=listen)
-        result: dict[str, Any] = dataclasses.asdict(found)
+        result: dict[str, Any] = dataclasses.asdict(found)  # type: ignore[arg-type]
         if save is not None:
             save.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if model is not None:
             from pennyweight import families
             from pennyweight.disk.checkpoint import read_config
-            from pennyweight.model.demand import Workload
             from pennyweight.prices import offers
-            from pennyweight.runs.progress import Terminal
-            from pennyweight.units import parse_count
 
             quiet_libraries()
             config = read_config(model)
-            shapes = families.shapes(config)
-            load = Workload(
-                prompt=parse_count(prompt), new=parse_count(new), concurrency=concurrency, context=parse_count(context)
-            )
+            shapes, load = families.shapes(config), wanted.workload.resolve()
             cache = measure.cache_folder() / "latencies.json"
-            if again:
-                cache.unlink(missing_ok=True)
-            wanted = offers.all_shapes(shapes, axes.split(","), scored_tokens=context_tokens)
-            with Terminal() as listen:
-                times = measure.Models(config, shapes, load, cache=cache).latencies(wanted, listen=listen)
+            every = offers.all_shapes(shapes, wanted.axes, scored_tokens=context_tokens)
+            with Terminal() as listen, full_disk_is_one_error():
+                models = measure.Models(config, shapes, load, cache=cache, again=again)
+                times = models.latencies(every, listen=listen)
             result["blocks"] = [
                 {"shape": str(shape), "prefill_seconds": prefill, "decode_seconds": decode}
                 for shape, (prefill, decode) in times.blocks.items()

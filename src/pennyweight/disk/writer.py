@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,10 +101,15 @@ def _sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write so that `path` holds either its old content or the whole new one, also across kill -9."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write so that `path` holds either its old content or the whole new one, also across kill -9 and whoever else
+    writes it at the same time."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk it would be in its own way
+        raise

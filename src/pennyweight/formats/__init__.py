@@ -199,6 +199,18 @@ def stacked(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.T
     return module.stack(matrices)
 
 
+def joined(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Matrices that are kept by rows in one way, as one: each one's rows below those before."""
+    import torch
+
+    first, rows = matrices[0], sum(int(parts["weight_shape"][0]) for parts in matrices)
+    shape = torch.tensor([rows, *first["weight_shape"].tolist()[1:]], dtype=first["weight_shape"].dtype)
+    return {
+        suffix: shape if suffix == "weight_shape" else torch.cat([parts[suffix] for parts in matrices])
+        for suffix in first
+    }
+
+
 def refuse_damage(name: str, tensor: torch.Tensor) -> None:
     """Raises ValueError for values that are not finite."""
     import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,19 +34,21 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
     with autocast(job.dtype):
         parent = walk.embed(ids[:, :-1])
         parts = walk.embedding()
-        apply(parts, layout.get(embed, PARENT), stats.SlotStats({}))
+        apply(parts, layout.get(embed, PARENT), stats.SlotStats({}, codes=job.found_codes))
         child = parts.root(ids[:, :-1]).float()
         del parts
         for layer in walk.each():
             parent = layer.run(parent, together=4)
-            tensors = job.store.tensors(f"stats/{layer.index}")
+            tensors = _stats(job, layer.index) if any(layout.get(slot) for slot in layer.parts) else {}
             for slot, own in layer.parts.items():
-                apply(own, layout.get(slot, PARENT), stats.of_slot(tensors, slot.kind))
+                of = stats.of_slot(tensors, slot.kind, codes=job.found_codes, owner=slot)
+                apply(own, layout.get(slot, PARENT), of)
             child = layer.run(child, together=4)
             job.listen.advance(layer.index + 1)
             del layer, tensors  # moments and what was prepared from them: what follows needs the room
         last = walk.logits_slot
-        sums = score.compare(walk, parent, [(last, layout.get(last, PARENT), child)], ids[:, 1:], scored)
+        pending = [(last, layout.get(last, PARENT), child)]
+        sums = score.compare(walk, parent, pending, ids[:, 1:], scored, codes=job.found_codes)
     job.listen.end()
     return score.mean(next(iter(sums[str(last)].values())))
 
@@ -64,7 +67,7 @@ def build(job: Job, layout: Mapping[Slot, Choice], folder: Path) -> Path:
     job.listen.begin("build", total=walk.layers, unit="layers")
     for layer in walk.each():
         chosen = {slot: structural(layout.get(slot, PARENT)) for slot in layer.parts}
-        tensors = job.store.tensors(f"stats/{layer.index}") if any(chosen.values()) else {}
+        tensors = _stats(job, layer.index) if any(chosen.values()) else {}
         for slot, choice in chosen.items():
             parts = apply(layer.parts[slot], choice, stats.of_slot(tensors, slot.kind))
             shapes[slot] = parts.shape
@@ -73,15 +76,25 @@ def build(job: Job, layout: Mapping[Slot, Choice], folder: Path) -> Path:
         job.listen.advance(layer.index + 1)
     add(Slot("norm"))
     add(Slot("head"))
-    made = writer.finish(families.config_of(job.checkpoint.config, shapes), like=job.model)
+    made = writer.finish(_in_16_bits(families.config_of(job.checkpoint.config, shapes)), like=job.model)
     job.listen.end()
     return made
+
+
+def _stats(job: Job, layer: int) -> dict[str, torch.Tensor]:
+    return job.store.tensors(f"stats/{layer}")
+
+
+def _in_16_bits(config: dict[str, Any]) -> dict[str, Any]:
+    """Whatever the parent was stored in, the child's weights are bfloat16; whichever of its two names the key has."""
+    said = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    return {**config, **dict.fromkeys(said, "bfloat16")}
 
 
 def heal(job: Job, layout: Mapping[Slot, Choice], built: Path, folder: Path) -> Path:
     """Distil the built child block by block, then whole; returns the folder of the healed child."""
     plan = job.config.heal
-    changed = [slot for slot, choice in layout.items() if structural(choice)]
+    changed = {slot: structural(choice) for slot, choice in layout.items() if structural(choice)}
     ids = torch.from_numpy(job.text.heal.ids[:, :-1])
     if not changed or (plan.local_tokens == 0 and plan.whole_tokens == 0) or not len(ids):
         return built
@@ -93,8 +106,12 @@ def heal(job: Job, layout: Mapping[Slot, Choice], built: Path, folder: Path) -> 
     return current
 
 
-def _heal_local(job: Job, changed: list[Slot], ids: torch.Tensor, built: Path, folder: Path) -> Path:
+def _heal_local(job: Job, changed: Mapping[Slot, Choice], ids: torch.Tensor, built: Path, folder: Path) -> Path:
     plan = job.config.heal
+    how = plan.model_dump(include={"local_tokens", "local_lr", "batch_rows"})
+    for slot, choice in changed.items():  # what another layout had here as well stays
+        results = f"heal/local/{slot}", f"heal/local-loss/{slot}"
+        job.store.made_from(f"heal/local/{slot}", {"choice": choice.to_json(), **how}, *results)
     rows = ids[: JUDGES + -(-plan.local_tokens // ids.shape[1])]
     child = Walk(Checkpoint(built), dtype=job.dtype)
     new = local.heal(

@@ -3,77 +3,214 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import numpy as np
 
 from pennyweight import texts, units, variants
 from pennyweight.job.job import Job
-from pennyweight.judge import score, stats
+from pennyweight.judge import codes, score, stats
+from pennyweight.model.choices import Choice
 from pennyweight.model.slots import Slot
 from pennyweight.prices import offers
-from pennyweight.runs import executor
+from pennyweight.runs import executor, scratch
+
+Choices = Mapping[Slot, Collection[Choice]]
 
 
-def gather_stats(job: Job) -> None:
-    """One calibration pass; one file of statistics per layer in the store."""
-    layers = job.checkpoint.config["num_hidden_layers"]
-    if all(job.store.get(f"stats/{layer}") for layer in range(layers)):
-        return
-    wanted = {slot: variants.wanted(shape, job.config.axes) for slot, shape in job.shapes.items()}
-    chunks = _chunks(job, job.text.calibration)
-    tasks = [
-        (job.model, chunk.ids[:, :-1], wanted, job.scratch, index, job.dtype) for index, chunk in enumerate(chunks)
-    ]
-    job.listen.begin("stats", total=len(tasks) * layers, unit="layers")
-    tokens = done = 0
-    ran = executor.run(stats.calibrate_chunk, tasks, job.where, on_tick=lambda n: job.listen.advance(done + n))
-    for count in ran:
-        tokens, done = tokens + count, done + layers
-        job.listen.advance(done)
-    for layer in range(layers):
-        if not job.store.get(f"stats/{layer}"):
-            job.store.put_tensors(f"stats/{layer}", stats.merge(job.scratch, len(tasks), layer, tokens))
-        for index in range(len(tasks)):
-            stats.partial_path(job.scratch, index, layer).unlink(missing_ok=True)
-    job.listen.end()
+def singles(job: Job) -> dict[Slot, list[Choice]]:
+    """Every choice that is scored."""
+    found = {
+        slot: offers.single_choices(shape, job.config.axes, scored_tokens=job.row_tokens)
+        for slot, shape in job.shapes.items()
+    }
+    return {slot: offered for slot, offered in found.items() if offered}
+
+
+def chunk_count(job: Job) -> int:
+    return -(-job.config.data.score_rows // job.config.data.rows_per_chunk)
+
+
+def _key(chunk: int, slot: Slot, choice: Choice) -> str:
+    return f"score/{chunk}/{slot}/{choice.key()}"
+
+
+def unscored(job: Job) -> list[dict[Slot, list[Choice]]]:
+    """By chunk, the choices that have no score yet."""
+    known, every = job.store.values("score/", dict[str, float]), singles(job)
+    missing = []
+    for chunk in range(chunk_count(job)):
+        left = {slot: [c for c in offered if _key(chunk, slot, c) not in known] for slot, offered in every.items()}
+        missing.append({slot: offered for slot, offered in left.items() if offered})
+    return missing
+
+
+def gather_stats(job: Job, choices: Choices | None = None) -> None:
+    """See that there is what applying `choices` reads (all that are not scored yet, if none are given): statistics, a
+    file per layer in the store, and codes. What there is already is not made again."""
+    if choices is None:
+        choices = {slot: offered for missing in unscored(job) for slot, offered in missing.items()}
+    _Gathering(job, choices).run()
+
+
+class _Gathering:
+    """One calibration pass, as far through the model as something is missing.
+
+    A layer's moments are gathered, its codes found, and then those moments dropped that nothing else reads; so the run
+    folder holds those of one layer, not of all.
+    """
+
+    def __init__(self, job: Job, choices: Choices) -> None:
+        self.job = job
+        self.layers: dict[int | None, dict[Slot, Collection[Choice]]] = {}
+        for slot, offered in choices.items():
+            self.layers.setdefault(slot.layer, {})[slot] = offered
+
+    def run(self) -> None:
+        lacking = {layer for layer in self.layers if not self._codes_are_there(layer)}
+        passed = {layer for layer in self.layers if layer is not None and not self._stats_are_there(layer, lacking)}
+        lacking |= passed
+        if not lacking:
+            return
+        chunks = _chunks(self.job, self.job.text.calibration) if passed else []
+        first = self._first(passed, len(chunks))
+        through = range(first, max(passed, default=-1) + 1)
+        matrices = {layer: sum(len(self._wanted(slot)) for slot in self.layers[layer]) for layer in lacking}
+        job, done = self.job, 0
+        job.listen.begin("stats", total=len(through) * len(chunks) + sum(matrices.values()), unit="steps")
+
+        def heard(steps: int) -> None:
+            nonlocal done
+            done += steps
+            job.listen.advance(done)
+
+        self._heard = heard
+        for layer in sorted((layer for layer in lacking - passed), key=lambda layer: -1 if layer is None else layer):
+            self._find(layer, job.store.path(f"stats/{layer}"))
+        if passed and first == 0:
+            ids = {number: chunk.ids[:, :-1] for number, chunk in enumerate(chunks)}
+            list(executor.run(stats.embed, [(job.model, ids, job.scratch, job.dtype)], job.where))
+        for layer in through:
+            self._pass(layer, chunks, gather=layer in passed)
+        for number in range(len(chunks)):
+            stats.hidden_path(job.scratch, number, through.stop).unlink(missing_ok=True)
+        job.listen.end()
+
+    def _wanted(self, slot: Slot) -> dict[str, object]:
+        return codes.wanted(self.job.shapes[slot], self.layers[slot.layer][slot])  # type: ignore[return-value]
+
+    def _codes_are_there(self, layer: int | None) -> bool:
+        """Whether every matrix that has to be kept is, and as it was written."""
+        known = self.job.store.get(f"codes/{layer}", dict[str, list[str]]) or {}
+        needed = [f"{slot} {name}" for slot in self.layers[layer] for name in self._wanted(slot)]
+        if not all(name in known for name in needed):
+            return False
+        files = {Path(file).name for name in needed for file in known[name]} - self.job.codes_seen
+        if any(scratch.kept(self.job.codes / file) is None for file in files):
+            self.job.store.drop(f"codes/{layer}")
+            return False
+        self.job.codes_seen |= files
+        return True
+
+    def _stats_are_there(self, layer: int, lacking: Collection[int | None]) -> bool:
+        """Whether the layer's file has what the slots' axes read, whole where codes have yet to be found."""
+        job, kept = self.job, self.job.store.path(f"stats/{layer}")
+        told = job.store.get(f"gathered/{layer}", dict[str, dict[str, list[str]]])
+        if kept is None or told is None:
+            return False
+        for slot in self.layers[layer]:
+            own, shape = told.get(str(slot), {"names": [], "spent": []}), job.shapes[slot]
+            spent = set() if layer in lacking else codes.spent(shape, job.config.axes)
+            if not set(variants.wanted(shape, job.config.axes)) <= set(own["names"]) or not set(own["spent"]) <= spent:
+                return False
+        return True
+
+    def _first(self, passed: Collection[int], chunks: int) -> int:
+        """The layer to begin with: the last one before what is missing whose entering states an earlier call kept."""
+        for layer in range(min(passed, default=0), 0, -1):
+            if all(scratch.kept(stats.hidden_path(self.job.scratch, c, layer)) is not None for c in range(chunks)):
+                return layer
+        return 0
+
+    def _pass(self, layer: int, chunks: list[texts.Rows], *, gather: bool) -> None:
+        job = self.job
+        slots = [slot for slot in job.shapes if slot.layer == layer]
+        wanted = {slot: variants.wanted(job.shapes[slot], job.config.axes) for slot in slots} if gather else {}
+        every = list(range(len(chunks)))
+        parts = [every] if job.where == "local" else [[chunk] for chunk in every]
+        tasks = [(job.model, layer, part, wanted, job.scratch, job.dtype) for part in parts]
+        list(executor.run(stats.calibrate, tasks, job.where, on_tick=self._heard))
+        if gather:
+            tensors = stats.merge(job.scratch, len(chunks), layer, sum(chunk.ids[:, :-1].size for chunk in chunks))
+            whole = job.scratch / f"stats-{layer}.safetensors"
+            scratch.keep(whole, tensors)
+            self._find(layer, whole)
+            told: dict[str, dict[str, list[str]]] = {}
+            for slot in slots:
+                spent = codes.spent(job.shapes[slot], job.config.axes) & set(wanted[slot])
+                told[str(slot)] = {"names": list(wanted[slot]), "spent": sorted(spent)}
+                for name in (f"{slot.kind}.{each}" for each in spent):
+                    tensors[name] = tensors[name].diagonal().clone()
+            job.store.put_tensors(f"stats/{layer}", tensors)
+            job.store.put(f"gathered/{layer}", told)
+            whole.unlink()
+        for chunk in every:
+            stats.hidden_path(job.scratch, chunk, layer).unlink(missing_ok=True)
+            stats.sums_path(job.scratch, chunk, layer).unlink(missing_ok=True)
+
+    def _find(self, layer: int | None, tensors: Path | None) -> None:
+        job, here = self.job, {slot: tuple(own) for slot, own in self.layers[layer].items() if self._wanted(slot)}
+        if not here:
+            return
+        task = (job.model, here, tensors, job.codes, job.dtype)
+        (found,) = executor.run(codes.find, [task], job.where, on_tick=self._heard)
+        known = job.store.get(f"codes/{layer}", dict[str, list[str]]) or {}
+        job.store.put(f"codes/{layer}", {**known, **found})
+        job.codes_seen |= {file for files in found.values() for file in files}
 
 
 def score_choices(job: Job) -> None:
-    """All replace-1-block scores, `score/<chunk>/<group>` in the store: {slot: {choice key: sums}}."""
-    context = job.row_tokens
-    singles = {
-        slot: offers.single_choices(shape, job.config.axes, scored_tokens=context) for slot, shape in job.shapes.items()
-    }
-    hidden_bytes = 4 * job.config.data.rows_per_chunk * context * job.checkpoint.config["hidden_size"]
-    groups = score.groups(
-        {slot: found for slot, found in singles.items() if found},
-        hidden_bytes,
-        units.parse_bytes(job.config.max_pending),
-    )
-    chunk_count = -(-job.config.data.score_rows // job.config.data.rows_per_chunk)
-    every = [(c, g) for c in range(chunk_count) for g in range(len(groups))]
-    todo = [(c, g) for c, g in every if job.store.get(f"score/{c}/{g}") is None]
-    if not todo:
+    """All replace-1-block scores, `score/<chunk>/<slot>/<choice key>` in the store: sums of every metric."""
+    missing = unscored(job)
+    if not any(missing):
         return
-    chunks = _chunks(job, job.text.score)
-    needed = sorted({c for c, _ in todo})
+    chunks, layers = _chunks(job, job.text.score), job.checkpoint.config["num_hidden_layers"]
+    needed = [chunk for chunk, left in enumerate(missing) if left]
     job.listen.begin("score parent", total=len(needed), unit="chunks")
     parents = [(job.model, chunks[c].ids, job.scratch, c, job.dtype) for c in needed]
     for number, _ in enumerate(executor.run(score.parent_chunk, parents, job.where), 1):
         job.listen.advance(number)
     job.listen.end()
-    files = {layer: job.store.path(f"stats/{layer}") for layer in range(job.checkpoint.config["num_hidden_layers"])}
-    tasks = [(job.model, chunks[c].ids, chunks[c].scored, job.scratch, c, groups[g], files, job.dtype) for c, g in todo]
-    sizes = [sum(len(found) for _, found in group.slots) for group in groups]
-    choices = [sizes[g] for _, g in todo]
-    total = chunk_count * sum(sizes)
-    done = total - sum(choices)
-    job.listen.begin("score", total=total, done=done, unit="variants")
-    ran = executor.run(score.score_chunk, tasks, job.where, on_tick=lambda n: job.listen.advance(done + n))
-    for (c, g), count, result in zip(todo, choices, ran, strict=True):
-        job.store.put(f"score/{c}/{g}", result)
-        done += count
+    hidden_bytes = 4 * job.config.data.rows_per_chunk * job.row_tokens * job.checkpoint.config["hidden_size"]
+    most = units.parse_bytes(job.config.max_pending)
+    todo = [(c, group) for c in needed for group in score.groups(missing[c], hidden_bytes, most)]
+    work = {slot: score.passes(slot, job.shapes) for slot in job.shapes}
+    total = chunk_count(job) * sum(work[slot] * len(offered) for slot, offered in singles(job).items())
+    sizes = [sum(work[slot] * len(offered) for slot, offered in group.slots) for _, group in todo]
+    before = [score.passes_done(job.scratch, c, group, job.shapes) for c, group in todo]
+    done = total - sum(sizes) + sum(before)
+    # In passes through a layer, so that a choice counts for as long as it takes.
+    job.listen.begin("score", total=total, done=done, unit="passes")
+
+    def heard(steps: int) -> None:
+        nonlocal done
+        done += steps
         job.listen.advance(done)
+
+    files = {layer: job.store.path(f"stats/{layer}") for layer in range(layers)}
+    tasks = [
+        (job.model, chunks[c].ids, chunks[c].scored, job.scratch, c, group, files, job.codes, job.dtype)
+        for c, group in todo
+    ]
+    ran = executor.run(score.score_chunk, tasks, job.where, on_tick=heard)
+    ended = total - sum(sizes) + sum(before)
+    for (c, group), size, found, result in zip(todo, sizes, before, ran, strict=True):
+        kept = {(slot, choice): result[str(slot)][choice.key()] for slot, offered in group.slots for choice in offered}
+        job.store.put_all({_key(c, slot, choice): sums for (slot, choice), sums in kept.items()})
+        score.forget(job.scratch, c, group)
+        ended += size - found
+        heard(ended - done)  # where tasks run elsewhere nobody has heard their steps
     shutil.rmtree(job.scratch, ignore_errors=True)
     job.listen.end()
 
@@ -85,11 +222,11 @@ def _chunks(job: Job, rows: texts.Rows) -> list[texts.Rows]:
 
 def scores(job: Job) -> dict[Slot, dict[str, dict[str, float]]]:
     """{slot: {choice key: {metric: mean}}} over all chunks, summed in a fixed order."""
-    sums: dict[Slot, dict[str, dict[str, float]]] = {}
-    for key in sorted(job.store.keys("score/"), key=lambda k: tuple(int(n) for n in k.split("/")[1:])):
-        for slot, found in job.store.get(key).items():
-            for choice, values in found.items():
-                into = sums.setdefault(Slot.parse(slot), {}).setdefault(choice, dict.fromkeys(values, 0.0))
-                for name, value in values.items():
-                    into[name] += value
-    return {slot: {choice: score.mean(values) for choice, values in found.items()} for slot, found in sums.items()}
+    known = job.store.values("score/", dict[str, float])
+    found: dict[Slot, dict[str, dict[str, float]]] = {}
+    for slot, offered in singles(job).items():
+        for choice in offered:
+            sums = [known[_key(chunk, slot, choice)] for chunk in range(chunk_count(job))]
+            total = {name: sum(each[name] for each in sums) for name in sums[0]}
+            found.setdefault(slot, {})[choice.key()] = score.mean(total)
+    return found

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +23,72 @@ from pennyweight.model.blocks import Block
 from pennyweight.model.demand import Budget, Workload
 from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
+from pennyweight.prices import planning
 from pennyweight.runs import executor
 from pennyweight.runs.events import Listener, Silent, waiting
+from pennyweight.runs.lock import Lock
+from pennyweight.runs.scratch import Remembered
 from pennyweight.runs.store import Store
+
+_BESIDE_THE_WEIGHTS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+)
+"""What decides a text's tokens, and what goes along with the child."""
 
 
 @dataclass
 class Job:
-    """One run: everything the stages share. Made by `open_job`."""
+    """One run: everything the stages share. Made by `open_job`; a context at whose end it lets go of the run folder."""
 
     model: Path
     out: Path
     config: FitConfig
+    run: Path
     where: executor.Where
     listen: Listener
     checkpoint: Checkpoint
-    store: Store
     tokenizer: Any
+    origin: Mapping[str, Any]
+    dry: bool = False
+    lock: Lock | None = None
+    planned: dict[str, Any] | None = None
+    """What the plan said before the run folder was made."""
+    codes_seen: set[str] = field(default_factory=set)
+    """Files of codes that this process has found whole."""
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if "store" in self.__dict__:
+            self.store.close()
+            del self.store
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
+    @property
+    def unopened(self) -> bool:
+        """Whether the run folder has not been looked at: it is not there, or this is a dry run."""
+        return "store" not in self.__dict__
+
+    @cached_property
+    def store(self) -> Store:
+        """The run folder, opened or made when it is first asked for. Raises ValueError if it was begun with another
+        origin, Held if another process works on it."""
+        assert not self.dry, "a dry run leaves nothing behind"
+        self.lock = self.lock or Lock(self.run)
+        return Store(self.run, self.origin)
 
     @cached_property
     def walk(self) -> Walk:
@@ -59,8 +111,13 @@ class Job:
         return self.config.workload.resolve()
 
     @cached_property
+    def parent_bytes(self) -> int:
+        """Of the parent's weights in 16 bits, whatever they are stored in: what shares of a budget are shares of."""
+        return planning.stored_bytes(self.shapes, 16)
+
+    @cached_property
     def budget(self) -> Budget:
-        return self.config.budget.resolve(parent_bytes=self.checkpoint.weight_bytes)
+        return self.config.budget.resolve(parent_bytes=self.parent_bytes)
 
     @cached_property
     def max_ram(self) -> int:
@@ -73,19 +130,28 @@ class Job:
     @property
     def row_tokens(self) -> int:
         """Tokens of a row of text."""
-        wanted = self.config.data.context
-        return min(wanted, self.checkpoint.config.get("max_position_embeddings", wanted))
+        return _text.row_tokens(self.checkpoint.config, self.config)
 
     @property
     def fits_whole(self) -> bool:
         """Whether whole models may be loaded: two of them in float32 and room to work, 5 times the parent's bytes."""
         return 5 * self.checkpoint.weight_bytes < self.max_ram
 
-    @cached_property
+    @property
     def scratch(self) -> Path:
+        """For what a stopped stage goes on from."""
         folder = self.store.folder / "work"
         folder.mkdir(exist_ok=True)
         return folder
+
+    @property
+    def codes(self) -> Path:
+        """The folder of codes that quantisers found (judge/codes.py)."""
+        return self.run / "codes"
+
+    @property
+    def found_codes(self) -> Remembered:
+        return Remembered(self.codes)
 
 
 def open_job(
@@ -94,14 +160,22 @@ def open_job(
     config: FitConfig,
     *,
     run: Path | None = None,
-    where: executor.Where = "local",
+    where: str = "local",
     listen: Listener | None = None,
+    dry: bool = False,
+    lock: Lock | None = None,
 ) -> Job:
-    """Check every input that can be checked without work and open the run folder.
+    """Check every input that can be checked without work and open the run folder, if there is one; it is made when
+    something is put into it. `dry`: nothing will be, and it is not looked at. `lock`: the run folder's, if the caller
+    holds it already.
 
-    Raises FileNotFoundError or ValueError for wrong input, RuntimeError for a folder that cannot be written.
+    Raises FileNotFoundError or ValueError for wrong input, RuntimeError for a folder that cannot be written, Held if
+    another process works on it.
     """
     config.check()
+    engine = executor.named(where)
+    folder = run or out.with_name(out.name + ".run")
+    _refuse_inputs(model, config.data.text, out, folder)
     checkpoint = Checkpoint(model)
     if "quantization_config" in checkpoint.config:
         raise ValueError(
@@ -109,31 +183,53 @@ def open_job(
         )
     if out.exists() and not (out / "penny.json").exists():
         raise ValueError(f"{out} exists and was not made by penny; choose another --out or move it away")
+    if not dry and lock is None and folder.exists():
+        lock = Lock(folder)  # before anything that takes time
     walk_check = Walk(checkpoint)
     tokenizer = load_tokenizer(model)
-    folder = run or out.with_name(out.name + ".run")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise RuntimeError(f"cannot create the run folder {folder}: {err}") from err
     documents = None if config.data.text in ("builtin", "parent") else texts.from_path(Path(config.data.text))
     listen = listen or Silent()
     with waiting(listen, "read inputs"):  # every byte of them
-        fingerprints = {
+        origin = {
             "model": checkpoint.fingerprint(),
-            "text": texts.fingerprint(texts.stdlib(held_out=False) if documents is None else documents),
+            "tokenizer": _digests(model),
+            "text": _text.origin(checkpoint.config, config, documents),
+            "seed": config.seed,
+            "versions": {name: version(name) for name in ("pennyweight", "tokenizers", "torch", "transformers")},
+            # Sums depend on how they are split, and products on the instructions.
+            "arithmetic": {
+                "dtype": str(compute_dtype(config.compute)),
+                "instructions": torch.backends.cpu.get_cpu_capability(),
+                "threads": torch.get_num_threads(),
+            },
         }
-    identity = {
-        **fingerprints,
-        "config": config.model_dump(mode="json"),
-        "out": str(out.resolve()),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "compute": str(compute_dtype(config.compute)),
-    }
-    job = Job(model, out, config, where, listen, checkpoint, Store(folder, identity), tokenizer)
+    job = Job(model, out, config, folder, engine, listen, checkpoint, tokenizer, origin, dry, lock)
     assert walk_check.shapes == job.shapes
+    if not dry and folder.exists():
+        try:
+            _ = job.store  # another run's folder is refused now
+        except BaseException:
+            job.close()
+            raise
     return job
+
+
+def _refuse_inputs(model: Path, text: str, out: Path, run: Path) -> None:
+    """Raises ValueError where a folder that is replaced is an input or holds one, or the run folder."""
+    places = {"the model": model, "the run folder": run}
+    if text not in ("builtin", "parent"):
+        places["the text"] = Path(text)
+    for name, path in places.items():
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"--out {out} would replace {name} {path}; choose another --out")
+    if run.resolve() == model.resolve():
+        raise ValueError(f"--run {run} is the model; choose another --run")
+
+
+def _digests(model: Path) -> dict[str, str]:
+    """{name: SHA-256} of the small files beside the weights that a run goes by."""
+    paths = {path for pattern in _BESIDE_THE_WEIGHTS for path in model.glob(pattern) if path.is_file()}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
 
 
 def compute_dtype(wanted: str) -> torch.dtype:

@@ -24,6 +24,7 @@ from pennyweight.model.choices import PARENT, Layout
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16, Stored
 from pennyweight.runs.events import Listener
+from pennyweight.runs.scratch import Remembered
 from pennyweight.runs.store import Store
 from pennyweight.variants import sparsity
 
@@ -40,13 +41,15 @@ def pack(
     files: Mapping[str, Any],
     store: Store,
     listen: Listener,
+    codes: Remembered | None = None,
 ) -> Path:
     """Write the model folder `out`. `calibration` (rows, tokens) int64 is what GPTQ fits; `files` are JSON files to
-    add. Matrices whose slot has no bits stay bfloat16."""
+    add; `codes`: those that were found before, of matrices that are still the same and fitted to nothing. Matrices
+    whose slot has no bits stay bfloat16."""
     known = sum(store.get(f"pack/{index}") is not None for index in range(child.layers))
     listen.begin("pack", total=child.layers, done=known, unit="layers")
     if store.get("pack/embed") is None:
-        store.put_tensors("pack/embed", _packed(child.embedding(), layout, SlotStats({}), leave=False))
+        store.put_tensors("pack/embed", _packed(child.embedding(), layout, SlotStats({}, codes=codes), leave=False))
     hidden = None
     for index in range(child.layers):
         key = f"pack/{index}"
@@ -65,7 +68,7 @@ def pack(
         (name,) = child.blocks[Slot("norm")].tensors()
         tensors = {name: child.matrix(Slot("norm")).bfloat16()}
         if child.logits_slot == Slot("head"):
-            tensors |= _packed(child.head(), layout, SlotStats({}), leave=False)
+            tensors |= _packed(child.head(), layout, SlotStats({}, codes=codes), leave=False)
         store.put_tensors("pack/head", tensors)
     writer = Writer(out)
     for key in ("pack/embed", *(f"pack/{index}" for index in range(child.layers)), "pack/head"):

@@ -1,33 +1,46 @@
-"""What the model is, what each slot may become, and whether the budget can be met at all."""
+"""What the model is, what each slot may become, whether the budget can be met, and what the job takes on disk."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from pennyweight import units, variants
+from pennyweight.job.gather import chunk_count, singles
 from pennyweight.job.job import Job
+from pennyweight.judge import codes
+from pennyweight.live import magnitudes
+from pennyweight.model.slots import Slot
 from pennyweight.prices import offers, planning
 from pennyweight.prices.cost import Seconds, computed, figures, total, workspace_bytes
 from pennyweight.prices.machine import Machine
+from pennyweight.runs import space
 
 
 def plan(job: Job) -> dict[str, Any]:
-    """Check that the budget can be met and say what the job will do. Raises Infeasible before any work."""
-    context = job.row_tokens
+    """Check that the budget can be met and say what the job will do. Raises Infeasible before any work, ValueError if
+    the run folder's disk, or --max-disk, is too small."""
     seconds, how = prices(job)
-    found = planning.prospect(job.blocks, job.config.axes, job.workload, seconds, scored_tokens=context)
+    job.listen.begin("plan", total=1)
+    found = planning.prospect(job.blocks, job.config.axes, job.workload, seconds, scored_tokens=job.row_tokens)
     found.hold_against(job.budget, job.shapes, job.workload)
     parent = figures(total(job.shapes, job.workload, seconds), job.workload, workspace_bytes(job.shapes, job.workload))
-    disk = _disk_bytes(job, context)
-    if disk > job.store.free_bytes():
+    needs = disk(job)
+    left = space.free_bytes(job.run) + space.used_bytes(job.run)
+    if needs.bytes > left:
         raise ValueError(
-            f"the run folder {job.store.folder} needs about {units.show_bytes(disk)}, its disk has "
-            f"{units.show_bytes(job.store.free_bytes())} left; free some or choose another --run"
+            f"the run folder {job.run} needs up to {units.show_bytes(needs.bytes)}, its disk has "
+            f"{units.show_bytes(left)} for it; free some or choose another --run"
         )
+    job.listen.advance(1)
+    bounds = f"; a share of the weights is one of {units.show_bytes(job.parent_bytes)}, the parent in 16 bits"
+    shares = "%" in (job.config.budget.weights or "")
+    job.listen.end(f"the run folder takes up to {units.show_bytes(needs.bytes)}{bounds if shares else ''}")
     return {
-        "disk_bytes": disk,
+        "disk_bytes": needs.bytes,
         "parent": parent,
+        "parent_bytes": job.parent_bytes,
         "prices": how,
         "choices": found.choices,
         "slots": len(job.shapes),
@@ -35,41 +48,101 @@ def plan(job: Job) -> dict[str, Any]:
     }
 
 
-def _disk_bytes(job: Job, context: int) -> int:
-    """About what the run folder grows to: statistics (twice while they are merged), cached states, child folders."""
-    moments = 0
-    for shape in job.shapes.values():
-        wanted = variants.wanted(shape, job.config.axes)
-        moments += sum(name in wanted for name in ("input_moment", "cross_moment")) * shape.hidden_size**2
-        moments += ("inner_moment" in wanted) * shape.inner_size**2
-    rows = job.config.data.score_rows + job.config.data.calibration_rows
-    states = rows * context * job.checkpoint.config["hidden_size"] * (job.checkpoint.config["num_hidden_layers"] + 1)
-    return 4 * (2 * moments + states) + 3 * job.checkpoint.weight_bytes
+@dataclass(frozen=True)
+class Disk:
+    """The most that the run folder comes to hold. `thrifty`: what can be made again is dropped as soon as its stage is
+    over; otherwise it stays until the child is finished, in case the next call wants another budget."""
+
+    bytes: int
+    thrifty: bool
+
+
+def disk(job: Job) -> Disk:
+    """Raises ValueError if --max-disk is not enough."""
+    most, everything, least = job.config.max_disk, _disk_bytes(job, thrifty=False), _disk_bytes(job, thrifty=True)
+    if most is None or everything <= units.parse_bytes(most):
+        return Disk(everything, thrifty=False)
+    if least > units.parse_bytes(most):
+        raise ValueError(
+            f"--max-disk {most} is too little: the run folder needs up to {units.show_bytes(least)}; fewer axes, a "
+            "smaller --max-pending, less text or --heal-tokens 0 need less"
+        )
+    return Disk(least, thrifty=True)
+
+
+def _disk_bytes(job: Job, *, thrifty: bool) -> int:
+    """An upper bound of what the run folder holds in any of its stages."""
+    config, layers, offered = job.config, job.checkpoint.config["num_hidden_layers"], singles(job)
+    rows, hidden = config.data, 4 * job.row_tokens * job.checkpoint.config["hidden_size"]
+    whole = {slot: _stats_bytes(job, slot, ()) for slot in job.shapes}
+    layer = max(sum(size for slot, size in whole.items() if slot.layer == index) for index in range(layers))
+    gathering = (-(-rows.calibration_rows // rows.rows_per_chunk) + 3) * layer + 2 * rows.calibration_rows * hidden
+    chunk = rows.rows_per_chunk * hidden
+    most = max(units.parse_bytes(config.max_pending), *(len(own) * chunk for own in offered.values()), 0)
+    pending = min(most, sum(len(own) * chunk for own in offered.values())) + chunk
+    scoring = chunk_count(job) * chunk * (layers + 1) + pending
+    again = sum(_stats_bytes(job, slot, codes.spent(shape, config.axes)) for slot, shape in job.shapes.items())
+    for slot, own in offered.items():
+        again += sum(weight.nbytes for weight, _ in codes.wanted(job.shapes[slot], own).values())
+    child = job.parent_bytes
+    heals = any(not variants.stores(axis) for axis in config.axes)
+    local, all_of_it = (child * (heals and n > 0) for n in (config.heal.local_tokens, config.heal.whole_tokens))
+    shipped = min(child, job.budget.weight_bytes or child) + offers.FILE_OVERHEAD
+    kept = 0 if thrifty else again
+    stages = (
+        again + max(gathering, scoring),
+        again + child,
+        # Slots healed by themselves and the child of them; the child and Adam's two moments in float32, twice while
+        # they are replaced, and the child at last.
+        kept + child + 2 * local + 13 * all_of_it,
+        kept + child + (0 if thrifty else local) + 2 * shipped + 2 * rows.calibration_rows * hidden,
+    )
+    return max(stages) + _SMALL
+
+
+_SMALL = 2**24
+"""For the database and headers of files."""
+
+
+def _stats_bytes(job: Job, slot: Slot, spent: Collection[str]) -> int:
+    """Of a slot's statistics, with the diagonal of the moments in `spent`."""
+    shape, found = job.shapes[slot], 0
+    widths = {"input_moment": shape.hidden_size, "cross_moment": shape.hidden_size, "inner_moment": shape.inner_size}
+    for name in variants.wanted(shape, job.config.axes):
+        if name in widths:
+            found += 4 * widths[name] ** (1 if name in spent else 2)
+        else:
+            found += 4 * max(shape.inner_size, 4 * magnitudes.BINS)
+    return found
 
 
 def prices(job: Job) -> tuple[Seconds, str]:
     """Seconds per slot, and in words where they come from."""
-    config = job.config
+    config, machine = job.config, described(job)
     if config.machine != "this":
-        machine = Machine.load(config.machine)
         return computed(machine), f"computed for {machine.name}: {machine.source}"
-    known = job.store.get("machine")
-    if known is None:
-        from pennyweight.prices import measure
-
-        known = asdict(measure.machine(listen=job.listen))
-        job.store.put("machine", known)
-    machine = Machine(**known)
     if config.prices == "computed":
         return computed(machine), f"computed from this machine's bandwidth and arithmetic ({machine.name})"
     return measured_prices(job), f"measured on this machine ({machine.name}) in the native engine, block by block"
+
+
+def described(job: Job) -> Machine:
+    """The machine that times are told for: a description, or this one as it was when the run was begun."""
+    if job.config.machine != "this":
+        return Machine.load(job.config.machine)
+    known = None if job.unopened else job.store.get("machine", Machine)
+    if known is None:
+        from pennyweight.prices import measure
+
+        known = measure.machine(listen=job.listen)
+    return known
 
 
 def measured_prices(job: Job) -> Seconds:
     """Block times of this machine; each shape is measured once per machine and workload and remembered."""
     from pennyweight.prices import measure
 
-    wanted = offers.all_shapes(job.shapes, job.config.axes, scored_tokens=job.config.data.context)
+    wanted = offers.all_shapes(job.shapes, job.config.axes, scored_tokens=job.row_tokens)
     cache = measure.cache_folder() / "latencies.json"
     models = measure.Models(job.checkpoint.config, job.shapes, job.workload, cache=cache)
     return models.latencies(wanted, listen=job.listen).seconds()

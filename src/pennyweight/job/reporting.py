@@ -27,11 +27,11 @@ def card(job: Job, chosen: Mapping[str, Any]) -> dict[str, Any]:
         "layout": chosen["solutions"][0]["layout"],
         "predicted": chosen["solutions"][0]["predicted"],
         "parent": {
-            "sha256": job.store.get("identity")["model"],
+            "sha256": job.origin["model"],
             "name": job.model.resolve().name,
             "config": job.checkpoint.config,
         },
-        "text_sha256": job.store.get("identity")["text"],
+        "text_sha256": job.origin["text"].get("sha256"),
         "config": job.config.model_dump(mode="json"),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
@@ -49,7 +49,12 @@ def facts(
         "budget": {k: v for k, v in asdict(job.budget).items() if v is not None},
         "workload": asdict(job.workload),
         "plan": job.store.get("plan"),
-        "parent": {"bytes": job.checkpoint.weight_bytes, "figures": job.store.get("plan")["parent"]},
+        # In 16 bits, which is what a share of a budget is of.
+        "parent": {
+            "bytes": job.parent_bytes,
+            "stored_bytes": job.checkpoint.weight_bytes,
+            "figures": job.store.get("plan")["parent"],
+        },
         "chosen": chosen,
         "slots": [
             {
@@ -69,13 +74,23 @@ def facts(
         "margins": margins(job),
         "unhealed": job.store.get("unhealed"),
         "verified": verified,
-        "local_heal": {key.rsplit("/", 1)[1]: job.store.get(key) for key in job.store.keys("heal/local-loss/")},
-        "whole_heal": job.store.get("heal/whole/losses") or [],
+        "local_heal": {
+            str(slot): losses
+            for slot in layout
+            if (losses := job.store.get(f"heal/local-loss/{slot}", list[float])) is not None
+        },
+        "whole_heal": job.store.get("heal/whole/losses", list[float]) or [],
         "whole_heal_judged": job.store.get("heal/whole/judged"),
         "file_bytes": verify.safetensors_bytes(job.store.folder / "candidate"),
         "timings": dict(timings),
         "config": job.config.model_dump(mode="json"),
-        "identity": job.store.get("identity"),
+        "identity": {
+            "model": job.origin["model"],
+            "text": job.origin["text"].get("sha256", "sampled from the parent"),
+            "compute": job.origin["arithmetic"]["dtype"],
+            "threads": job.origin["arithmetic"]["threads"],
+        },
+        "origin": dict(job.origin),
         "versions": {
             "pennyweight": version("pennyweight"),
             "torch": torch.__version__,

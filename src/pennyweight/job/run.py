@@ -1,9 +1,17 @@
-"""All stages in order, each only if the run folder does not hold its result yet."""
+"""All stages in order, each only if the run folder does not hold its result, made from what it would be made from now.
+
+A stage is checked against what it reads itself: parts of the config, and the layout that was chosen. What every stage
+stands on (model, tokenizer, text, versions, arithmetic) is the run's origin, which cannot change: runs/store.py refuses
+that. So another budget is solved from the scores there are, and a layout that comes out the same is not built again.
+"""
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,84 +24,224 @@ from pennyweight.job.children import build, heal, measure_unhealed
 from pennyweight.job.gather import gather_stats, score_choices
 from pennyweight.job.job import Job
 from pennyweight.job.pack import pack
-from pennyweight.job.plan import plan
+from pennyweight.job.plan import described, disk, plan
 from pennyweight.job.reporting import card, facts
 from pennyweight.job.solve import solve_all
 from pennyweight.job.verify import verify_child
 from pennyweight.live.walk import Walk
+from pennyweight.model.choices import Choice, layout_to_json
+from pennyweight.model.slots import Slot
 from pennyweight.runs import allocator
 from pennyweight.runs.events import waiting
-from pennyweight.variants import layout_from_json
+from pennyweight.runs.space import full_disk_is_one_error
+from pennyweight.variants import layout_from_json, structural
 
 
+@full_disk_is_one_error()
 def run_job(job: Job) -> dict[str, Any]:
     """Run every stage that is not done yet; returns the report (also written to out/report.json).
 
-    Raises Infeasible before any work if the budget cannot be met, VerificationFailed if the result is not what was
-    promised; then the folder is kept as `<out>.rejected` for inspection.
+    Raises Infeasible before any work, and before the run folder is made, if the budget cannot be met; OSError (ENOSPC)
+    if the disk is full, and the same call goes on; VerificationFailed if the result is not what was promised: then the
+    folder is kept as `<out>.rejected` for inspection.
     """
-    timings = job.store.get("timings") or {}
+    if job.unopened:
+        job.planned = plan(job)
+    return _Run(job).report()
 
-    def stage(name: str, work: Any) -> Any:
+
+class _Run:
+    """The stages of one job, each asking for those that it stands on."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.store, self.folder = job, job.store, job.store.folder
+        if job.config.machine == "this" and self.store.get("machine") is None:
+            self.store.put("machine", asdict(described(job)))
+        self.timings: dict[str, float] = self.store.get("timings", dict[str, float]) or {}
+        self.thrifty = disk(job).thrifty
+
+    def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()
-        if not job.fits_whole:
+        if not self.job.fits_whole:
             allocator.give_back_freed_memory()  # what the last stage held; the next one needs its room
         result = work()
-        timings[name] = round(timings.get(name, 0.0) + time.perf_counter() - started, 2)
-        job.store.put("timings", timings)
+        self.timings[stage] = round(self.timings.get(stage, 0.0) + time.perf_counter() - started, 2)
+        self.store.put("timings", self.timings)
         return result
 
-    if job.store.get("plan") is None:
-        job.store.put("plan", stage("plan", lambda: plan(job)))
-    stage("stats", lambda: gather_stats(job))
-    stage("score", lambda: score_choices(job))
-    if job.store.get("chosen") is None:
-        job.store.put("chosen", stage("solve", lambda: solve_all(job)))
-    chosen = job.store.get("chosen")
-    layout = layout_from_json(chosen["solutions"][0]["layout"])
-    if job.store.get("unhealed") is None:
-        job.store.put("unhealed", stage("measure child", lambda: measure_unhealed(job, layout)))
-    folders = job.store.folder
-    built = _kept(job, "built", folders / "built", lambda to: stage("build", lambda: build(job, layout, to)))
-    healed = job.store.get("healed")
-    if healed is None or not Path(healed).exists():
-        healed = str(stage("heal", lambda: heal(job, layout, built, folders / "healed")))
-        job.store.put("healed", healed)
-    candidate = folders / "candidate"
-    child = Walk(Checkpoint(Path(healed)), dtype=job.dtype)
-    if job.store.get("packed") is None or not candidate.exists():
-        calibration = torch.from_numpy(job.text.calibration.ids[:, :-1])
-        stage(
-            "pack",
-            lambda: pack(
+    def _made_from(self, stage: str, inputs: Mapping[str, Any], *results: str) -> None:
+        if not self.store.made_from(stage, inputs, *results):
+            self.timings.pop(stage, None)
+
+    def _kept(self, key: str, stage: str, inputs: Mapping[str, Any], work: Callable[[], Any], kind: Any) -> Any:
+        """A small result, as a `kind`."""
+        self._made_from(stage, inputs, key)
+        if self.store.get(key) is None:
+            self.store.put(key, self._timed(stage, work))
+        return self.store.get(key, kind)
+
+    def _asked(self, *keys: str) -> dict[str, Any]:
+        return self.job.config.model_dump(mode="json", include=set(keys))
+
+    @cached_property
+    def _machine(self) -> dict[str, Any]:
+        return {**self._asked("machine", "prices"), "described": asdict(described(self.job))}
+
+    @cached_property
+    def planned(self) -> dict[str, Any]:
+        inputs = self._asked("axes", "budget", "heal", "max_disk", "max_pending", "workload") | self._machine
+        return self._kept("plan", "plan", inputs, lambda: self.job.planned or plan(self.job), dict[str, Any])
+
+    @cached_property
+    def chosen(self) -> dict[str, Any]:
+        """The solutions, from scores that are made if they are not there."""
+        job = self.job
+        _ = self.planned
+        self._timed("stats", lambda: gather_stats(job))
+        self._timed("score", lambda: score_choices(job))
+        inputs = self._asked("axes", "budget", "metric", "min_different", "search", "solutions", "sweep", "workload")
+        inputs |= self._machine | {"seed": job.config.drawn_by}
+        return self._kept("chosen", "solve", inputs, lambda: solve_all(job), dict[str, list[dict[str, Any]]])
+
+    @cached_property
+    def layout(self) -> dict[Slot, Choice]:
+        return layout_from_json(self.chosen["solutions"][0]["layout"])
+
+    @cached_property
+    def _whole_layout(self) -> dict[str, Any]:
+        return {"layout": layout_to_json(self.layout)}
+
+    @cached_property
+    def _structure(self) -> dict[str, Any]:
+        """What the child in 16 bits is made from."""
+        return {"layout": layout_to_json({slot: structural(choice) for slot, choice in self.layout.items()})}
+
+    @cached_property
+    def _healing(self) -> dict[str, Any]:
+        return self._structure | self._asked("heal")
+
+    def unhealed(self) -> None:
+        def measured() -> dict[str, float]:
+            gather_stats(self.job, {slot: [choice] for slot, choice in self.layout.items() if choice})
+            return measure_unhealed(self.job, self.layout)
+
+        self._kept("unhealed", "measure child", self._whole_layout, measured, dict[str, float])
+
+    def built(self) -> Path:
+        def build_it(folder: Path) -> None:
+            structure = {slot: structural(choice) for slot, choice in self.layout.items() if structural(choice)}
+            gather_stats(self.job, {slot: [choice] for slot, choice in structure.items()})
+            build(self.job, self.layout, folder)
+
+        self._made_from("build", self._structure, "folder/built")
+        folder = self._folder("built", "build", build_it)
+        if self.thrifty:
+            self._forget_gathered()
+        return folder
+
+    def healed(self) -> Path:
+        """The folder of the child in 16 bits, healed if that was asked for."""
+        self._made_from("heal", self._healing, "healed", "heal/whole/")
+        name = self.store.get("healed", str)
+        if name is None or self.store.folder_digests(f"folder/{name}", self.folder / name) is None:
+            built, folder = self.built(), self.folder / "healed"
+            self._drop_folder("healed", "healed-blocks")
+            made = self._timed("heal", lambda: heal(self.job, self.layout, built, folder))
+            name = made.name
+            if made != built:
+                self.store.put_folder(f"folder/{name}", made)
+            self.store.put("healed", name)
+        self.store.drop("heal/whole/checkpoint")
+        self._drop_folder(*({"built", "healed", "healed-blocks"} - {name}))
+        return self.folder / name
+
+    def candidate(self) -> Path:
+        """The folder that will be shipped, and a child of it that was verified."""
+        job, written = self.job, card(self.job, self.chosen)
+        self._made_from("pack", self._whole_layout | self._healing, "pack/")
+        self._made_from("candidate", self._whole_layout | self._healing | {"card": written}, "folder/candidate")
+
+        def pack_it(folder: Path) -> None:
+            child = Walk(Checkpoint(self.healed()), dtype=job.dtype)
+            calibration = torch.from_numpy(job.text.calibration.ids[:, :-1])
+            pack(
                 child,
-                layout,
+                self.layout,
                 calibration,
-                candidate,
-                files={"penny.json": card(job, chosen)},
-                store=job.store,
+                folder,
+                files={"penny.json": written},
+                store=self.store,
                 listen=job.listen,
-            ),
+                codes=None if self.thrifty else job.found_codes,
+            )
+
+        return self._folder("candidate", "pack", pack_it)
+
+    def verified(self) -> dict[str, Any]:
+        job, candidate = self.job, self.candidate()
+        inputs = (
+            self._whole_layout
+            | self._healing
+            | self._asked("workload")
+            | {
+                "candidate": self.store.get("folder/candidate"),
+                "held_out_rows": job.config.data.held_out_rows,
+                "weight_bytes": job.budget.weight_bytes,
+                "whole": job.fits_whole,
+                "speed": job.config.machine == "this",
+            }
         )
-        job.store.put("packed", True)
-    if job.store.get("verified") is None:
-        job.store.put("verified", stage("verify", lambda: verify_child(job, layout, chosen, Path(healed), candidate)))
-    verified = job.store.get("verified")
-    checks = [verify.Check(**check) for check in verified["checks"]]
-    if any(check.failed for check in checks):
-        rejected = job.out.with_name(job.out.name + ".rejected")
-        shutil.rmtree(rejected, ignore_errors=True)
-        shutil.copytree(candidate, rejected)
-        raise verify.VerificationFailed(checks)
-    with waiting(job.listen, "report"):  # solves for the margins of the budget too; not timed, it tells the times
-        told = facts(job, chosen, verified, timings)
-        report.write(told, candidate, job.out)
-    return told
 
+        def verify_it() -> dict[str, Any]:
+            return verify_child(job, self.layout, self.chosen, self.healed(), candidate)
 
-def _kept(job: Job, key: str, folder: Path, make: Any) -> Path:
-    """A folder that is made once; its name appears in the store only when it is complete."""
-    if job.store.get(key) is None or not folder.exists():
-        make(folder)
-        job.store.put(key, folder.name)
-    return folder
+        return self._kept("verified", "verify", inputs, verify_it, dict[str, Any])
+
+    def report(self) -> dict[str, Any]:
+        job = self.job
+        _ = self.chosen
+        self.unhealed()
+        verified, candidate = self.verified(), self.folder / "candidate"
+        checks = [verify.Check(**check) for check in verified["checks"]]
+        if any(check.failed for check in checks):
+            rejected = job.out.with_name(job.out.name + ".rejected")
+            shutil.rmtree(rejected, ignore_errors=True)
+            shutil.copytree(candidate, rejected)
+            raise verify.VerificationFailed(checks)
+        with waiting(job.listen, "report"):  # solves for the margins of the budget too; not timed, it tells the times
+            told = facts(job, self.chosen, verified, self.timings)
+            if self.store.folder_digests("folder/candidate", candidate) is None:
+                raise RuntimeError(f"{candidate} has changed since it was checked; the same command makes it again")
+            report.write(told, candidate, job.out)
+        self._drop_codes()
+        if self.thrifty:
+            self._forget_gathered()
+            self._drop_folder("built", "healed", "healed-blocks")
+            for prefix in ("pack/", "heal/local/"):
+                self.store.drop(prefix)
+        return told
+
+    def _folder(self, name: str, stage: str, make: Callable[[Path], None]) -> Path:
+        """A folder that is made if it is not there as it was written."""
+        folder, key = self.folder / name, f"folder/{name}"
+        if self.store.folder_digests(key, folder) is None:
+            self._drop_folder(name)
+            self._timed(stage, lambda: make(folder))
+            self.store.put_folder(key, folder)
+        return folder
+
+    def _drop_folder(self, *names: str) -> None:
+        for name in names:
+            self.store.drop(f"folder/{name}")
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _drop_codes(self) -> None:
+        """They take most of the room, and are found again if another budget wants them."""
+        self.store.drop("codes/")
+        shutil.rmtree(self.job.codes, ignore_errors=True)
+        self.job.codes_seen.clear()
+
+    def _forget_gathered(self) -> None:
+        self._drop_codes()
+        for prefix in ("stats/", "gathered/"):
+            self.store.drop(prefix)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pennyweight import kinds, texts
-from pennyweight.job.gather import scores
+from pennyweight.job.gather import gather_stats, scores, singles
 from pennyweight.job.job import Job
 from pennyweight.job.plan import prices
 from pennyweight.judge.library import Library
@@ -46,12 +46,8 @@ def solve_all(job: Job) -> dict[str, Any]:
     job.listen.advance(1)
     sweep = []
     for bounds in job.config.sweep:
-        name, _, text = bounds.partition("=")
-        if name not in type(job.config.budget).model_fields:
-            raise ValueError(
-                f"--sweep {bounds!r}: write BOUND=VALUE with one of {', '.join(type(job.config.budget).model_fields)}"
-            )
-        changed = job.config.budget.model_copy(update={name: text}).resolve(parent_bytes=job.checkpoint.weight_bytes)
+        name, text = (part.strip() for part in bounds.split("=", 1))
+        changed = job.config.budget.swept(bounds).resolve(parent_bytes=job.parent_bytes)
         try:
             sweep.append({"budget": {name: text}, **solve(job, changed)[0].to_json()})
         except Infeasible as err:
@@ -120,7 +116,7 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
         )
         try:
             extra = {"evaluate": _true_kl(job, table)} if getattr(search, "EVALUATES", False) else {}
-            solution = search.solve(problem, seed=job.config.seed, **extra)
+            solution = search.solve(problem, seed=job.config.drawn_by, **extra)
         except Infeasible as err:
             if found:
                 break
@@ -139,13 +135,14 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
 
 
 def library(job: Job, rows: texts.Rows) -> Library:
-    """Children of the job's parent in memory, measured on `rows`. Needs the stats stage. Raises ValueError if the
-    parent does not fit --max-ram."""
+    """Children of the job's parent in memory, measured on `rows`. Raises ValueError if the parent does not fit
+    --max-ram."""
     if not job.fits_whole:
         raise ValueError(
             f"trying whole children needs the model in memory; --max-ram {job.config.max_ram} is too small"
         )
-    return Library(job.walk, lambda layer: job.store.tensors(f"stats/{layer}"), rows)
+    gather_stats(job, singles(job))
+    return Library(job.walk, lambda layer: job.store.tensors(f"stats/{layer}"), rows, codes=job.found_codes)
 
 
 def _true_kl(job: Job, table: Mapping[Slot, Sequence[Offer]]) -> Callable[[tuple[int, ...]], float]:

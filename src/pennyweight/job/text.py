@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,32 @@ class Text:
     held_out: texts.Rows
 
 
+def row_tokens(model: Mapping[str, Any], config: FitConfig) -> int:
+    """Tokens of a row of text."""
+    wanted = config.data.context
+    return min(wanted, model.get("max_position_embeddings", wanted))
+
+
+def origin(model: Mapping[str, Any], config: FitConfig, documents: Sequence[texts.Document] | None) -> dict[str, Any]:
+    """What decides the rows of calibration and scoring: the text itself, `documents` unless it is builtin or the
+    parent's own, and how it is dealt out."""
+    data = config.data
+    found: dict[str, Any] = {
+        "tokens": row_tokens(model, config),
+        **data.model_dump(include={"calibration_rows", "score_rows", "rows_per_chunk"}),
+    }
+    if data.text == "parent":
+        return {"from": "parent", **found, **data.model_dump(include={"sampled_rows", "held_out_rows"})}
+    if documents is not None:
+        return {"from": "files", "sha256": texts.fingerprint(documents), **found}
+    rows = {"rows, those of healing included": _rows_needed(config, row_tokens(model, config))}
+    return {"from": "builtin", "sha256": texts.fingerprint(texts.stdlib(held_out=False)), **found, **rows}
+
+
 def read(checkpoint: Checkpoint, tokenizer: Any, config: FitConfig, store: Store, listen: Listener) -> Text:
     """Tokenise and deal out rows. Raises ValueError if there is too little text or a token outside the vocabulary."""
     data, seed = config.data, config.seed
-    context = min(data.context, checkpoint.config.get("max_position_embeddings", data.context))
+    context = row_tokens(checkpoint.config, config)
     if data.text == "parent":
         rows, count = _sampled(checkpoint, tokenizer, config, context, store, listen), data.sampled_rows
         held, seen = rows.pick(np.arange(data.held_out_rows)), rows.pick(np.arange(data.held_out_rows, count))

@@ -17,6 +17,7 @@ from pennyweight.live.parts import Parts
 from pennyweight.live.walk import Walk, autocast
 from pennyweight.model.choices import PARENT, Choice, Layout
 from pennyweight.model.slots import Slot
+from pennyweight.runs.scratch import Remembered
 from pennyweight.variants import apply
 
 _TOGETHER = 4  # rows
@@ -25,9 +26,16 @@ _TOGETHER = 4  # rows
 class Library:
     """Children of one parent, measured on fixed rows."""
 
-    def __init__(self, walk: Walk, stats_of: Callable[[int], Mapping[str, torch.Tensor]], rows: texts.Rows) -> None:
-        """`stats_of(layer)` gives the layer's statistics, read when first needed."""
-        self._walk, self._stats_of = walk, stats_of
+    def __init__(
+        self,
+        walk: Walk,
+        stats_of: Callable[[int], Mapping[str, torch.Tensor]],
+        rows: texts.Rows,
+        *,
+        codes: Remembered | None = None,
+    ) -> None:
+        """`stats_of(layer)` gives the layer's statistics, read when first needed; `codes`: those that were found."""
+        self._walk, self._stats_of, self._codes = walk, stats_of, codes
         self._layers = list(walk.each())
         self._blocks: dict[tuple[Slot, str], Parts] = {}
         self._ids, self._scored = torch.from_numpy(rows.ids), torch.from_numpy(rows.scored)
@@ -42,7 +50,8 @@ class Library:
         if key not in self._blocks:
             assert slot.layer is not None
             parts = self._layers[slot.layer].fork(slot).parts[slot]
-            self._blocks[key] = apply(parts, choice, of_slot(self._stats_of(slot.layer), slot.kind))
+            own = of_slot(self._stats_of(slot.layer), slot.kind, codes=self._codes, owner=slot)
+            self._blocks[key] = apply(parts, choice, own)
         return self._blocks[key]
 
     @torch.no_grad()
@@ -55,7 +64,7 @@ class Library:
             hidden = self._hidden[first]
             if layout.get(embed, PARENT):
                 first, parts = 0, walk.embedding()
-                apply(parts, layout[embed], SlotStats({}))
+                apply(parts, layout[embed], SlotStats({}, codes=self._codes))
                 hidden = parts.root(self._ids[:, :-1]).float()
             for layer in self._layers[first:]:
                 for slot in layer.parts:
@@ -65,5 +74,5 @@ class Library:
                 hidden = layer.run(hidden, together=_TOGETHER)
             last = walk.logits_slot
             pending = [(last, layout.get(last, PARENT), hidden)]
-            sums = score.compare(walk, self._hidden[-1], pending, self._ids[:, 1:], self._scored)
+            sums = score.compare(walk, self._hidden[-1], pending, self._ids[:, 1:], self._scored, codes=self._codes)
         return score.mean(next(iter(sums[str(last)].values())))

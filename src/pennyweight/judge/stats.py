@@ -9,27 +9,30 @@ o_proj or down_proj multiplies):
     activation_mean_abs  (channels,)      mean |z|          FFN width ranking
     magnitudes           histograms of |x| and |z|, plain and weighted: *_counts of live/magnitudes.py
 
-Layers are visited one at a time, so memory is bounded by the largest layer plus one chunk of hidden states. The work
-is cut into chunks of rows; each chunk is a task of its own and partial means are merged in a fixed order, so the
-result does not depend on where the tasks ran.
+Layers are visited one at a time, all rows through one before the next, so that memory and disk hold the sums of one
+layer. Rows are cut into chunks, which may be tasks of their own; their sums are merged in a fixed order, so the result
+does not depend on where the tasks ran.
+
+A moment takes channels x channels numbers: those of an FFN's inner activation are most of what a model's statistics
+take on disk. Where only quantisers read it, and they have found their codes (codes.py), its diagonal is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from pennyweight.disk.checkpoint import Checkpoint, read_entry, read_header
 from pennyweight.live import magnitudes
 from pennyweight.live.parts import Parts
 from pennyweight.live.walk import Walk, autocast
 from pennyweight.model.slots import Slot
-from pennyweight.runs import executor
+from pennyweight.runs import executor, scratch
+from pennyweight.runs.scratch import Remembered
 
 NAMES = ("input_moment", "cross_moment", "inner_moment", "activation_mean_abs", "magnitudes")
 
@@ -38,10 +41,14 @@ Wanted = Mapping[Slot, tuple[str, ...]]
 
 
 class SlotStats(dict[str, Any]):
-    """Statistics of one slot; remembers what a quantiser prepared from a moment, which several specs share."""
+    """Statistics of one slot; remembers what a quantiser prepared from a moment, which several specs share, and where
+    codes are kept that were found already. `owner` names the slot, for codes that depend on its statistics."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], *, codes: Remembered | None = None, owner: str = ""
+    ) -> None:
         super().__init__(tensors)
+        self.codes, self.owner = codes, owner
         self._prepared: dict[tuple[str, str], Any] = {}
 
     def prepared(self, moment: str, quantizer: Any) -> Any:
@@ -131,44 +138,66 @@ class Collector:
         return hear
 
 
-def partial_path(folder: Path, chunk: int, layer: int) -> Path:
-    return folder / f"stats-{chunk}-{layer}.safetensors"
+def hidden_path(folder: Path, chunk: int, layer: int) -> Path:
+    """Calibration rows as they enter a layer."""
+    return folder / f"calibration-{chunk}-{layer}.safetensors"
+
+
+def sums_path(folder: Path, chunk: int, layer: int) -> Path:
+    return folder / f"sums-{chunk}-{layer}.safetensors"
 
 
 @torch.no_grad()
-def calibrate_chunk(model: Path, ids: np.ndarray, wanted: Wanted, folder: Path, chunk: int, dtype: torch.dtype) -> int:
-    """Task: walk the rows `ids` (rows, tokens) through the model, write one file of sums per layer into `folder`.
-
-    Returns the number of tokens. Layers whose file exists are not gathered again.
-    """
+def embed(model: Path, ids: Mapping[int, np.ndarray], folder: Path, dtype: torch.dtype) -> None:
+    """Task: chunks of rows (rows, tokens), by number, as they enter the first layer, into `folder`."""
     walk = Walk(Checkpoint(model), dtype=dtype)
-    with autocast(dtype):
-        hidden = walk.embed(torch.from_numpy(ids))
-        for layer in walk.each():
-            path = partial_path(folder, chunk, layer.index)
-            with Collector(layer.parts, {} if path.exists() else wanted) as collector:
-                hidden = layer.run(hidden, together=8)
-            if not path.exists():
-                partial = path.with_suffix(".partial")
-                save_file(collector.sums, partial)
-                partial.replace(path)
-            executor.tick(layer.index + 1)
-    if not torch.isfinite(hidden).all():
-        raise ValueError("the model's hidden states are not finite on the calibration text; its weights are damaged")
-    return ids.size
+    for chunk, rows in ids.items():
+        path = hidden_path(folder, chunk, 0)
+        if scratch.kept(path) is None:
+            with autocast(dtype):
+                scratch.keep(path, {"hidden": walk.embed(torch.from_numpy(rows))})
+
+
+@torch.no_grad()
+def calibrate(model: Path, layer: int, chunks: Sequence[int], wanted: Wanted, folder: Path, dtype: torch.dtype) -> None:
+    """Task: run chunks, by number, through a layer; their sums of what is wanted and what leaves the layer go into
+    `folder`. What is there already is not made again. Raises ValueError for hidden states that are not finite."""
+    here = None
+    for chunk in chunks:
+        sums, leaving = sums_path(folder, chunk, layer), hidden_path(folder, chunk, layer + 1)
+        if (wanted and scratch.kept(sums) is None) or scratch.kept(leaving) is None:
+            here = here or Walk(Checkpoint(model), dtype=dtype).layer(layer)
+            entering = scratch.needed(hidden_path(folder, chunk, layer))["hidden"]
+            with Collector(here.parts, wanted) as collector, autocast(dtype):
+                hidden = here.run(entering, together=8)
+            if not torch.isfinite(hidden).all():
+                raise ValueError(
+                    f"what leaves layer {layer} is not finite on the calibration text; the model's weights are damaged"
+                )
+            if wanted:
+                scratch.keep(sums, collector.sums)
+            scratch.keep(leaving, {"hidden": hidden})
+        executor.tick()
 
 
 def merge(folder: Path, chunks: int, layer: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Means over all chunks of one layer, `<kind>.<name>` -> tensor; partial sums are added in chunk order."""
+    """Means over all chunks of one layer, `<kind>.<name>` -> tensor; sums are added in chunk order."""
     total: dict[str, torch.Tensor] = {}
     for chunk in range(chunks):
-        for name, entry in read_header(partial_path(folder, chunk, layer)).items():
-            part = read_entry(name, entry)
+        for name, part in scratch.needed(sums_path(folder, chunk, layer)).items():
             total[name] = total[name].add_(part) if name in total else part
     return {name: tensor.div_(tokens) for name, tensor in total.items()}
 
 
-def of_slot(tensors: Mapping[str, torch.Tensor], kind: str) -> SlotStats:
-    """One slot's statistics from its layer's."""
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """A file of statistics of one layer."""
+    return {name: read_entry(name, entry) for name, entry in read_header(path).items()}
+
+
+def of_slot(
+    tensors: Mapping[str, torch.Tensor], kind: str, *, codes: Remembered | None = None, owner: Slot | None = None
+) -> SlotStats:
+    """One slot's statistics from its layer's; `codes` of its matrices are kept by the name of their `owner`."""
     prefix = f"{kind}."
-    return SlotStats({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return SlotStats(own, codes=codes, owner=str(owner))

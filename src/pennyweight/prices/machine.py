@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from pennyweight.disk import reading
+
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(gt=0, le=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Machine:
     """A device. Peak numbers are data-sheet or measured ones; the shares say how much of them real kernels reach.
 
@@ -15,12 +22,12 @@ class Machine:
     """
 
     name: str
-    memory_bytes: int
-    bandwidth: float  # bytes per second
-    flops: float  # dense bfloat16 operations per second
-    bandwidth_share: float = 0.7
-    flops_share: float = 0.5
-    block_seconds: float = 0.0
+    memory_bytes: Annotated[int, Field(gt=0)]
+    bandwidth: _Positive  # bytes per second
+    flops: _Positive  # dense bfloat16 operations per second
+    bandwidth_share: _Share = 0.7
+    flops_share: _Share = 0.5
+    block_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     source: str = ""
 
     @staticmethod
@@ -33,7 +40,4 @@ class Machine:
         path = Machine.shipped().get(name_or_path, Path(name_or_path))
         if not path.is_file():
             raise ValueError(f"no machine {name_or_path!r}: give a JSON file or one of {', '.join(Machine.shipped())}")
-        try:
-            return Machine(**json.loads(path.read_text()))
-        except (TypeError, json.JSONDecodeError) as err:
-            raise ValueError(f"{path} is not a machine description: {err}") from err
+        return reading.json_file(path, Machine)

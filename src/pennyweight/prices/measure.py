@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import hashlib
 import importlib.util
-import json
 import os
 import platform
 import statistics
@@ -24,7 +23,6 @@ from typing import Any
 import psutil
 import torch
 
-from pennyweight.disk.writer import write_atomic
 from pennyweight.model.demand import Workload
 from pennyweight.model.shapes import Attention, Dense, GatedMLP, Noop, Shape, Shapes
 from pennyweight.model.slots import Kind, Slot
@@ -32,6 +30,7 @@ from pennyweight.model.stored import Stored
 from pennyweight.prices.cost import Seconds
 from pennyweight.prices.machine import Machine
 from pennyweight.runs.events import Listener, Silent, waiting
+from pennyweight.runs.shared import Shared
 from pennyweight.runtime.bench import Stepper, prefill_seconds
 from pennyweight.runtime.engine import Engine, native_module, physical_cores
 from pennyweight.sources.random import RandomWeights, tensors
@@ -52,15 +51,13 @@ def cache_folder() -> Path:
 
 def machine(*, again: bool = False, listen: Listener | None = None) -> Machine:
     """This computer, measured once and remembered in `cache_folder()`; `again` measures anew."""
-    path = cache_folder() / "machine.json"
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    shared = Shared(cache_folder() / "machine.json", Machine)
     key = f"{platform.node()}|{processor()}|{torch.get_num_threads()}|{torch.__version__}|{_memory_is_told_by()}"
-    if again or key not in kept:
+    kept = None if again else shared.read().get(key)
+    if kept is None:
         with waiting(listen or Silent(), "measure machine"):
-            kept[key] = dataclasses.asdict(measured_machine())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(kept, indent=1).encode())
-    return Machine(**kept[key])
+            kept = shared.add({key: measured_machine()}, forget=key if again else None)[key]
+    return kept
 
 
 def processor() -> str:
@@ -151,15 +148,25 @@ class Models:
     """
 
     def __init__(
-        self, config: Mapping[str, Any], shapes: Shapes, workload: Workload, *, cache: Path | None = None
+        self,
+        config: Mapping[str, Any],
+        shapes: Shapes,
+        workload: Workload,
+        *,
+        cache: Path | None = None,
+        again: bool = False,
     ) -> None:
         """`shapes`: the config's own; `cache`: a JSON file of earlier measurements on this machine, extended with what
-        is new. Raises RuntimeError without the native module."""
-        self._config, self._shapes, self._workload, self._cache = config, shapes, workload, cache
-        self._known = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
+        is new, those of this model and workload forgotten first if `again`. Raises RuntimeError without the native
+        module."""
+        self._config, self._shapes, self._workload = config, shapes, workload
+        self._cache = None if cache is None else Shared(cache, tuple[float, float])
         model = [config[key] for key in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")]
         own = hashlib.blake2b(repr(list(shapes.values())).encode(), digest_size=8).hexdigest()
         self._where = f"{platform.node()}|{physical_cores()}|{_native_digest()}|{model}|{own}|{workload}"
+        if self._cache is not None and again:
+            self._cache.add({}, forget=f"{self._where}|")
+        self._known = {} if self._cache is None else self._cache.read()
         self._make = lru_cache(maxsize=8)(tensors)
         self._head_slot, self._head = next((slot, own) for slot, own in shapes.items() if own.makes_logits)
 
@@ -214,12 +221,9 @@ class Models:
     def _once(self, what: object, measured: Callable[[], tuple[float, float]]) -> tuple[float, float]:
         key = self._key(what)
         if key not in self._known:
-            self._known[key] = measured()
-            if self._cache is not None:
-                self._cache.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(self._cache, json.dumps(self._known, indent=1).encode())
-        prefill, decode = self._known[key]
-        return prefill, decode
+            found = {key: measured()}
+            self._known[key] = (found if self._cache is None else self._cache.add(found))[key]
+        return self._known[key]
 
     def _block(self, shape: Shape) -> tuple[float, float]:
         """Prefill and decode seconds of one block: what a copy more adds to a model."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pennyweight import families, formats, kinds
+from pennyweight import families, formats, kinds, variants
 from pennyweight.model.blocks import Blocks
 from pennyweight.model.demand import Budget, Workload
 from pennyweight.model.shapes import Shapes, parameters
@@ -17,17 +17,20 @@ from pennyweight.prices import offers
 from pennyweight.prices.cost import Seconds, computed, figures, total, workspace_bytes
 from pennyweight.prices.machine import Machine
 from pennyweight.search import Infeasible
+from pennyweight.units import show_bytes
 
 CONTEXTS = (8192, 16384, 65536, 131072)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """parameters; bytes of weights at 16, 8 and 4 bits; KV bytes of one sequence by context; `figures` in Budget's
-    words on the given machine; the smallest weights the axes can reach; and the verdict on the budget."""
+    """parameters; bytes of weights at 16, 8 and 4 bits; the most tokens the model takes (None: it does not say); KV
+    bytes of one sequence by context; `figures` in Budget's words on the given machine; the smallest weights the axes
+    can reach; and the verdict on the budget."""
 
     parameters: int
     weight_bytes: dict[int, int]
+    longest: int | None
     kv_bytes: dict[int, float]
     workspace_bytes: int
     figures: dict[str, float]
@@ -47,10 +50,26 @@ class Prospect:
 
     def hold_against(self, budget: Budget, shapes: Shapes, workload: Workload) -> None:
         """Raises Infeasible, in the words of the budget, if no combination meets it."""
+        cheapest = {slot: offers.undominated(row) for slot, row in self.offered.items()}
         try:
-            kinds.load("search", "mip").solve(offers.problem(self.offered, shapes, budget, workload))
+            kinds.load("search", "mip").solve(offers.problem(cheapest, shapes, budget, workload))
         except Infeasible as err:
             raise offers.in_users_words(err, shapes, budget, workload) from None
+
+    def meets(self, budget: Budget, shapes: Shapes, workload: Workload) -> bool:
+        try:
+            self.hold_against(budget, shapes, workload)
+        except Infeasible:
+            return False
+        return True
+
+    def within(self, axes: Collection[str]) -> Prospect:
+        """What remains of it if only these axes may change something."""
+        inside = {
+            slot: [offer for offer in row if all(axis in axes for axis, _ in offer.choice.specs)]
+            for slot, row in self.offered.items()
+        }
+        return Prospect(self.choices, inside)
 
     @property
     def smallest_bytes(self) -> float:
@@ -60,45 +79,81 @@ class Prospect:
 def prospect(
     blocks: Blocks, axes: Sequence[str], workload: Workload, seconds: Seconds, *, scored_tokens: int
 ) -> Prospect:
-    """Every slot's undominated offers, each with a score of 0."""
+    """Every slot's offers, each with a score of 0. Raises ValueError for an axis that does not exist."""
+    for axis in axes:
+        kinds.load("variants", axis)
     choices, offered = 0, {}
     for slot, block in blocks.items():
         singles = offers.single_choices(block.shape, axes, scored_tokens=scored_tokens)
         choices += len(singles)
         free = {choice.key(): 0.0 for choice in singles}
-        offered[slot] = offers.undominated(offers.offers(block, free, workload, seconds))
+        offered[slot] = offers.offers(block, free, workload, seconds)
     return Prospect(choices, offered)
 
 
-def plan(config: dict[str, Any], workload: Workload, machine: Machine, budget: Budget, axes: Sequence[str]) -> Plan:
-    """Price a model. The verdict says fits, fits after shrinking, or no, naming the bound and the nearest value."""
+def plan(
+    config: dict[str, Any],
+    workload: Workload,
+    machine: Machine,
+    budget: Budget,
+    axes: Sequence[str],
+    *,
+    scored_tokens: int = 512,
+) -> Plan:
+    """Price a model. The verdict says fits, fits after shrinking and to what, or no, naming the bound and the nearest
+    value. Raises ValueError for an axis that does not exist."""
     blocks = families.blocks(config)
     shapes = {slot: block.shape for slot, block in blocks.items()}
-    seconds = computed(machine)
+    seconds, longest = computed(machine), config.get("max_position_embeddings")
     parent = figures(total(shapes, workload, seconds), workload, workspace_bytes(shapes, workload))
-    found = prospect(blocks, axes, workload, seconds, scored_tokens=workload.context)
+    found = prospect(blocks, axes, workload, seconds, scored_tokens=min(scored_tokens, longest or scored_tokens))
     limits = budget.bounds() or {"memory_bytes": machine.memory_bytes}
-    if all(
-        parent[name] <= bound if name != "tokens_per_second" else parent[name] >= bound
-        for name, bound in limits.items()
-    ):
-        verdict = "fits as it is"
-    else:
-        bounded = Budget(**{k: int(v) if k.endswith("bytes") else v for k, v in limits.items()})  # type: ignore[arg-type]
-        try:
-            found.hold_against(bounded, shapes, workload)
-            verdict = "fits after shrinking"
-        except Infeasible as err:
-            verdict = f"does not fit: {err}"
+    bounded = Budget(**{k: int(v) if k.endswith("bytes") else v for k, v in limits.items()})  # type: ignore[arg-type]
+    contexts = {workload.context, *CONTEXTS} if longest is None else {workload.context, longest, *CONTEXTS}
     return Plan(
         parameters=parameters(shapes),
         weight_bytes={bits: stored_bytes(shapes, bits) for bits in (16, 8, 4)},
-        kv_bytes={tokens: sequence_kv_bytes(shapes, tokens) for tokens in sorted({workload.context, *CONTEXTS})},
+        longest=longest,
+        kv_bytes={
+            tokens: sequence_kv_bytes(shapes, tokens)
+            for tokens in sorted(contexts)
+            if longest is None or tokens <= longest
+        },
         workspace_bytes=workspace_bytes(shapes, workload),
         figures=parent,
         smallest_bytes=found.smallest_bytes,
-        verdict=verdict,
+        verdict=_verdict(found, bounded, shapes, workload),
     )
+
+
+def _verdict(found: Prospect, budget: Budget, shapes: Shapes, workload: Workload) -> str:
+    if offers.problem(found.offered, shapes, budget, workload).allows((0,) * len(found.offered)):
+        return "fits as it is"  # the parent's own offers come first
+    try:
+        found.hold_against(budget, shapes, workload)
+    except Infeasible as err:
+        return f"does not fit: {err}"
+    axes = _enough(found, budget, shapes, workload)
+    least, whole = found.within(axes).smallest_bytes, stored_bytes(shapes, 16)
+    how = f"{axes[0]} alone leaves" if len(axes) == 1 else f"{' and '.join(axes)} together leave"
+    share = f"{least / whole:.0%} of the parent's {show_bytes(whole)} in 16 bits"
+    return f"fits after shrinking: {how} {show_bytes(least)} of weights at the least, {share}"
+
+
+def _enough(found: Prospect, budget: Budget, shapes: Shapes, workload: Workload) -> list[str]:
+    """Few axes that meet a budget which all of them meet. How weights are kept comes first and taking blocks out last,
+    as it changes most; then what can be left out again is."""
+    offered = {axis for row in found.offered.values() for offer in row for axis, _ in offer.choice.specs}
+    axes: list[str] = []
+    for axis in reversed([axis for axis in variants.order() if axis in offered]):
+        axes.append(axis)
+        if found.within(axes).meets(budget, shapes, workload):
+            break
+    for axis in axes[:-1]:
+        fewer = [other for other in axes if other != axis]
+        if found.within(fewer).meets(budget, shapes, workload):
+            axes = fewer
+    return axes
 
 
 def sequence_kv_bytes(shapes: Shapes, tokens: int) -> float:

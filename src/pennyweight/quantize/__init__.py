@@ -6,6 +6,7 @@ A method is a file with `prepare(moment)`, once for all matrices that multiply a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pennyweight import formats, kinds
@@ -26,16 +27,44 @@ def pack(
 ) -> dict[str, torch.Tensor]:
     """The tensors, by suffix, that a matrix is when it is `stored` so. A `method` finds its codes and may look at the
     moments of the activation that it `reads` (model/shapes.py); without moments of its width they are rounded."""
+    parts = [_pack(part, reads, stats, stored, method) for part in _parts(weight, stored)]
+    return parts[0] if len(parts) == 1 else formats.joined(parts)
+
+
+def _parts(weight: torch.Tensor, stored: Stored) -> Iterator[torch.Tensor]:
+    """Where groups run along rows these do not depend on each other: a large embedding is never held twice."""
+    yield from weight.split(len(weight) if stored.down else max(1, _VALUES_AT_ONCE // weight.shape[1]))
+
+
+def _pack(
+    weight: torch.Tensor, reads: str | None, stats: SlotStats, stored: Stored, method: str
+) -> dict[str, torch.Tensor]:
     moment = f"{reads}_moment"
     fits = moment in stats and len(stats[moment]) == weight.shape[1]  # not so for a child narrower than the parent
-    quantizer = kinds.load("quantize", method if fits else "rtn")
-    prepared = stats.prepared(moment, quantizer) if fits else None
+    name = method if fits else "rtn"
 
-    def find(matrix: torch.Tensor, spec: Stored) -> Any:
-        return quantizer.quantize(matrix, prepared, spec)
+    def find_all() -> dict[str, torch.Tensor]:
+        quantizer = kinds.load("quantize", name)
+        prepared = stats.prepared(moment, quantizer) if fits else None
 
-    activity = stats[moment].diagonal() if fits else None
-    return formats.of(stored).encode(weight.detach(), stored, find, activity)
+        def find(matrix: torch.Tensor, spec: Stored) -> Any:
+            return quantizer.quantize(matrix, prepared, spec)
+
+        activity = _diagonal(stats[moment]) if fits else None
+        return formats.of(stored).encode(weight.detach(), stored, find, activity)
+
+    if stats.codes is None or quick(stored, name):
+        return find_all()
+    return stats.codes.of(weight, f"{stored} {name} {f'{stats.owner}.{moment}' if fits else None}", find_all)
+
+
+def quick(stored: Stored, method: str) -> bool:
+    """Whether codes are found in less time than it takes to read them back."""
+    return method == "rtn" and stored.bits >= 8
+
+
+def _diagonal(moment: torch.Tensor) -> torch.Tensor:
+    return moment if moment.ndim == 1 else moment.diagonal()
 
 
 def store(parts: Parts, shape: Shape, stats: SlotStats, method: str) -> None:
@@ -44,7 +73,5 @@ def store(parts: Parts, shape: Shape, stats: SlotStats, method: str) -> None:
         if not weight.is_matrix or weight.stored == BFLOAT16:
             continue
         matrix, reads = parts.matrix(weight.name).weight.detach(), shape.reads.get(weight.name)
-        # Where groups run along rows these do not depend on each other: a large embedding is never held twice.
-        rows = len(matrix) if weight.stored.down else max(1, _VALUES_AT_ONCE // matrix.shape[1])
-        for part in matrix.split(rows):
-            part.copy_(formats.unpack(pack(part, reads, stats, weight.stored, method)))
+        for part in _parts(matrix, weight.stored):
+            part.copy_(formats.unpack(_pack(part, reads, stats, weight.stored, method)))

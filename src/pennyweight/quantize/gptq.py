@@ -31,10 +31,13 @@ class Prepared:
 def prepare(moment: torch.Tensor | None) -> Prepared:
     """`moment` (columns, columns) = mean x x^T over calibration inputs.
 
-    Raises ValueError without it, RuntimeError if it is not finite. Inputs that are always zero are left alone.
+    Raises ValueError without it, RuntimeError if it is not finite or only its diagonal is left. Inputs that are always
+    zero are left alone.
     """
     if moment is None:
         raise ValueError("GPTQ needs the second moments of the layer's inputs; run the calibration pass first")
+    if moment.ndim == 1:
+        raise RuntimeError("codes that were found are gone or damaged; the same command finds them again")
     if not torch.isfinite(moment).all():
         raise RuntimeError("second moments are not finite: the calibration pass met NaN or overflow")
     order = torch.argsort(moment.diagonal(), descending=True, stable=True)

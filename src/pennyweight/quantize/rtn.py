@@ -10,13 +10,17 @@ from pennyweight.quantize import _grids
 
 
 def prepare(moment: torch.Tensor | None) -> torch.Tensor | None:
-    """Importance of each column: the mean square of its input, from `moment` (columns, columns) = mean x x^T.
+    """Importance of each column: the mean square of its input, from `moment` (columns, columns) = mean x x^T or its
+    diagonal alone.
 
     Raises RuntimeError if it is not finite.
     """
-    if moment is not None and not torch.isfinite(moment.diagonal()).all():
+    if moment is None:
+        return None
+    diagonal = moment if moment.ndim == 1 else moment.diagonal()
+    if not torch.isfinite(diagonal).all():
         raise RuntimeError("second moments are not finite: the calibration pass met NaN or overflow")
-    return None if moment is None else moment.diagonal()
+    return diagonal
 
 
 def quantize(weight: torch.Tensor, importance: torch.Tensor | None, spec: Stored) -> tuple[torch.Tensor, Grid]:

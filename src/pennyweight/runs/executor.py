@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Where = Literal["local", "ray"]
 
@@ -13,10 +13,10 @@ Where = Literal["local", "ray"]
 _on_tick: Callable[[int], None] | None = None  # while a task runs in this process
 
 
-def tick(done: int) -> None:
-    """Called by a task that takes long: how many of its own steps are done. Heard where tasks run in this process."""
+def tick(steps: int = 1) -> None:
+    """Called by a task that takes long: so many more of its steps are done. Heard where tasks run in this process."""
     if _on_tick is not None:
-        _on_tick(done)
+        _on_tick(steps)
 
 
 def run(
@@ -29,14 +29,18 @@ def run(
     """function(*task) for every task, results in the order of tasks as they become ready.
 
     Tasks must be pure functions of picklable arguments. With Ray the run and model folders must be visible to all
-    workers. `on_tick` hears the running task's `tick`. Raises ValueError for an unknown engine, RuntimeError if Ray is
+    workers. `on_tick` hears the running task's `tick`s. Raises ValueError for an unknown engine, RuntimeError if Ray is
     asked for and not installed.
     """
-    if where == "local":
-        return _local(function, tasks, on_tick)
-    if where == "ray":
-        return _ray(function, tasks)
-    raise ValueError(f"engine {where!r} is unknown; there are local and ray")
+    return _local(function, tasks, on_tick) if named(where) == "local" else _ray(function, tasks)
+
+
+def named(where: str) -> Where:
+    """Raises ValueError for an engine that is unknown."""
+    for known in get_args(Where):
+        if where == known:
+            return known
+    raise ValueError(f"engine {where!r} is unknown; there are {' and '.join(get_args(Where))}")
 
 
 def _local(
