@@ -21,6 +21,7 @@ PARENT: dict[str, Any] = {
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
     "head_dim": 64,
+    "max_position_embeddings": 131072,
     "num_local_experts": 128,
     "num_experts_per_tok": 4,
     "sliding_window": 128,
