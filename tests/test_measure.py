@@ -74,6 +74,8 @@ class Clock:
         monkeypatch.setattr(measure, "prefill_seconds", lambda copies, _: clock.slowness * (7 + sign * 3 * copies))
         monkeypatch.setattr(measure, "Stepper", Stepper)
         monkeypatch.setattr(measure, "_ROUND_SECONDS", 0)
+        monkeypatch.setattr(measure, "_BURST_SECONDS", 0)
+        monkeypatch.setattr(measure.gc, "collect", lambda: 0)
 
 
 def test_a_block_is_the_slope_and_the_rest_what_a_model_without_blocks_takes(monkeypatch):
@@ -129,6 +131,33 @@ def test_what_is_in_the_cache_is_not_measured_again(monkeypatch, tmp_path: Path)
     assert len(clock.engines) == measured
     measure.Models(CONFIG, SHAPES, dataclasses.replace(LOAD, prompt=33), cache=cache).latencies([FFN])
     assert len(clock.engines) > measured
+
+
+def test_what_another_run_measured_meanwhile_is_kept_and_goes_before_one_s_own(monkeypatch, tmp_path: Path):
+    clock, cache = Clock(monkeypatch), tmp_path / "latencies.json"
+    first, second = (measure.Models(CONFIG, SHAPES, LOAD, cache=cache) for _ in range(2))
+    clock.slowness = 2.0
+    told = first.latencies([FFN])
+    clock.slowness = 1.0
+    assert second.latencies([FFN, ATTENTION]).blocks[FFN] == told.blocks[FFN]
+    other = measure.Models(CONFIG, SHAPES, dataclasses.replace(LOAD, prompt=33), cache=cache)
+    other.latencies([FFN])
+    known = len(json.loads(cache.read_text()))
+    measured = len(clock.engines)
+    again = measure.Models(CONFIG, SHAPES, LOAD, cache=cache, again=True)
+    assert known - len(json.loads(cache.read_text())) == 3, "its own yardstick and two blocks are forgotten"
+    again.latencies([FFN])
+    assert len(clock.engines) > measured
+
+
+def test_a_damaged_file_of_measurements_is_refused_in_one_line(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("PENNY_CACHE", str(tmp_path))
+    for name in ("machine.json", "latencies.json"):
+        (tmp_path / name).write_text('{"a": {"name": 1}}')
+    for opens in (measure.machine, lambda: measure.Models(CONFIG, SHAPES, LOAD, cache=tmp_path / "latencies.json")):
+        with pytest.raises(ValueError, match=r"\.json: a.*; remove the file") as err:
+            opens()
+        assert "\n" not in str(err.value)
 
 
 def test_progress_counts_what_is_known_as_known(monkeypatch, tmp_path: Path):

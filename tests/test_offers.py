@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from pennyweight import families, variants
+from pennyweight.cli import app
 from pennyweight.formats import Grid, packed_int
 from pennyweight.model.blocks import Block
 from pennyweight.model.choices import PARENT, Choice
@@ -18,11 +21,12 @@ from pennyweight.model.demand import Budget, Workload
 from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, Norm, Shape
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16
-from pennyweight.prices import offers
+from pennyweight.prices import offers, planning
 from pennyweight.prices.cost import computed, price
 from pennyweight.prices.machine import Machine
 from pennyweight.prices.offers import combinations, single_choices, undominated
 from pennyweight.search import mip
+from pennyweight.units import show_bytes
 from pennyweight.variants import bits, reshape
 
 ATTENTION = Attention(hidden_size=256, num_heads=8, num_kv_heads=4, head_dim=32, qkv_bias=True)
@@ -241,3 +245,88 @@ def test_a_whole_model_s_files_keep_to_the_sum_and_the_overhead(tmp_path, shards
         save_file(part, tmp_path / f"model-{i}.safetensors", metadata={"format": "pt"})
     promised = sum(offers.file_bytes(block) for block in blocks.values())
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= promised + offers.FILE_OVERHEAD
+
+
+# ------------------------------------------------------------------------------------------------------------ plan
+
+SHORT = {**CONFIG, "max_position_embeddings": 8192}
+LOAD = Workload(prompt=64, new=64)
+
+
+def planned(budget: Budget, config=SHORT, axes=None, load=LOAD) -> planning.Plan:
+    return planning.plan(config, load, Machine.load("m2-max"), budget, axes or variants.default())
+
+
+def test_the_cache_is_told_as_far_as_the_model_goes():
+    assert list(planned(Budget()).kv_bytes) == [128, 8192]
+    assert list(planned(Budget(), {**SHORT, "max_position_embeddings": 40_000}).kv_bytes) == [128, 8192, 16384, 40_000]
+    assert list(planned(Budget(), CONFIG).kv_bytes) == [128, *planning.CONTEXTS], "a config that does not say"
+    assert list(planned(Budget(), load=Workload(prompt=8000, new=500)).kv_bytes) == [8192]
+
+
+@pytest.mark.parametrize(
+    ("budget", "axes", "said"),
+    [
+        (0.5, variants.default(), "bits alone leaves"),
+        (0.2, variants.default(), "bits and ffn_width together leave"),
+        (0.5, ("noop", "ffn_width"), "noop alone leaves"),
+        (0.02, ("bits", "ffn_width"), None),
+    ],
+)
+def test_a_verdict_says_to_what_a_model_shrinks(budget, axes, said):
+    whole = planning.stored_bytes(families.shapes(SHORT), 16)
+    verdict = planned(Budget(weight_bytes=int(budget * whole)), axes=axes).verdict
+    if said is None:
+        assert verdict.startswith("does not fit: weight_bytes of")
+        return
+    assert verdict.startswith(f"fits after shrinking: {said} ")
+    assert verdict.endswith(f"% of the parent's {show_bytes(whole)} in 16 bits")
+    # What it names is enough, and every one of them is needed.
+    named = [axis for axis in axes if axis in verdict.split(" leave")[0]]
+    limit = Budget(weight_bytes=int(budget * whole))
+    assert planned(limit, axes=tuple(named)).verdict == verdict
+    for axis in named:
+        fewer = tuple(other for other in axes if other in named and other != axis)
+        assert not fewer or not planned(limit, axes=fewer).verdict.startswith("fits")
+
+
+@pytest.mark.parametrize("more", [-1, 0])
+def test_a_budget_that_the_written_files_just_meet_fits_as_it_is(more):
+    """Headers are written too: what fits is told as `fit` tells it."""
+    enough = offers.FILE_OVERHEAD + sum(offers.file_bytes(block) for block in families.blocks(SHORT).values())
+    verdict = planned(Budget(weight_bytes=enough + more)).verdict
+    assert (verdict == "fits as it is") == (more == 0)
+
+
+def test_plan_and_fit_name_what_they_do_not_know(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SHORT))
+    (tmp_path / "m.json").write_text('{"name": "x", "memory_bytes": "much", "bandwidth": 1, "flops": 1}')
+    fit = ("fit", tmp_path, "--out", tmp_path / "out", "--weights", "50%")
+    for option, value, said in (
+        ("--axes", "Bits", "there is no variants called 'Bits'; there are: bits"),
+        ("--axes", "bits,", "there is no variants called ''"),
+        ("--machine", "abacus", "no machine 'abacus'"),
+        ("--machine", str(tmp_path / "m.json"), "m.json: memory_bytes: Input should be a valid integer"),
+        ("--context", "long", "'long' is not a number of tokens"),
+        ("--context", "8", "context 8 is shorter than prompt"),
+        ("--weights", "some", "'some' is not a size"),
+        ("--concurrency", "0", "concurrency is 0"),
+    ):
+        told = [CliRunner().invoke(app, [*map(str, each), option, value]) for each in (("plan", tmp_path), fit)]
+        assert [each.exit_code for each in told] == [2, 2], told[0].output
+        assert told[0].stderr == told[1].stderr and said in told[0].stderr and told[0].stderr.count("\n") == 1
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_plan_takes_axes_as_people_write_them_and_says_what_the_model_can(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SHORT))
+
+    def told(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["plan", str(tmp_path), "--machine", "m2-max", *arguments])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert told("--weights", "50%", "--axes", "bits, ffn_width") == told("--weights", "50%", "--axes", "bits,ffn_width")
+    assert "16384 tokens" not in told()
+    said = told("--context", "32k")
+    assert "32768 tokens are asked for, the model takes up to 8192" in said and "KV cache       32768" not in said

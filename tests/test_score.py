@@ -8,12 +8,14 @@ import torch
 
 from pennyweight import kinds, variants
 from pennyweight.disk.checkpoint import Checkpoint
-from pennyweight.judge import score, stats
+from pennyweight.judge import codes, score, stats
 from pennyweight.judge.stats import SlotStats, of_slot
-from pennyweight.live.walk import Walk
+from pennyweight.live.walk import Layer, Walk
 from pennyweight.model.choices import PARENT, Choice
+from pennyweight.model.shapes import Attention, GatedMLP
 from pennyweight.model.slots import Slot
 from pennyweight.prices.offers import single_choices
+from pennyweight.runs import executor
 from pennyweight.variants import apply
 from tests.conftest import FAMILIES
 
@@ -122,6 +124,91 @@ def test_groups_of_layers_give_the_same_scores(run, tmp_path):
     apart = Scored(run.folder, tmp_path, max_pending=1)
     assert len(apart.groups) == len(apart.choices) > len(run.groups) == 4  # quarters, whatever fits
     assert apart.out == run.out
+
+
+class Counted:
+    """A task's steps, heard; at the `stop`th it is interrupted."""
+
+    def __init__(self, run: Scored, group: score.Group, stop: int | None = None) -> None:
+        self.steps, self._stop = 0, stop
+        self.found = next(executor.run(lambda: run.score(group), [()], on_tick=self._hear))
+
+    def _hear(self, steps: int) -> None:
+        self.steps += steps
+        if self._stop is not None and self.steps >= self._stop:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def tied(pico, tmp_path_factory):
+    """One family, with choices for a matrix that is embedding and head in one."""
+    return Scored(pico("llama", tie_word_embeddings=True), tmp_path_factory.mktemp("tied"))
+
+
+def test_work_is_counted_in_passes_so_that_a_choice_counts_for_as_long_as_it_takes(tied):
+    shapes = tied.walk.shapes
+    logits = score.passes(Slot("head"), shapes)
+    assert [score.passes(Slot("mixer", i), shapes) - logits for i in range(3)] == [3, 2, 1]
+    assert score.passes(Slot("embed"), shapes) - logits == 3
+    for group in tied.groups:
+        wanted = sum(score.passes(slot, shapes) * len(offered) for slot, offered in group.slots)
+        assert Counted(tied, group).steps == wanted
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_task_that_was_killed_goes_on_where_it_was_to_the_same_sums(tied, number, share, monkeypatch):
+    monkeypatch.setattr(score, "_KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(score, "_KEEP_SHARE", float("inf"))
+    group, shapes = tied.groups[number], tied.walk.shapes
+    total = sum(score.passes(slot, shapes) * len(offered) for slot, offered in group.slots)
+    most = max(score.passes(Slot("head"), shapes), 1)
+    with pytest.raises(KeyboardInterrupt):
+        Counted(tied, group, stop=int(share * total))
+    done = score.passes_done(tied.work, 0, group, shapes)
+    assert share * total - 1 - most <= done <= share * total + most
+    again = Counted(tied, group)
+    assert again.steps == pytest.approx(total - done, abs=most)
+    assert again.found == {str(slot): tied.out[str(slot)] for slot, _ in group.slots}
+    score.forget(tied.work, 0, group)
+    assert not [path.name for path in tied.work.iterdir() if path.name.startswith(("state", "compared"))]
+
+
+def test_a_damaged_state_begins_again_and_the_others_do_not(tied, monkeypatch):
+    monkeypatch.setattr(score, "_KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(score, "_KEEP_SHARE", float("inf"))
+    group, shapes = tied.groups[1], tied.walk.shapes
+    total = sum(score.passes(slot, shapes) * len(offered) for slot, offered in group.slots)
+    whole = total - sum(score.passes(Slot("head"), shapes) * len(offered) for _, offered in group.slots)
+    with pytest.raises(KeyboardInterrupt):
+        Counted(tied, group, stop=whole)
+    state = next(path for path in tied.work.iterdir() if path.name.startswith("state"))
+    state.write_bytes(state.read_bytes()[:-1])
+    again = Counted(tied, group)
+    assert 0 < again.steps - (total - whole) <= 3
+    assert again.found == {str(slot): tied.out[str(slot)] for slot, _ in group.slots}
+    score.forget(tied.work, 0, group)
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_the_parent_s_states_are_made_again_where_they_are_gone(tied, layer, monkeypatch):
+    path = score.hidden_path(tied.work, 0, layer)
+    before, ran, run = path.read_bytes(), [], Layer.run
+    path.write_bytes(before[:-2] + bytes([before[-2] ^ 1]) + before[-1:])
+    monkeypatch.setattr(Layer, "run", lambda self, *args, **more: ran.append(self.index) or run(self, *args, **more))
+    score.parent_chunk(tied.folder, ids(), tied.work, 0, tied.dtype)
+    assert path.read_bytes() == before
+    assert ran == list(range(max(0, layer - 1), 3))
+
+
+def test_what_only_quantisers_read_is_known():
+    ffn = GatedMLP(hidden_size=64, intermediate_size=128)
+    mixer = Attention(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
+    both = {"input_moment", "inner_moment"}
+    assert codes.spent(ffn, ("bits",)) == codes.spent(mixer, ("bits", "mixed_bits")) == both
+    assert codes.spent(ffn, variants.default()) == {"inner_moment"}
+    assert codes.spent(ffn, ("bits", "noop")) == both, "what is gone reads nothing"
+    assert codes.spent(mixer, ("bits", "window")) == codes.spent(mixer, variants.default()) == set()
 
 
 def test_more_is_cut_the_worse_it_gets(run):

@@ -283,6 +283,15 @@ def test_a_file_that_is_not_as_it_was_written_is_no_result_and_can_be_made_again
     store.close()
 
 
+def test_a_folder_of_an_earlier_version_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / ("a" * 64)).write_text("hours of work")
+    sqlite3.connect(tmp_path / "run.sqlite").execute("create table results (key text primary key, value text)")
+    with pytest.raises(ValueError, match="was begun with an earlier pennyweight; choose another --run"):
+        Store(tmp_path, IDENTITY)
+    assert files(tmp_path) == {"a" * 64}
+
+
 def test_nothing_under_a_key_is_said(store):
     with pytest.raises(RuntimeError, match="stats/7 is gone"):
         store.tensors("stats/7")

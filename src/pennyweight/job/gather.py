@@ -142,10 +142,10 @@ class _Gathering:
         tasks = [(job.model, layer, part, wanted, job.scratch, job.dtype) for part in parts]
         list(executor.run(stats.calibrate, tasks, job.where, on_tick=self._heard))
         if gather:
-            tensors = stats.merge(job.scratch, len(chunks), layer, sum(chunk.ids[:, :-1].size for chunk in chunks))
-            whole = job.scratch / f"stats-{layer}.safetensors"
-            scratch.keep(whole, tensors)
+            whole, tokens = job.scratch / f"stats-{layer}.safetensors", sum(chunk.ids[:, :-1].size for chunk in chunks)
+            scratch.keep(whole, stats.merge(job.scratch, len(chunks), layer, tokens))
             self._find(layer, whole)
+            tensors = scratch.needed(whole)
             told: dict[str, dict[str, list[str]]] = {}
             for slot in slots:
                 spent = codes.spent(job.shapes[slot], job.config.axes) & set(wanted[slot])

@@ -42,7 +42,7 @@ from pennyweight.variants import apply
 
 METRICS = ("kl", "lm", "cosine", "nmse")
 _LOGITS_PER_BLOCK = 2**23  # of the final comparison: bounds the tokens whose logits are held at once
-_KEEP_EVERY_S = 12.0
+_KEEP_EVERY_S, _KEEP_AT_LEAST_EVERY_S, _KEEP_SHARE = 12.0, 24.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Progress:
         self.states: dict[Pending, tuple[int, torch.Tensor]] = {}
         self._kept: dict[Pending, int] = {}
         self.compared: dict[Pending, list[float]] = {}  # blocks of tokens, kl and lm so far
-        self._at = time.monotonic()
+        self._due = time.monotonic() + _KEEP_EVERY_S
 
     def load(self) -> None:
         for each in self._every:
@@ -166,7 +166,8 @@ class _Progress:
 
     def tick(self, blocks: int = 0) -> None:
         """Keep what is new, if it is time. `blocks`: of all that are compared, so that their share can be told."""
-        if time.monotonic() - self._at < _KEEP_EVERY_S:
+        began = time.monotonic()
+        if began < self._due:
             return
         for each, (layer, hidden) in self.states.items():
             if self._kept.get(each) != layer:
@@ -179,7 +180,9 @@ class _Progress:
             sums = [self.compared.get(each, [0.0, 0.0, 0.0]) for each in self._every]
             tensors = {"sums": torch.tensor(sums, dtype=torch.float64), "blocks": torch.tensor(max(1, blocks))}
             scratch.keep(self._sums, tensors)
-        self._at = time.monotonic()
+        ended = time.monotonic()
+        pause = min(_KEEP_AT_LEAST_EVERY_S, (ended - began) / _KEEP_SHARE)
+        self._due = ended + max(_KEEP_EVERY_S, pause)
 
     def forget(self) -> None:
         for each in self._every:

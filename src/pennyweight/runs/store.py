@@ -51,6 +51,10 @@ class Store:
         self._rows("pragma journal_mode=wal")
         if (found := self._rows("pragma quick_check(1)")) != [("ok",)]:
             raise self._failed(sqlite3.DatabaseError(str(found[0][0])))
+        if self._rows("select 1 from sqlite_master where name = 'results'"):
+            raise ValueError(
+                f"{folder} was begun with an earlier pennyweight; choose another --run folder or delete it"
+            )
         self._rows(_TABLE)
         known, wanted = self.get("origin", dict[str, Any]), json.loads(json.dumps(origin))
         if known is None:
