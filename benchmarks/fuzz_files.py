@@ -250,7 +250,7 @@ def damage(path: Path, rng: random.Random) -> str:
         (path / name).write_text(_json(edited(said or {"eos_token_id": [0], "top_k": 3}, rng)))
     elif what == "bytes":
         file = rng.choice((*weights, path / "config.json"))
-        file.write_bytes(flipped(file.read_bytes(), rng, 3000))
+        file.write_bytes(flipped(raw := file.read_bytes(), rng, rng.choice((3000, len(raw)))))
     else:
         file = rng.choice((*weights, path / "config.json", path / "generation_config.json"))
         file.unlink()
@@ -264,7 +264,7 @@ def damage(path: Path, rng: random.Random) -> str:
                 sparse.truncate(2**40)
         elif made == 3:
             file.symlink_to(file.name)
-        return f"kind {made} {file.name}"
+        return ("pipe", "folder", "sparse file", "link to itself", "gone")[made]
     return what
 
 
@@ -332,9 +332,8 @@ def case(number: int, sound: dict[str, Path], work: Path) -> tuple[str, str]:
         shutil.copyfile(sound[name], target)
     else:
         shutil.copytree(sound[name], target)
-    what = "nothing"
+    what = damage(target, rng)
     try:
-        what = damage(target, rng)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             opened(target, name, what, rng)

@@ -38,6 +38,7 @@ _TORCH = {
     "BOOL": "bool",
 }
 _MAX_HEADER = 32 * 2**20
+_SMALL = 64  # bytes
 _MAX_CONFIG = 4 * 2**20
 _MAX_INDEX = 32 * 2**20
 
@@ -48,9 +49,10 @@ _ADAPTER = "adapter_config.json"
 
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
 _OrNone = Annotated[int, Field(ge=0, lt=2**31)]  # 0: a block that is gone
-_Layers = Annotated[int, Field(ge=1, le=2**12)]
-_Heads = Annotated[int, Field(ge=1, le=2**12)]
+_Layers = Annotated[int, Field(ge=1, le=2**10)]
+_Heads = Annotated[int, Field(ge=1, le=2**10)]
 _Positive = Annotated[float, Field(gt=1e-30, lt=1e30)]
+_Word = Annotated[str, Field(max_length=60)]
 _One = Annotated[float, Field(ge=1, le=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -62,8 +64,8 @@ class _Said(BaseModel):
 
 
 class _Rotary(_Said):
-    rope_type: str | None = None
-    type: str | None = None
+    rope_type: _Word | None = None
+    type: _Word | None = None
     rope_theta: _Positive | None = None
     factor: _Positive | None = None
     original_max_position_embeddings: _Size | None = None
@@ -93,7 +95,7 @@ class _Layer(_Said):
 
     model_config = ConfigDict(extra="forbid")
 
-    num_key_value_heads: Annotated[int, Field(ge=0, le=2**12)] | None = None
+    num_key_value_heads: Annotated[int, Field(ge=0, le=2**10)] | None = None
     intermediate_size: _OrNone | None = None
     sliding_window: Annotated[int, Field(ge=1)] | None = None
     num_local_experts: _Size | None = None
@@ -107,7 +109,6 @@ class _Weights(_Said):
     num_bits: int
     type: str
     symmetric: Literal[True]
-    group_size: _Size | None = None
 
 
 class _Group(_Said):
@@ -124,15 +125,15 @@ class _Quantization(_Said):
 class _Config(_Said):
     """config.json, as far as any family reads it. null is for transformers to make something of."""
 
-    model_type: str
+    model_type: _Word
     vocab_size: _Size | None = None
     hidden_size: _Size | None = None
     intermediate_size: _OrNone | None = None
     num_hidden_layers: _Layers | None = None
     num_attention_heads: _Heads | None = None
-    num_key_value_heads: Annotated[int, Field(ge=0, le=2**12)] | None = None
+    num_key_value_heads: Annotated[int, Field(ge=0, le=2**10)] | None = None
     head_dim: Annotated[int, Field(ge=1, le=2**14)] | None = None
-    hidden_act: str | None = None
+    hidden_act: _Word | None = None
     rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=families.MOST_POSITIONS)] | None = None
     tie_word_embeddings: bool | None = None
@@ -141,7 +142,7 @@ class _Config(_Said):
     use_sliding_window: bool | None = None
     sliding_window: Annotated[int, Field(ge=1)] | None = None
     max_window_layers: int | None = None
-    layer_types: Annotated[list[str], Field(max_length=2**12)] | None = None
+    layer_types: Annotated[list[str], Field(max_length=2**10)] | None = None
     num_local_experts: _Size | None = None
     num_experts_per_tok: _Size | None = None
     rope_theta: _Positive | None = None
@@ -361,6 +362,15 @@ class Checkpoint:
         tensor = read_entry(name, self._entry(name))
         self._hold_against_checksum(name, tensor)
         return tensor
+
+    def outline(self, name: str) -> torch.Tensor:
+        """The same of small tensors; of others only type and shape, without bytes."""
+        import torch
+
+        entry = self._entry(name)
+        if entry.nbytes <= _SMALL:
+            return self.read(name)
+        return torch.empty(entry.shape, dtype=getattr(torch, _TORCH[entry.dtype]), device="meta")
 
     def map(self, name: str) -> torch.Tensor:
         """The same from a private map of the file: bytes stay on disk until they are looked at, and processes that map

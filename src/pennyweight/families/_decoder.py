@@ -165,9 +165,11 @@ def need(config: Config, key: str, layer: int | None = None) -> int:
 
 def sliding(config: Config, layer: int) -> int | None:
     """The window of a family whose layers slide where layer_types says so. Raises ValueError for other kinds."""
-    if config["sliding_window"] is None:
+    if config["sliding_window"] is None and "layer_types" not in config:
         return None
     kind = config["layer_types"][layer]
+    if kind == "sliding_attention" and config["sliding_window"] is None:
+        raise ValueError(f"{where(config)}: layer_types lets layer {layer} slide, but there is no window for it")
     if kind not in KINDS_OF_LAYER:
         raise ValueError(
             f"{where(config)}: layer_types says {kind!r} of layer {layer}; "

@@ -107,18 +107,31 @@ class Walk:
         return next(slot for slot, shape in self.shapes.items() if shape.makes_logits)
 
     def _stored_shape(self, name: str) -> tuple[int, ...] | None:
-        entries = self.checkpoint.entries
+        """Of a weight as it is on disk; None if it is not there. Raises ValueError for parts that do not belong
+        together, and for other bits than config.json says."""
+        entries, folder = self.checkpoint.entries, self.checkpoint.folder
         if name in entries:
             if (dtype := entries[name].dtype) not in _FLOATS:
-                raise ValueError(f"{self.checkpoint.folder}: {name} is stored as {dtype}; floats are expected")
+                raise ValueError(f"{folder}: {name} is stored as {dtype}; floats are expected")
             return entries[name].shape
-        module = formats.found(name, entries)
-        if module is None:
-            return None
         try:
-            return module.shape_of({"weight_shape": self.checkpoint.read(formats.on_disk(name, "weight_shape"))})
+            parts = formats.read(name, entries, self.checkpoint.outline)
         except ValueError as err:
-            raise ValueError(f"{self.checkpoint.folder}: {name}: {err}") from err
+            raise ValueError(f"{folder}: {err}") from err
+        if not parts:
+            return None
+        bits, said = formats.stored_of(parts).bits, self._said_bits(name.removesuffix(".weight"))
+        if said not in (None, bits):
+            raise ValueError(f"{folder}: {name} is stored in {bits} bits; quantization_config says {said}")
+        return formats.of_parts(parts).shape_of(parts)
+
+    def _said_bits(self, module: str) -> int | None:
+        """What quantization_config says of a module, by its name or as one of all."""
+        groups = (self.checkpoint.config.get("quantization_config") or {}).get("config_groups", {}).values()
+        for group in groups:
+            if {module, "Linear"} & set(group["targets"]):
+                return group["weights"]["num_bits"]
+        return None
 
     def stored(self, slot: Slot) -> set[Stored]:
         """How the slot's matrices lie on disk."""
