@@ -14,7 +14,9 @@ from pennyweight import families, texts, units
 from pennyweight.config import FitConfig
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.disk.tokenizer import load_tokenizer
+from pennyweight.job import outputs
 from pennyweight.job import text as _text
+from pennyweight.live.load import compute_dtype
 from pennyweight.live.walk import Walk
 from pennyweight.model.blocks import Block
 from pennyweight.model.demand import Budget, Workload
@@ -107,11 +109,10 @@ def open_job(
         raise ValueError(
             f"{model} is quantised already; start from its 16-bit original, so that every slot can choose its bits"
         )
-    if out.exists() and not (out / "penny.json").exists():
-        raise ValueError(f"{out} exists and was not made by penny; choose another --out or move it away")
+    folder = outputs.run_folder(out, run)
+    outputs.may_write(model, out, folder, config.data.text)
     walk_check = Walk(checkpoint)
     tokenizer = load_tokenizer(model)
-    folder = run or out.with_name(out.name + ".run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
@@ -134,11 +135,3 @@ def open_job(
     job = Job(model, out, config, where, listen, checkpoint, Store(folder, identity), tokenizer)
     assert walk_check.shapes == job.shapes
     return job
-
-
-def compute_dtype(wanted: str) -> torch.dtype:
-    """bfloat16 arithmetic where the processor has it, else float32."""
-    if wanted == "auto":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        wanted = "bfloat16" if fast else "float32"
-    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
