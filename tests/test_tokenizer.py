@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from pennyweight.disk.templates import Templates
-from pennyweight.disk.tokenizer import added_before, converse, encode, load_tokenizer, read_generation_config
+from pennyweight.disk.tokenizer import added, converse, encode, load_tokenizer, read_generation_config
 
 MESSAGES = [
     {"role": "system", "content": "be brief"},
@@ -126,7 +126,7 @@ def test_whatever_a_tokenizer_raises_is_one_line(error):
     with pytest.raises(ValueError, match="the tokenizer cannot read this text: no such token"):
         encode(Broken(), "a")
     with pytest.raises(ValueError, match="the tokenizer cannot read a letter: no such token"):
-        added_before(Broken())
+        added(Broken())
 
 
 def test_an_interrupt_is_nobodys_error():
@@ -143,7 +143,7 @@ def test_what_a_tokenizer_adds_is_not_what_it_names(tokenizer_file, form, before
     inner = Tokenizer.from_file(str(tokenizer_file))
     inner.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<|endoftext|>", 0)])
     made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
-    assert made.bos_token_id == 0 and added_before(made) == before
+    assert made.bos_token_id == 0 and added(made)[0] == list(before)
 
 
 # ----------------------------------------------------------------------------------------------------------- folders

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,20 +67,22 @@ def fit(
     runs.lock.Held if another process works on the run folder, OSError (ENOSPC) if the disk is full, after which the
     same call goes on, checks.VerificationFailed if the result is not what was promised.
     """
+    from pennyweight.job import outputs
     from pennyweight.job.job import open_job
     from pennyweight.job.run import run_job
     from pennyweight.runs.lock import Lock
 
     out = Path(out)
-    folder = Path(run) if run is not None else out.with_name(out.name + ".run")
+    folder = outputs.run_folder(out, None if run is None else Path(run))
     wanted = (config or FitConfig()).model_copy(update={"budget": budget})
     wanted.check()
     lock = None
     if not isinstance(model, str | Path):
         if tokenizer is None:
             raise ValueError("a live model needs its tokenizer: fit(model, budget, tokenizer=...)")
+        outputs.is_run_folder(folder)
         lock = Lock(folder)
-        model = _written(model, tokenizer, folder / "parent")
+        model = _written(model, tokenizer, folder / outputs.LIVE)
     with open_job(Path(model), out, wanted, run=folder, listen=listen, lock=lock) as job:
         report = run_job(job)
     found, own_tokenizer = load(out)
@@ -95,14 +98,18 @@ def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder:
     for name, tensor in model.state_dict().items():
         if name in names:
             writer.add(name, tensor.to(torch.bfloat16))
-    writer.finish({**model.config.to_dict(), "dtype": "bfloat16"})
+    files = {}
+    if model.generation_config is not None:
+        files["generation_config.json"] = json.loads(model.generation_config.to_json_string())
+    writer.finish({**model.config.to_dict(), "dtype": "bfloat16"}, files=files)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder made by `fit`, or of any supported model: heterogeneous layers built, packed
-    matrices dequantised to bfloat16. Raises ValueError if the folder is not complete."""
+    matrices dequantised, in bfloat16 where the processor has it, else float32. Raises ValueError if the folder is not
+    complete."""
     from pennyweight.disk.tokenizer import load_tokenizer
     from pennyweight.live.load import load_model
 

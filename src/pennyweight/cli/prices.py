@@ -137,6 +137,10 @@ def machine(
             return
         wanted = merged(FitConfig(), asked(prompt=prompt, new=new, concurrency=concurrency, context=context, axes=axes))
         wanted.check()
+        if save is not None and model is not None:
+            from pennyweight.disk.places import apart
+
+            apart(save, "--save", {"the model": model})
         import dataclasses
 
         from pennyweight.prices import measure

@@ -78,12 +78,12 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def added_before(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that a tokenizer itself puts before a text: its BOS, if it adds one and does not merely name it."""
+def added(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer by its own rule puts before and after a text; many put none, and merely name a BOS."""
     with _theirs(lambda said: f"the tokenizer cannot read a letter: {said[:_SHOWN]}"):
         bare, whole = (list(tokenizer.encode("a", add_special_tokens=add)) for add in (False, True))
-    starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-    return tuple(whole[: next(starts, 0)])
+    at = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+    return whole[:at], whole[at + len(bare) :]
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:

@@ -17,7 +17,9 @@ from pennyweight import families, texts, units
 from pennyweight.config import FitConfig
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.disk.tokenizer import load_tokenizer
+from pennyweight.job import outputs
 from pennyweight.job import text as _text
+from pennyweight.live.load import compute_dtype
 from pennyweight.live.walk import Walk
 from pennyweight.model.blocks import Block
 from pennyweight.model.demand import Budget, Workload
@@ -174,15 +176,13 @@ def open_job(
     """
     config.check()
     engine = executor.named(where)
-    folder = run or out.with_name(out.name + ".run")
-    _refuse_inputs(model, config.data.text, out, folder)
+    folder = outputs.run_folder(out, run)
     checkpoint = Checkpoint(model)
     if "quantization_config" in checkpoint.config:
         raise ValueError(
             f"{model} is quantised already; start from its 16-bit original, so that every slot can choose its bits"
         )
-    if out.exists() and not (out / "penny.json").exists():
-        raise ValueError(f"{out} exists and was not made by penny; choose another --out or move it away")
+    outputs.may_write(model, out, folder, config.data.text)
     if not dry and lock is None and folder.exists():
         lock = Lock(folder)  # before anything that takes time
     walk_check = Walk(checkpoint)
@@ -214,27 +214,7 @@ def open_job(
     return job
 
 
-def _refuse_inputs(model: Path, text: str, out: Path, run: Path) -> None:
-    """Raises ValueError where a folder that is replaced is an input or holds one, or the run folder."""
-    places = {"the model": model, "the run folder": run}
-    if text not in ("builtin", "parent"):
-        places["the text"] = Path(text)
-    for name, path in places.items():
-        if out.resolve() in (path.resolve(), *path.resolve().parents):
-            raise ValueError(f"--out {out} would replace {name} {path}; choose another --out")
-    if run.resolve() == model.resolve():
-        raise ValueError(f"--run {run} is the model; choose another --run")
-
-
 def _digests(model: Path) -> dict[str, str]:
     """{name: SHA-256} of the small files beside the weights that a run goes by."""
     paths = {path for pattern in _BESIDE_THE_WEIGHTS for path in model.glob(pattern) if path.is_file()}
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
-
-
-def compute_dtype(wanted: str) -> torch.dtype:
-    """bfloat16 arithmetic where the processor has it, else float32."""
-    if wanted == "auto":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        wanted = "bfloat16" if fast else "float32"
-    return torch.bfloat16 if wanted == "bfloat16" else torch.float32

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from pennyweight import report
+from pennyweight.disk import places
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.job import checks as verify
 from pennyweight.job.children import build, heal, measure_unhealed
 from pennyweight.job.gather import gather_stats, score_choices
 from pennyweight.job.job import Job
 from pennyweight.job.pack import pack
+from pennyweight.job.parent import hold_parent
 from pennyweight.job.plan import described, disk, plan
 from pennyweight.job.reporting import card, facts
 from pennyweight.job.solve import solve_all
@@ -97,6 +99,7 @@ class _Run:
         """The solutions, from scores that are made if they are not there."""
         job = self.job
         _ = self.planned
+        self._kept("parent", "parent", {}, lambda: hold_parent(job).to_json(), dict[str, Any])
         self._timed("stats", lambda: gather_stats(job))
         self._timed("score", lambda: score_choices(job))
         inputs = self._asked("axes", "budget", "metric", "min_different", "search", "solutions", "sweep", "workload")
@@ -203,16 +206,15 @@ class _Run:
         self.unhealed()
         verified, candidate = self.verified(), self.folder / "candidate"
         checks = [verify.Check(**check) for check in verified["checks"]]
+        known = self.store.folder_digests("folder/candidate", candidate)
+        if known is None:
+            raise RuntimeError(f"{candidate} has changed since it was checked; the same command makes it again")
         if any(check.failed for check in checks):
-            rejected = job.out.with_name(job.out.name + ".rejected")
-            shutil.rmtree(rejected, ignore_errors=True)
-            shutil.copytree(candidate, rejected)
+            places.publish(places.beside(job.out)["rejected"], candidate, known, {})
             raise verify.VerificationFailed(checks)
         with waiting(job.listen, "report"):  # solves for the margins of the budget too; not timed, it tells the times
             told = facts(job, self.chosen, verified, self.timings)
-            if self.store.folder_digests("folder/candidate", candidate) is None:
-                raise RuntimeError(f"{candidate} has changed since it was checked; the same command makes it again")
-            report.write(told, candidate, job.out)
+            report.write(told, candidate, known, job.out)
         self._drop_codes()
         if self.thrifty:
             self._forget_gathered()

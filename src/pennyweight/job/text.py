@@ -14,7 +14,7 @@ from pennyweight import texts
 from pennyweight.config import FitConfig
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.heal.schedule import JUDGES
-from pennyweight.live.load import load_model
+from pennyweight.live.load import compute_dtype, load_model
 from pennyweight.runs.events import Listener, waiting
 from pennyweight.runs.store import Store
 
@@ -69,13 +69,8 @@ def read(checkpoint: Checkpoint, tokenizer: Any, config: FitConfig, store: Store
             rows = texts.rows(texts.from_path(Path(data.text)), tokenizer, context)
         tenth = np.arange(len(rows.ids)) % 10 == 9
         held, seen = rows.pick(np.flatnonzero(tenth)).take(data.held_out_rows), rows.pick(np.flatnonzero(~tenth))
-    vocabulary = checkpoint.config["vocab_size"]
-    highest = max(int(seen.ids.max()), int(held.ids.max()) if len(held.ids) else 0)
-    if highest >= vocabulary:
-        raise ValueError(
-            f"the tokenizer gives token {highest}, the model's vocabulary ends at {vocabulary - 1}; "
-            "they do not belong together"
-        )
+    for part in (seen, held):
+        part.hold_within(checkpoint.config["vocab_size"])
     need = data.calibration_rows + data.score_rows + 1
     if len(seen.ids) < need or not len(held.ids):
         raise ValueError(
@@ -104,7 +99,7 @@ def _sampled(
     if store.get("sampled") is None:
         count = config.data.sampled_rows
         listen.begin("sample", total=count, unit="rows")
-        parent = load_model(checkpoint.folder)
+        parent = load_model(checkpoint.folder, dtype=compute_dtype(config.compute))
         drawn = sample.rows(parent, tokenizer, count, context, seed=config.seed)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(drawn).items()}
         store.put_tensors("sampled", tensors)

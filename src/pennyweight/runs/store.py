@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pennyweight.disk import reading
+from pennyweight.disk.places import hashes
 from pennyweight.disk.writer import write_atomic
 from pennyweight.runs import space
 
@@ -165,12 +166,12 @@ class Store:
 
     def put_folder(self, key: str, folder: Path) -> None:
         """Remember what a finished folder holds, file by file."""
-        self.put(key, {"folder": _digests(folder)})
+        self.put(key, {"folder": hashes(folder)})
 
     def folder_digests(self, key: str, folder: Path) -> dict[str, str] | None:
         """{file: SHA-256} of a folder that is still what it was when it was put; None otherwise."""
         kept = self.get(key, dict[str, dict[str, str]])
-        if kept is None or not folder.is_dir() or _digests(folder) != kept.get("folder"):
+        if kept is None or not folder.is_dir() or hashes(folder) != kept.get("folder"):
             return None
         return kept["folder"]
 
@@ -227,16 +228,6 @@ def _file(value: Any) -> str | None:
 
 def _hash(key: str, text: str) -> str:
     return hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()[:16]
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if not path.is_file():
-            continue
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def _difference(known: Any, wanted: Any, path: str = "") -> str:

@@ -13,7 +13,7 @@ import torch
 from pennyweight import formats
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.disk.reading import json_file
-from pennyweight.disk.tokenizer import Ends, added_before, load_tokenizer, read_generation_config
+from pennyweight.disk.tokenizer import Ends, added, load_tokenizer, read_generation_config
 from pennyweight.live.walk import Walk
 from pennyweight.sources.source import Vocabulary, rearranged
 
@@ -63,7 +63,7 @@ class Folder:
         folder = self._checkpoint.folder
         tokenizer, defaults = load_tokenizer(folder), read_generation_config(folder)
         stop = {tokenizer.eos_token_id, *defaults.ends, *json_file(folder / "config.json", Ends).ends}
-        return Vocabulary(tokenizer, added_before(tokenizer), frozenset(stop - {None}), defaults)
+        return Vocabulary(tokenizer, tuple(added(tokenizer)[0]), frozenset(stop - {None}), defaults)
 
 
 def _name(path: Path) -> str:
