@@ -379,7 +379,7 @@ def test_whatever_goes_wrong_what_was_begun_is_given_back(running, monkeypatch):
 
     def third_time(request):
         calls.append(request)
-        if len(calls) == 5:  # each answer is checked when it is made and when it is handed in
+        if len(calls) == 4:  # the prompt is checked once, and each answer when it is handed in
             raise MemoryError("no luck")
         check(request)
 
@@ -679,3 +679,31 @@ def test_a_broken_engine_tells_those_who_wait(model, monkeypatch):
         assert response.status_code == 500 and "division" in response.json()["error"]["message"]
         monkeypatch.undo()
         assert httpx.post(f"{address}/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+def test_refusals_have_time_while_others_are_answered(model, monkeypatch):
+    """At once where nobody waits: here a refusal would take longer than the test may."""
+    with serving(model, limits=Limits(refusal_seconds=300)) as (address, _):
+        assert refused(address, {"made_up": 1})["code"] == "unsupported_parameter"
+    monkeypatch.setattr("pennyweight.serve.connections.REFUSAL_SECONDS", 0.3)
+    with serving(model, limits=Limits(refusal_seconds=0.3)) as (address, worker):
+        step = worker.batch.engine.step
+        monkeypatch.setattr(worker.batch.engine, "step", lambda rows: (time.sleep(0.02), step(rows))[1])
+        body = {"prompt": "a", "max_tokens": 200, "stream": True}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60):
+            for ask in (
+                lambda: refused(address, {"made_up": 1}),
+                lambda: httpx.get(f"{address}/v1/models", headers={"host": "evil.example"}),
+                lambda: nonsense(address),
+            ):
+                started = time.monotonic()
+                ask()
+                assert time.monotonic() - started >= 0.3
+        assert empties(worker)
+        assert nonsense(address).startswith(b"HTTP/1.1 400")
+
+
+def nonsense(address: str) -> bytes:
+    with connection(address) as client:
+        client.sendall(b"no HTTP\r\n\r\n")
+        return received(client)

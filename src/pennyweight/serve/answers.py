@@ -60,7 +60,6 @@ class Answer:
         )
         stop = frozenset(ask.stop_token_ids) | (frozenset() if ask.ignore_eos else model.stop)
         wanted = Wanted(prompt, most, sampling, stop, ask.min_tokens)
-        server.worker.batch.check(wanted)
         after = () if isinstance(ask, Chat) else prompt
         self.words = Words(model.tokenizer, stop=ask.stop, after=after, special=model.special, least=ask.min_tokens)
         self.queue: asyncio.Queue[tuple[list[int], str | Exception | None]] = asyncio.Queue()
@@ -184,20 +183,22 @@ class Answers:
         if wrong:
             said = f"token {wrong[0]} is outside the vocabulary of {model.engine.vocab_size}"
             raise invalid(said, "stop_token_ids", "invalid_token")
-        if isinstance(ask, Chat):
-            conversation = [plain(message) for message in ask.messages]
-            with _refusing("messages"):
-                return ask, [model.chat(conversation, ask.chat_template_kwargs, capacity - 1)]
-        given = prompts(ask.prompt, self._most // ask.n)
-        with _refusing("prompt"):
-            return ask, [model.encode(one, capacity - 1) if isinstance(one, str) else one for one in given]
+        with _refusing("messages" if isinstance(ask, Chat) else "prompt"):
+            if isinstance(ask, Chat):
+                conversation = [plain(message) for message in ask.messages]
+                asked = [model.chat(conversation, ask.chat_template_kwargs, capacity - 1)]
+            else:
+                given = prompts(ask.prompt, self._most // ask.n)
+                asked = [model.encode(one, capacity - 1) if isinstance(one, str) else one for one in given]
+            for prompt in asked:
+                self.worker.batch.check(Wanted(prompt, 1))
+        return ask, asked
 
     def _answer(self, prompt: list[int], ask: Ask, number: int) -> Answer:
         room = self.worker.batch.capacity - len(prompt)
         limit = min(self.limits.most_tokens, ask.most or room, max(1, room))
         try:
-            with _refusing("messages" if isinstance(ask, Chat) else "prompt"):
-                return Answer(self, prompt, ask, number, limit)
+            return Answer(self, prompt, ask, number, limit)
         except Full as err:
             self.metrics.requests.labels("refused").inc()
             raise busy(self.worker.pending) from err

@@ -37,7 +37,7 @@ def create_app(model: Model, worker: Worker, limits: Limits | None = None) -> Fa
     app = FastAPI(title="pennyweight", lifespan=lifespan, openapi_url=None)
 
     app.state.close = server.close
-    app.add_middleware(Guard, limits=server.limits)
+    app.add_middleware(Guard, limits=server.limits, busy=lambda: worker.pending > 0)
 
     @app.exception_handler(Refused)
     async def refused(request: Request, err: Refused) -> JSONResponse:

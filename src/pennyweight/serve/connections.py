@@ -8,11 +8,13 @@ there is none, those that have asked nothing for a while make some, and others w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import resource
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,14 @@ SPARE = 24
 """File descriptors that are left for everything else."""
 HEAD_SECONDS = 10.0
 """From a connection, or the first byte of its next request, until the head of the request is there."""
+KEPT_SECONDS = 60
+"""That a connection is kept for another request."""
 READ_SECONDS = 30.0
 """In which a client has to take something of what is sent to it."""
-IDLE_SECONDS = 1.0
+IDLE_SECONDS = 0.5
 """After which a connection that asks nothing may have to make room."""
+REFUSAL_SECONDS = 0.5
+"""That the answer to what is no HTTP takes while others are served."""
 AGAIN_SECONDS = 0.5
 """Until connections are taken again when no file descriptor was left for one."""
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -76,6 +82,19 @@ class Connection(H11Protocol):
                 timer.cancel()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        """To what is no HTTP; not at once while others are served, or whoever sends it in a loop has most of the
+        server's time."""
+        if self.server_state.tasks:
+            self.flow.pause_reading()
+            self.loop.call_later(REFUSAL_SECONDS, self._refuse, msg)
+        else:
+            self._refuse(msg)
+
+    def _refuse(self, msg: str) -> None:
+        if not self.transport.is_closing():
+            super().send_400_response(msg)
+
     @property
     def asks_nothing(self) -> bool:
         """Whether no whole request has come that is not answered yet."""
@@ -97,7 +116,13 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, listening: socket.socket, *, patience: int) -> None:
         """`patience`: seconds that connections get to close once the application has ended its answers."""
         config = uvicorn.Config(
-            app, http=Connection, ws="none", log_level="error", timeout_graceful_shutdown=patience, lifespan="on"
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="on",
+            log_level="error",
+            timeout_keep_alive=KEPT_SECONDS,
+            timeout_graceful_shutdown=patience,
         )
         super().__init__(config)
         self._listening, self._closing = listening, app.state.close
@@ -107,11 +132,14 @@ class Server(uvicorn.Server):
         await super().startup(sockets=[])
         self._listening.setblocking(False)
         self._accepting = asyncio.create_task(self._accept(room()))
+        self._accepting.add_done_callback(self._ended)
 
     async def shutdown(self, sockets: Any = None) -> None:
         await self._closing()
         if self._accepting is not None:
             self._accepting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._accepting
         self._listening.close()
         await super().shutdown(sockets)
 
@@ -138,7 +166,26 @@ class Server(uvicorn.Server):
                     logging.getLogger("uvicorn.error").error("no new connections for now: %s", err.strerror)
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
-            await loop.connect_accepted_socket(self._protocol, taken)
+            line = [taken, *self._waiting(most - len(connections) - 1)]
+            made = [loop.connect_accepted_socket(self._protocol, one) for one in line]
+            for one, found in zip(line, await asyncio.gather(*made, return_exceptions=True), strict=True):
+                if isinstance(found, OSError):  # it has gone already
+                    one.close()
+                elif isinstance(found, BaseException):
+                    raise found
+
+    def _waiting(self, most: int) -> Iterator[socket.socket]:
+        """Who else is in line: a round of the event loop for each would be slow. Why there is no next one, the next
+        call of accept says."""
+        with contextlib.suppress(OSError):
+            for _ in range(most):
+                taken, _ = self._listening.accept()
+                taken.setblocking(False)
+                yield taken
+
+    def _ended(self, accepting: asyncio.Task[None]) -> None:
+        """Without new connections there is nothing to do; `shutdown` says why."""
+        self.should_exit = True
 
     def _protocol(self) -> Connection:
         return Connection(self.config, self.server_state, self.lifespan.state)

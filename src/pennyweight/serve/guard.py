@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+_REFUSALS = frozenset((400, 401, 403, 404, 405, 408, 413))
 _SHOWN = 500  # characters of a message: what a client sent may stand in it
 
 
@@ -19,7 +21,8 @@ class Limits:
     """`key`: what clients have to present, if anything. `hosts`: names by which the server may be called beside those
     of this machine for itself, in lower case; 0.0.0.0 and :: add every address at which it is reached. `body_bytes`: of
     a request, whose bytes may be `silence` seconds apart and which takes `body_seconds` in all. `most_tokens`: of an
-    answer. `stops`, `stop_characters`: stop strings and their length."""
+    answer. `stops`, `stop_characters`: stop strings and their length. `refusal_seconds`: what a refusal takes while
+    others are being answered, so that who asks in a loop for what is not done takes little time from them."""
 
     key: str | None = None
     hosts: frozenset[str] = frozenset()
@@ -29,6 +32,7 @@ class Limits:
     most_tokens: int = 4096
     stops: int = 4
     stop_characters: int = 256
+    refusal_seconds: float = 0.5
 
     def __post_init__(self) -> None:
         """Raises ValueError for a key that would let everybody in."""
@@ -95,21 +99,28 @@ class Guard:
     """Names, keys and sizes, before anything is parsed. A body is read to its end here, counted as it comes: what a
     client says of its length may be missing or wrong."""
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        self.app, self.limits = app, limits
+    def __init__(self, app: ASGIApp, limits: Limits, busy: Callable[[], bool]) -> None:
+        """`busy`: whether anybody is being answered."""
+        self.app, self.limits, self.busy = app, limits, busy
         self._key = None if limits.key is None else limits.key.encode(errors="surrogateescape")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+
+        async def unhurried(message: Message) -> None:
+            if message.get("status", 0) in _REFUSALS and self.busy():
+                await asyncio.sleep(self.limits.refusal_seconds)
+            await send(message)
+
         try:
             self._check_names(scope)
             if not scope["path"].startswith("/v1/"):
-                return await self.app(scope, receive, send)
+                return await self.app(scope, receive, unhurried)
             self._check_key(scope)
             body = await self._body(scope, receive)
         except Refused as err:
-            return await err.response()(scope, receive, send)
+            return await err.response()(scope, receive, unhurried)
         whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def again() -> Message:
@@ -119,7 +130,7 @@ class Guard:
             first, whole = whole, None
             return first
 
-        return None if body is None else await self.app(scope, again, send)
+        return None if body is None else await self.app(scope, again, unhurried)
 
     def _check_names(self, scope: Scope) -> None:
         address = (scope.get("server") or ("", None))[0]
