@@ -77,13 +77,13 @@ class _Gathering:
         first = self._first(passed, len(chunks))
         through = range(first, max(passed, default=-1) + 1)
         matrices = {layer: sum(len(self._wanted(slot)) for slot in self.layers[layer]) for layer in lacking}
-        job, done = self.job, 0
+        job, done = self.job, 0.0
         job.listen.begin("stats", total=len(through) * len(chunks) + sum(matrices.values()), unit="steps")
 
-        def heard(steps: int) -> None:
+        def heard(steps: float) -> None:
             nonlocal done
             done += steps
-            job.listen.advance(done)
+            job.listen.advance(round(done))
 
         self._heard = heard
         for layer in sorted((layer for layer in lacking - passed), key=lambda layer: -1 if layer is None else layer):
@@ -191,12 +191,12 @@ def score_choices(job: Job) -> None:
     before = [score.passes_done(job.scratch, c, group, job.shapes) for c, group in todo]
     done = total - sum(sizes) + sum(before)
     # In passes through a layer, so that a choice counts for as long as it takes.
-    job.listen.begin("score", total=total, done=done, unit="passes")
+    job.listen.begin("score", total=round(total), done=int(done), unit="passes")
 
-    def heard(steps: int) -> None:
+    def heard(steps: float) -> None:
         nonlocal done
         done += steps
-        job.listen.advance(done)
+        job.listen.advance(round(done))
 
     files = {layer: job.store.path(f"stats/{layer}") for layer in range(layers)}
     tasks = [

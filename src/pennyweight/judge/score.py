@@ -41,6 +41,7 @@ from pennyweight.runs.scratch import Remembered
 from pennyweight.variants import apply
 
 METRICS = ("kl", "lm", "cosine", "nmse")
+_PER_LOGIT = 300.0  # operations of a product that what is done with a logit takes as long as, about
 _LOGITS_PER_BLOCK = 2**23  # of the final comparison: bounds the tokens whose logits are held at once
 _KEEP_EVERY_S, _KEEP_AT_LEAST_EVERY_S, _KEEP_SHARE = 12.0, 24.0, 0.05
 
@@ -75,7 +76,7 @@ def groups(choices: Mapping[Slot, Sequence[Choice]], hidden_bytes: int, max_pend
     return [Group(tuple(group)) for group in groups if group]
 
 
-def passes(slot: Slot, shapes: Shapes) -> int:
+def passes(slot: Slot, shapes: Shapes) -> float:
     """The work of scoring one choice of a slot on one chunk, in passes through a layer."""
     return _passes_left(0 if slot.kind == "embed" else slot.layer, shapes) + _logit_passes(shapes)
 
@@ -85,11 +86,12 @@ def _passes_left(layer: int | None, shapes: Shapes) -> int:
     return 0 if layer is None else 1 + max(slot.layer or 0 for slot in shapes) - layer
 
 
-def _logit_passes(shapes: Shapes) -> int:
-    """How many passes through a layer the logits take as long as."""
-    blocks = [shape.flops for slot, shape in shapes.items() if slot.layer is not None]
-    logits = sum(shape.flops for shape in shapes.values() if shape.makes_logits)
-    return max(1, round(logits / (2 * sum(blocks) / len(blocks))))
+def _logit_passes(shapes: Shapes) -> float:
+    """How many passes through a layer comparing logits takes as long as."""
+    layer = sum(shape.flops for slot, shape in shapes.items() if slot.layer == 0)
+    logits = next(shape for shape in shapes.values() if shape.makes_logits)
+    (matrix,) = logits.weights()
+    return (logits.flops + _PER_LOGIT * matrix.shape[0]) / layer
 
 
 def hidden_path(folder: Path, chunk: int, layer: int) -> Path:
@@ -134,7 +136,8 @@ class _Progress:
         self._sums = folder / f"compared-{chunk}-{_short(told)}.safetensors"
         self.states: dict[Pending, tuple[int, torch.Tensor]] = {}
         self._kept: dict[Pending, int] = {}
-        self.compared: dict[Pending, list[float]] = {}  # blocks of tokens, kl and lm so far
+        self.compared: dict[Pending, list[float]] = {}  # blocks of tokens, of `blocks`, kl and lm so far
+        self.blocks = 1
         self._due = time.monotonic() + _KEEP_EVERY_S
 
     def load(self) -> None:
@@ -147,25 +150,26 @@ class _Progress:
         found = scratch.kept(self._sums)
         if found is not None:
             self.compared = dict(zip(self._every, found["sums"].tolist(), strict=True))
+            self.blocks = int(found["blocks"])
 
-    def passes(self, shapes: Shapes) -> int:
+    def passes(self, shapes: Shapes) -> float:
         """Those that are done, told without reading a state."""
         found = scratch.kept(self._sums)
-        share = 0.0 if found is None else float(found["sums"][:, 0].sum() / found["blocks"])
-        done = 0
+        compared = 0.0 if found is None else float(found["sums"][:, 0].sum() / found["blocks"])
+        done = compared * _logit_passes(shapes)
         for slot, choice in self._every:
             layers = [layer for layer, _ in self._files((slot, choice))]
             if layers:
                 begun = 0 if slot.kind == "embed" else slot.layer
                 done += _passes_left(begun, shapes) - _passes_left(max(layers), shapes)
-        return done + int(share * _logit_passes(shapes))
+        return done
 
     def set(self, each: Pending, layer: int, hidden: torch.Tensor) -> None:
         self.states[each] = layer, hidden
         self.tick()
 
-    def tick(self, blocks: int = 0) -> None:
-        """Keep what is new, if it is time. `blocks`: of all that are compared, so that their share can be told."""
+    def tick(self) -> None:
+        """Keep what is new, if it is time."""
         began = time.monotonic()
         if began < self._due:
             return
@@ -178,7 +182,7 @@ class _Progress:
                 self._kept[each] = layer
         if self.compared:
             sums = [self.compared.get(each, [0.0, 0.0, 0.0]) for each in self._every]
-            tensors = {"sums": torch.tensor(sums, dtype=torch.float64), "blocks": torch.tensor(max(1, blocks))}
+            tensors = {"sums": torch.tensor(sums, dtype=torch.float64), "blocks": torch.tensor(self.blocks)}
             scratch.keep(self._sums, tensors)
         ended = time.monotonic()
         pause = min(_KEEP_AT_LEAST_EVERY_S, (ended - began) / _KEEP_SHARE)
@@ -204,7 +208,7 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def passes_done(folder: Path, chunk: int, group: Group, shapes: Shapes) -> int:
+def passes_done(folder: Path, chunk: int, group: Group, shapes: Shapes) -> float:
     """The work of a task that an earlier call did and kept."""
     return _Progress(folder, chunk, group).passes(shapes)
 
@@ -359,7 +363,9 @@ def _logit_sums(
     flat_rows = [(row, row.child.flatten(0, 1)[keep]) for row in rows]
     sums: dict[Pending, list[float]] = {} if progress is None else progress.compared
     tokens = max(16, min(256, _LOGITS_PER_BLOCK // len(head.weight)))
-    blocks, worth = -(-len(flat_parent) // tokens), _logit_passes(walk.shapes)
+    blocks, passes = -(-len(flat_parent) // tokens), _logit_passes(walk.shapes)
+    if progress is not None:
+        progress.blocks = blocks
     for number in range(blocks):
         todo = [(row, child) for row, child in flat_rows if sums.setdefault(row.of, [0, 0.0, 0.0])[0] == number]
         if not todo:
@@ -376,9 +382,9 @@ def _logit_sums(
             kl, lm = divergence(p, difference, wanted)
             _, kl_before, lm_before = sums[row.of]
             sums[row.of] = [number + 1, kl_before + float(kl.double().sum()), lm_before + float(lm.double().sum())]
-            executor.tick(worth * (number + 1) // blocks - worth * number // blocks)
+            executor.tick(passes / blocks)
             if progress is not None:
-                progress.tick(blocks)
+                progress.tick()
     for row in rows:
         _, row.sums["kl"], row.sums["lm"] = sums.get(row.of, [0, 0.0, 0.0])
 

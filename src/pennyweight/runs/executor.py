@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 Where = Literal["local", "ray"]
 
 
-_on_tick: Callable[[int], None] | None = None  # while a task runs in this process
+_on_tick: Callable[[float], None] | None = None  # while a task runs in this process
 
 
-def tick(steps: int = 1) -> None:
+def tick(steps: float = 1) -> None:
     """Called by a task that takes long: so many more of its steps are done. Heard where tasks run in this process."""
     if _on_tick is not None:
         _on_tick(steps)
@@ -24,7 +24,7 @@ def run(
     tasks: Sequence[tuple[Any, ...]],
     where: Where = "local",
     *,
-    on_tick: Callable[[int], None] | None = None,
+    on_tick: Callable[[float], None] | None = None,
 ) -> Iterator[Any]:
     """function(*task) for every task, results in the order of tasks as they become ready.
 
@@ -44,7 +44,7 @@ def named(where: str) -> Where:
 
 
 def _local(
-    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_tick: Callable[[int], None] | None
+    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], on_tick: Callable[[float], None] | None
 ) -> Iterator[Any]:
     global _on_tick
     for task in tasks:
