@@ -136,6 +136,7 @@ def test_a_view_of_a_larger_tensor_is_written_as_what_it_shows(tmp_path):
 
 def test_what_belongs_to_a_model_comes_along_and_nothing_that_can_be_run(tmp_path, model, tokenizer_file):
     shutil.copyfile(tokenizer_file, model / "tokenizer.json")
+    (model / "config.json").write_text('{"model_type": "llama"}')
     (model / "additional_chat_templates").mkdir()
     belongs = {
         *("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json"),
@@ -157,8 +158,9 @@ def test_what_belongs_to_a_model_comes_along_and_nothing_that_can_be_run(tmp_pat
     (model / "NOTICE.txt").unlink()
     os.mkfifo(model / "NOTICE.txt")
     with pytest.raises(ValueError, match=r"NOTICE\.txt is not an ordinary file"):
-        writer_of_nothing = Writer(tmp_path / "other")
-        writer_of_nothing.finish(CONFIG, like=model)
+        writer = Writer(tmp_path / "other")
+        writer.add("weight", torch.zeros(1))
+        writer.finish(CONFIG, like=model)
 
 
 # ------------------------------------------------------------------------------------------------- whole or absent

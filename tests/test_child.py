@@ -68,7 +68,8 @@ def scattered(pico, tokenizer_file, tmp_path_factory) -> Path:
 def finished(scattered, text, tmp_path_factory):  # noqa: F811
     """(parent, out, what was asked, report) of a job that has ended."""
     out, wanted = tmp_path_factory.mktemp("finished") / "out", config(text, **FAST)
-    return scattered, out, wanted, run_job(open_job(scattered, out, wanted))
+    with open_job(scattered, out, wanted) as job:
+        return scattered, out, wanted, run_job(job)
 
 
 # ------------------------------------------------------------------------------------------- as transformers loads it
@@ -290,20 +291,17 @@ def test_a_damaged_candidate_is_packed_and_verified_again(how, finished):
     """Whatever befell its files after they were made: the same command, the same folder."""
     model, out, wanted, _ = finished
     before, run = digests(out), out.with_name("out.run")
-    job = open_job(model, out, wanted)
-    for path in sorted((run / "candidate").iterdir()):
-        sound = path.read_bytes()
-        assert outputs.intact(job, run / "candidate")
-        verified = job.store.get("verified")
-        DAMAGE[how](path)
-        assert not outputs.intact(job, run / "candidate"), path.name
-        assert job.store.get("verified") is None, "what is not there was not verified"
-        path.write_bytes(sound)
-        job.store.put("verified", verified)
-    job.store.close()
+    with open_job(model, out, wanted) as job:
+        for path in sorted((run / "candidate").iterdir()):
+            sound = path.read_bytes()
+            assert job.store.folder_digests("folder/candidate", run / "candidate") is not None
+            DAMAGE[how](path)
+            assert job.store.folder_digests("folder/candidate", run / "candidate") is None, path.name
+            path.write_bytes(sound)
     DAMAGE[how](run / "candidate" / "model.safetensors")
     shutil.rmtree(out)
-    run_job(open_job(model, out, wanted))
+    with open_job(model, out, wanted) as job:
+        run_job(job)
     assert digests(out) == before
     assert all(check.ok for check in checks.check_folder(out, 4))
 

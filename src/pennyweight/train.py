@@ -31,6 +31,7 @@ from pennyweight.disk.writer import write_atomic
 from pennyweight.evals.loss import loss
 from pennyweight.heal import loop
 from pennyweight.runs.events import Listener
+from pennyweight.runs.lock import LOCK, Lock
 
 END_OF_TEXT = "<|endoftext|>"
 # Words with one leading blank, single digits, punctuation, line ends, runs of blanks: prose and code alike.
@@ -79,13 +80,19 @@ def train(recipe: Recipe, *, books: Path, out: Path, listen: Listener, checkpoin
     """Train, or go on training, in folder `out`; returns the Hugging Face folder out/model (bf16).
 
     Raises FileNotFoundError or ValueError if a book of the recipe is missing or differs, ValueError if `out` holds
-    another recipe's run.
+    another recipe's run, Held if another process works on it.
     """
     places.apart(out, "--out", {"the books": books})
-    if any(out.glob("*")) and not (out / "run.json").exists():
+    if {path.name for path in out.glob("*")} - {LOCK} and not (out / "run.json").exists():
         raise ValueError(f"{out} is not empty and holds no run of penny train; choose another --out")
     documents = read_documents(recipe, books)
-    out.mkdir(parents=True, exist_ok=True)
+    with Lock(out):
+        return _train(recipe, documents, out, listen, checkpoint_s)
+
+
+def _train(
+    recipe: Recipe, documents: dict[str, list[texts.Document]], out: Path, listen: Listener, checkpoint_s: float
+) -> Path:
     _claim(out, recipe, documents)
     tokenizer = _tokenizer(recipe, documents["train"], out)
     ids = _token_file(tokenizer, documents["train"], out, recipe.context)

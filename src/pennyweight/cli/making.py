@@ -195,7 +195,6 @@ def train(
     with errors(resumes=True):
         from pennyweight.disk import reading
         from pennyweight.runs import allocator
-        from pennyweight.runs.lock import Lock
         from pennyweight.runs.progress import Terminal
         from pennyweight.runs.space import full_disk_is_one_error
         from pennyweight.train import Recipe
@@ -203,6 +202,6 @@ def train(
 
         allocator.keep_freed_memory()
         wanted = reading.yaml_file(recipe, Recipe)
-        with _one_at_a_time(), Lock(out), Terminal() as listen, full_disk_is_one_error():
+        with _one_at_a_time(), Terminal() as listen, full_disk_is_one_error():
             made = run(wanted, books=books, out=out, listen=listen)
         print(made)

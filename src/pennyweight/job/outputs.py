@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pennyweight.disk import places
 from pennyweight.disk.checkpoint import CHECKSUMS
+from pennyweight.runs.lock import LOCK
 
 if TYPE_CHECKING:
     pass
@@ -51,6 +52,6 @@ def is_run_folder(run: Path) -> None:
     if (run / "run.sqlite").exists():
         return
     ours = {LIVE, f"{LIVE}.replaced"} if (run / LIVE / CHECKSUMS).exists() else {f"{LIVE}.partial"}
-    foreign = [path.name for path in sorted(run.glob("*")) if path.name not in ours]
+    foreign = [path.name for path in sorted(run.glob("*")) if path.name not in {*ours, LOCK}]
     if foreign:
         raise ValueError(f"{run} holds {foreign[0]} and was not made by penny; choose another --run or move it away")
