@@ -177,7 +177,8 @@ class Batch:
             try:
                 token = pick(row, text.request.sampling, seen, text.rng)
             except FloatingPointError as err:  # of this text alone
-                text.finish, text.error = "failed", err
+                trouble = self.engine.trouble(text.sequence)
+                text.finish, text.error = "failed", FloatingPointError(trouble) if trouble else err
                 break
             if token in text.request.stop:
                 text.finish = "stop"

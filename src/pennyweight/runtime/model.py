@@ -43,6 +43,4 @@ def open_model(path: Path, *, mapped: bool = False, **settings: Any) -> Model:
     FileNotFoundError for what cannot be run."""
     source = open_source(path, mapped=mapped)
     vocabulary, engine = source.vocabulary(), Engine(source, **settings)
-    return Model(
-        source.name, engine, vocabulary.tokenizer, vocabulary.begin, vocabulary.stop, notes=tuple(source.notes)
-    )
+    return Model(source.name, engine, vocabulary.tokenizer, vocabulary.begin, vocabulary.stop, notes=engine.notes)
