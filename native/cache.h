@@ -1,32 +1,86 @@
 // Keys and values as they lie in memory, and how attention over a long text is put together from segments.
 //
+// In 8 bits every head of every position has a scale of its own, so that nothing depends on what else is kept. Models have
+// channels of keys a hundred times as large as the rest (Qwen2.5's biases), which a scale alone would leave the rest nothing
+// of. So keys and queries are spread first: a Hadamard transform, which changes no dot product, gives all channels a part of
+// the large ones (as QuaRot does, arXiv:2404.00456). Values are averages over positions and stay as they are.
+//
 // Segments begin at multiples of kSegment whatever the text's length, and are merged in order: so results do not depend
 // on how many threads share the work.
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 
 #include "matrices.h"
 
 namespace pennyweight {
 
-// How keys and values are kept. FP8 is E4M3.
-enum class Cache : int { float16 = 0, fp8 = 1, float32 = 2 };
+// How keys and values are kept: as floats, or as codes that a bfloat16 scale multiplies.
+enum class Cache : int { float16 = 0, int8 = 1, float32 = 2 };
 
-constexpr std::size_t bytes_of(Cache cache) { return cache == Cache::fp8 ? 1 : cache == Cache::float16 ? 2 : 4; }
+// Of n numbers of one head and position, their scale included.
+constexpr std::size_t bytes_of(Cache cache, int n) {
+    return cache == Cache::int8 ? n + 2 : (cache == Cache::float16 ? 2 : 4) * std::size_t(n);
+}
+
+// n floats as codes of 8 bits, to codes[i * stride], and their scale, a bfloat16. What is not finite makes that a NaN.
+inline std::uint16_t encode(const float* x, int n, std::int8_t* codes, int stride) {
+    float most = 0;
+    bool finite = true;
+    for (int i = 0; i < n; i++) {
+        most = std::max(most, std::fabs(x[i]));
+        finite = finite && std::isfinite(x[i]);
+    }
+    // Rounded up, so that no code is above 127. What is too small for that is nothing.
+    const std::uint16_t scale = std::uint16_t((std::bit_cast<std::uint32_t>(most / 127) + 0xffff) >> 16);
+    const bool any = finite && most > 0x1p-100f;
+    const float inverse = any ? 1 / std::bit_cast<float>(std::uint32_t(scale) << 16) : 0;
+    for (int i = 0; i < n; i++) codes[i * stride] = any ? std::int8_t(std::nearbyint(x[i] * inverse)) : 0;
+    return finite ? any ? scale : 0 : 0x7fc0;
+}
+
+// Signs of Rudin and Shapiro: neither a constant nor anything regular is left in one channel by a transform behind them.
+constexpr auto kSigns = [] {
+    std::array<float, 256> signs{};
+    for (unsigned i = 0; i < signs.size(); i++) signs[i] = std::popcount(i & i >> 1) % 2 ? -1 : 1;
+    return signs;
+}();
+
+// x (n) times an orthogonal matrix that makes sums and differences of all channels: Hadamard's with signs, for n a power of
+// two; else that for the largest in n, of the first channels and then of the last. Dot products of two vectors stay what
+// they were.
+inline void spread(float* x, int n) {
+    const int part = int(std::bit_floor(unsigned(n)));
+    const float scale = 1 / std::sqrt(float(part));
+    for (float* at : {x, x + n - part}) {
+        for (int i = 0; i < part; i++) at[i] *= scale * kSigns[i % kSigns.size()];
+        for (int width = 1; width < part; width *= 2)
+            for (int i = 0; i < part; i += 2 * width)
+                for (int j = i; j < i + width; j++) {
+                    const float a = at[j], b = at[j + width];
+                    at[j] = a + b;
+                    at[j + width] = a - b;
+                }
+        if (part == n) break;
+    }
+}
 
 // What the queries of one key-value head look at: up to kSegment positions [first, last) of a cache of `blocks` blocks of
 // 16 positions, used as a ring. Keys lie block by block transposed (head_dim, 16), so that 16 dot products need no sums
-// across lanes; values lie position by position (16, padded value_dim).
+// across lanes; values lie position by position (16, padded value_dim). The 16 scales of a block come behind its codes.
 struct Cached {
     static constexpr int kBlock = 16;
     static constexpr int kSegment = 512;  // positions that are looked at in one go
-    static constexpr int kScratch = 4 * (kSegment + 2 * kBlock);
+    static constexpr int kQueries = 8;  // and by how many queries at once, at most
+    static constexpr int kScratch = kQueries * (kSegment + 2 * kBlock);
 
-    const void* keys = nullptr;
-    const void* values = nullptr;
+    const std::uint8_t* keys = nullptr;
+    const std::uint8_t* values = nullptr;
     Cache cache = Cache::float16;
     int head_dim = 0, value_dim = 0;
     int blocks = 0;
@@ -35,6 +89,7 @@ struct Cached {
     float* scratch = nullptr;  // kScratch floats
 
     static int padded(int value_dim) { return round_up(value_dim, kBlock); }
+    static constexpr std::size_t block_bytes(Cache cache, int n) { return kBlock * bytes_of(cache, n); }
 };
 
 // Of a softmax over some positions: the largest score, and the sum of e^(score - largest).

@@ -285,48 +285,106 @@ void check_floats(const Kernels& k, std::mt19937& random) {
     }
 }
 
+// Spread vectors have the dot products, and so the lengths, of plain ones; what is large in one channel, or alike in all, is
+// found in many.
+void check_spread(std::mt19937& random) {
+    for (int n : {1, 2, 3, 8, 24, 64, 80, 96, 112, 128, 257})
+        for (int large : {0, n / 2, n - 1, n}) {
+            auto x = activations(n, random), y = activations(n, random);
+            for (int i = 0; i < n; i++) x[i] += i == large || large == n ? 100 : 0;
+            const auto dot = [&](const std::vector<float>& a, const std::vector<float>& b) {
+                double sum = 0;
+                for (int i = 0; i < n; i++) sum += double(a[i]) * b[i];
+                return float(sum);
+            };
+            const float before = dot(x, y), length = dot(x, x);
+            spread(x.data(), n);
+            spread(y.data(), n);
+            const std::string what = "spread " + std::to_string(n) + " with " + std::to_string(large) + " large";
+            expect_near(what, {dot(x, y), dot(x, x)}, {before, length}, 1e-6);
+            float most = 0;
+            for (float v : x) most = std::max(most, std::fabs(v));
+            const float share = most * std::sqrt(float(n) / length);  // of a channel, if all had the same
+            if (n >= 8 && share > 4) std::printf("%s: a channel of %g times the mean\n", what.c_str(), double(share)), failures++;
+        }
+}
+
+// Codes and their scale: within half a step, of which 127 make the largest; NaN where a number is none.
+void check_encode(std::mt19937& random) {
+    for (float size : {1e-20f, 1.0f, 1e30f})
+        for (int n : {1, 3, 63, 128}) {
+            auto x = activations(n, random);
+            x[n - 1] = 3;
+            for (float& v : x) v *= size;
+            std::vector<std::int8_t> codes(2 * n, 99);
+            const float scale = from_bfloat16(encode(x.data(), n, codes.data(), 2));
+            float most = 0;
+            for (float v : x) most = std::max(most, std::fabs(v));
+            bool holds = scale >= most / 127 && scale <= most / 127 * 1.008f;
+            for (int i = 0; i < n; i++) holds = holds && std::fabs(codes[2 * i] * scale - x[i]) <= 0.5001f * scale && codes[2 * i + 1] == 99;
+            if (!holds) std::printf("encode %d numbers of %g: codes are off\n", n, double(size)), failures++;
+            for (float none : {kNaN, -std::numeric_limits<float>::infinity()}) {
+                x[n / 2] = none;
+                if (!std::isnan(from_bfloat16(encode(x.data(), n, codes.data(), 2))))
+                    std::printf("encode: %g has a scale\n", double(none)), failures++;
+            }
+            std::fill(x.begin(), x.end(), 0.0f);
+            if (encode(x.data(), n, codes.data(), 2) != 0 || codes[0] != 0) std::printf("encode: zeros are not\n"), failures++;
+        }
+}
+
+// A head's keys or values as a cache has them: blocks of 16 positions of n numbers, all NaN to begin with.
+struct Kept {
+    Kept(Cache cache, int n, int blocks, bool transposed)
+        : cache(cache), n(n), transposed(transposed), bytes(blocks * Cached::block_bytes(cache, n)) {
+        for (int i = 0; i < blocks * Cached::kBlock; i++) put(i, std::vector<float>(n, kNaN));
+    }
+
+    // Returns what is kept of x.
+    std::vector<float> put(int position, std::vector<float> x) {
+        const int place = position % Cached::kBlock, first = transposed ? place : place * n, stride = transposed ? Cached::kBlock : 1;
+        std::uint8_t* block = bytes.data() + position / Cached::kBlock * Cached::block_bytes(cache, n);
+        if (cache == Cache::int8) {
+            auto* codes = reinterpret_cast<std::int8_t*>(block) + first;
+            const std::uint16_t scale = encode(x.data(), n, codes, stride);
+            reinterpret_cast<std::uint16_t*>(block + Cached::kBlock * n)[place] = scale;
+            for (int i = 0; i < n; i++) x[i] = codes[i * stride] * from_bfloat16(scale);
+        } else if (cache == Cache::float16) {
+            for (int i = 0; i < n; i++) {
+                reinterpret_cast<std::uint16_t*>(block)[first + i * stride] = to_float16(x[i]);
+                x[i] = from_float16(to_float16(x[i]));
+            }
+        } else {
+            for (int i = 0; i < n; i++) reinterpret_cast<float*>(block)[first + i * stride] = x[i];
+        }
+        return x;
+    }
+
+    Cache cache;
+    int n;
+    bool transposed;
+    std::vector<std::uint8_t> bytes;
+};
+
 // Against attention in double precision, with caches full of NaN where no position is seen.
 void check_attend(const Kernels& k, std::mt19937& random) {
-    for (Cache cache : {Cache::float16, Cache::fp8, Cache::float32})
+    for (Cache cache : {Cache::float16, Cache::int8, Cache::float32})
         for (auto [head_dim, value_dim] : {std::pair{8, 8}, {64, 64}, {80, 80}, {128, 128}, {24, 40}, {72, 16}})
             for (auto [first, last] : {std::pair{0, 1}, {0, 16}, {0, 37}, {5, 37}, {40, 75}})
-                for (int count : {1, 3, 4, 8})
+                for (int count : {1, 3, 4, 6, 9})
                     for (bool sinks : {false, true}) {
-                        const int blocks = 4;  // a ring of 64 positions
-                        const int padded = Cached::padded(value_dim), places = blocks * Cached::kBlock;
-                        std::vector<std::uint16_t> keys(places * head_dim, 0x7e00), values(places * padded, 0x7e00);
-                        std::vector<std::uint8_t> keys8(places * head_dim, 0x7f), values8(places * padded, 0x7f);
-                        std::vector<float> keys32(places * head_dim, kNaN), values32(places * padded, kNaN);
-                        const auto kept = [&](float v) {
-                            return cache == Cache::fp8       ? from_fp8(to_fp8(v))
-                                   : cache == Cache::float16 ? from_float16(to_float16(v))
-                                                             : v;
-                        };
+                        const int blocks = 4, places = blocks * Cached::kBlock;  // a ring
+                        Kept keys(cache, head_dim, blocks, true), values(cache, Cached::padded(value_dim), blocks, false);
                         std::vector<std::vector<float>> key(last), value(last);
-                        for (int p = 0; p < last; p++) {
-                            key[p] = activations(head_dim, random);
-                            value[p] = activations(value_dim, random);
-                            if (p < first) continue;
-                            for (int d = 0; d < padded; d++) {
-                                const float v = d < value_dim ? value[p][d] : 0;
-                                values[p % places * padded + d] = to_float16(v);
-                                values8[p % places * padded + d] = to_fp8(v);
-                                values32[p % places * padded + d] = v;
-                                if (d < value_dim) value[p][d] = kept(v);
-                            }
-                            for (int d = 0; d < head_dim; d++) {
-                                const int at = (p % places / 16 * head_dim + d) * 16 + p % 16;
-                                keys[at] = to_float16(key[p][d]);
-                                keys8[at] = to_fp8(key[p][d]);
-                                keys32[at] = key[p][d];
-                                key[p][d] = kept(key[p][d]);
-                            }
+                        for (int p = first; p < last; p++) {
+                            key[p] = keys.put(p % places, activations(head_dim, random));
+                            auto own = activations(value_dim, random);
+                            own.resize(values.n);
+                            value[p] = values.put(p % places, own);
                         }
                         std::vector<float> scratch(Cached::kScratch, kNaN);
-                        const void* all[] = {keys.data(), keys8.data(), keys32.data()};
-                        const void* all_values[] = {values.data(), values8.data(), values32.data()};
-                        Cached a{all[int(cache)], all_values[int(cache)], cache, head_dim, value_dim, blocks, first, last, 0.05f,
-                                    scratch.data()};
+                        Cached a{keys.bytes.data(), values.bytes.data(), cache, head_dim, value_dim, blocks, first, last, 0.05f,
+                                 scratch.data()};
                         std::vector<std::vector<float>> queries;
                         std::vector<const float*> query;
                         std::vector<float> found(count * value_dim, kNaN), wanted(count * value_dim), sink(count, 0.7f);
@@ -371,16 +429,41 @@ void check_attend(const Kernels& k, std::mt19937& random) {
                     }
 }
 
+// A key that is no number, and is seen, leaves no number.
+void check_attend_to_nan(const Kernels& k) {
+    for (Cache cache : {Cache::float16, Cache::int8, Cache::float32})
+        for (int broken : {3, 17, 31}) {
+            const int dim = 16, count = 3;
+            Kept keys(cache, dim, 2, true), values(cache, dim, 2, false);
+            for (int p = 3; p < 32; p++) {
+                keys.put(p, std::vector<float>(dim, p == broken ? kNaN : 1.0f));
+                values.put(p, std::vector<float>(dim, 1.0f));
+            }
+            std::vector<float> scratch(Cached::kScratch), query(dim, 1.0f), out(dim * count);
+            Cached a{keys.bytes.data(), values.bytes.data(), cache, dim, dim, 2, 3, 32, 1.0f, scratch.data()};
+            const float* queries[] = {query.data(), query.data(), query.data()};
+            float* outs[] = {&out[0], &out[dim], &out[2 * dim]};
+            Share share[count];
+            k.attend(a, queries, count, share, outs);
+            if (!std::all_of(out.begin(), out.end(), [](float v) { return std::isnan(v); }))
+                std::printf("%s attend, cache %d: NaN comes out as a number\n", k.name, int(cache)), failures++;
+        }
+}
+
 }  // namespace
 
 int main() {
     std::mt19937 random(1);
     check_floats(kernels_scalar(), random);
+    check_spread(random);
+    check_encode(random);
     check_attend(kernels_scalar(), random);
+    check_attend_to_nan(kernels_scalar());
     for (const Kernels* k : {kernels_avx512(), kernels_avx2(), kernels_neon()}) {
         if (!k) continue;
         check_floats(*k, random);
         check_attend(*k, random);
+        check_attend_to_nan(*k);
         check_quantise_and_collect(*k, random);
         check_rows(*k, random);
         check_zigzag(*k, random);

@@ -21,11 +21,28 @@ std::size_t Engine::state_bytes() const {
     return total;
 }
 
+std::size_t Engine::unused_bytes() const {
+    std::size_t total = 0;
+    for (const Sequence& sequence : sequences_)
+        if (sequence.used()) total += model_.reserved_bytes(sequence.capacity) - model_.reserved_bytes(int(sequence.ids.size()));
+    return total;
+}
+
+std::string Engine::trouble(int number) const {
+    const Sequence& sequence = used(number);
+    for (const auto& state : sequence.states)
+        if (const std::string found = state ? state->trouble(int(sequence.ids.size())) : ""; !found.empty()) return found;
+    return {};
+}
+
 int Engine::open(int capacity) {
     if (capacity < 1 || capacity > model_.context)
         throw std::invalid_argument("a sequence of " + std::to_string(capacity) + " tokens; this model takes 1 to " +
                                     std::to_string(model_.context));
-    Sequence sequence{.ids = std::vector<std::int32_t>(capacity)};
+    if (capacity > model_.positions())
+        throw std::invalid_argument("rotary tables of " + std::to_string(model_.positions()) + " positions for a sequence of " +
+                                    std::to_string(capacity) + " tokens");
+    Sequence sequence{.capacity = capacity};
     for (const auto& block : model_.blocks()) sequence.states.push_back(block->open(capacity));
     const auto place = std::find_if(sequences_.begin(), sequences_.end(), [](const Sequence& one) { return !one.used(); });
     if (place != sequences_.end()) return *place = std::move(sequence), int(place - sequences_.begin());
@@ -47,12 +64,13 @@ bool Engine::can_go_back(int number, int tokens) const {
 }
 
 void Engine::copy(int from, int to, int tokens) {
-    if (!can_go_back(from, tokens) || tokens > used(to).capacity())
+    if (!can_go_back(from, tokens) || tokens > used(to).capacity)
         throw std::invalid_argument("sequence " + std::to_string(from) + " does not hold its first " + std::to_string(tokens) +
                                     " tokens, or sequence " + std::to_string(to) + " has no room for them");
     if (from == to) return;
     const Sequence& source = sequences_[from];
     Sequence& target = sequences_[to];
+    target.ids.resize(std::max(target.ids.size(), std::size_t(tokens)));
     std::copy_n(source.ids.begin(), tokens, target.ids.begin());
     for (std::size_t i = 0; i < source.states.size(); i++)
         if (source.states[i]) target.states[i]->copy(*source.states[i], tokens);
@@ -61,10 +79,10 @@ void Engine::copy(int from, int to, int tokens) {
 
 void Engine::fill(int number, int tokens) {
     Sequence& sequence = used(number);
-    if (tokens < 0 || tokens > sequence.capacity())
+    if (tokens < 0 || tokens > sequence.capacity)
         throw std::invalid_argument("sequence " + std::to_string(number) + " has no room for " + std::to_string(tokens) +
                                     " tokens");
-    std::fill_n(sequence.ids.begin(), tokens, 0);
+    sequence.ids.assign(std::max(sequence.ids.size(), std::size_t(tokens)), 0);
     for (const auto& state : sequence.states)
         if (state) state->fill(tokens);
     sequence.length = tokens;
@@ -90,10 +108,10 @@ void Engine::step(const std::vector<Row>& rows, float* logits) {
                 throw std::invalid_argument("sequence " + std::to_string(row.sequence) + " cannot go back to position " +
                                             std::to_string(next) + ": " + state->name() + " has forgotten what came before");
         }
-        if (row.position != next || row.position >= sequence.capacity())
+        if (row.position != next || row.position >= sequence.capacity)
             throw std::invalid_argument("position " + std::to_string(row.position) + " of sequence " +
                                         std::to_string(row.sequence) + "; the next is " + std::to_string(next) + " of " +
-                                        std::to_string(sequence.capacity()));
+                                        std::to_string(sequence.capacity));
         next++;
     }
     step_.rows = rows;
@@ -108,7 +126,9 @@ void Engine::step(const std::vector<Row>& rows, float* logits) {
         if (row.wants_logits) wanted_.push_back(r);
         sparse[r] = row.sparse;
         step_.longest = std::max(step_.longest, row.position + 1);
-        sequences_[row.sequence].ids[row.position] = row.token;
+        auto& ids = sequences_[row.sequence].ids;
+        if (row.position >= int(ids.size())) ids.resize(row.position + 1);
+        ids[row.position] = row.token;
     }
     step_.products.begin(std::move(sparse));
     std::size_t shared = 0;

@@ -18,7 +18,7 @@ class Engine {
 public:
     Engine(Model model, std::shared_ptr<ThreadPool> pool, const Kernels& kernels);
 
-    // Room for one more sequence of up to `capacity` tokens; its number. Or given back.
+    // Room for one more sequence of up to `capacity` tokens; its number. Or given back. Memory is taken as a text grows.
     int open(int capacity);
     void close(int sequence);
     // Whether a sequence still holds all that a token after its first `tokens` looks at: some blocks forget, and what
@@ -36,7 +36,9 @@ public:
     int threads() const { return pool_->threads(); }
     const Model& model() const { return model_; }
     const Kernels& kernels() const { return step_.kernels; }
-    std::size_t state_bytes() const;  // of all open sequences
+    std::size_t state_bytes() const;   // reserved for all open sequences
+    std::size_t unused_bytes() const;  // of them, where no text has been yet
+    std::string trouble(int sequence) const;  // what is wrong with what is kept of it, if anything is
     const Step::Spent& spent() const { return step_.spent; }
     const Products::Sparse& sparse() const { return step_.products.sparse(); }  // of the last step's sparse rows
 

@@ -1,9 +1,7 @@
 // 16-bit floats to float, without instructions that not every processor has. Exact for every input.
 #pragma once
 
-#include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -29,20 +27,6 @@ inline std::uint16_t to_float16(float value) {  // nearest even; too large becom
     if (size < 0x38800000u)  // subnormal: adding one half puts the rounded mantissa in the lowest bits
         return sign | std::uint16_t(std::bit_cast<std::uint32_t>(std::bit_cast<float>(size) + 0.5f) - 0x3f000000u);
     return sign | std::uint16_t((size + 0xc8000fffu + (size >> 13 & 1)) >> 13);
-}
-
-// FP8 (E4M3, no infinities): the bits of a float16 2^8 times smaller.
-inline float from_fp8(std::uint8_t bits) {
-    return 256.0f * from_float16(std::uint16_t((bits & 0x80) << 8 | (bits & 0x7f) << 7));
-}
-
-inline std::uint8_t to_fp8(float value) {  // nearest even, saturating at 448
-    const float size = std::min(std::fabs(value), 448.0f);
-    const std::uint8_t sign = std::signbit(value) ? 0x80 : 0;
-    // The mantissa keeps 3 bits from 2^-6 up; below, steps are 2^-9.
-    const float step = size < 0x1p-6f ? 0x1p-9f : std::ldexp(1.0f, std::ilogb(size) - 3);
-    const float rounded = std::nearbyintf(size / step) * step;
-    return sign | std::uint8_t(to_float16(rounded / 256.0f) >> 7);
 }
 
 inline float load_half(const std::uint8_t* at, Half kind) {

@@ -26,11 +26,8 @@ struct Lanes {
         const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
     }
-    static Lanes load_fp8(const std::uint8_t* x) {
-        const __m128i raw = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
-        const __m128i sign = _mm_slli_epi16(_mm_and_si128(raw, _mm_set1_epi16(0x80)), 8);
-        const __m128i rest = _mm_slli_epi16(_mm_and_si128(raw, _mm_set1_epi16(0x7f)), 7);
-        return {_mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(sign, rest)), _mm256_set1_ps(256.0f))};
+    static Lanes load_int8(const std::int8_t* x) {
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))))};
     }
     static Lanes broadcast(float x) { return {_mm256_set1_ps(x)}; }
     void store(float* x) const { _mm256_storeu_ps(x, v); }

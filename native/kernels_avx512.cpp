@@ -25,11 +25,8 @@ struct Lanes {
         const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
     }
-    static Lanes load_fp8(const std::uint8_t* x) {
-        const __m256i raw = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-        const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(raw, _mm256_set1_epi16(0x80)), 8);
-        const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(raw, _mm256_set1_epi16(0x7f)), 7);
-        return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, rest)), _mm512_set1_ps(256.0f))};
+    static Lanes load_int8(const std::int8_t* x) {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))))};
     }
     static Lanes broadcast(float x) { return {_mm512_set1_ps(x)}; }
     void store(float* x) const { _mm512_storeu_ps(x, v); }

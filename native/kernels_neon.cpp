@@ -26,13 +26,10 @@ struct Lanes {
     static Lanes load(const float* x) { return {vld1q_f32(x)}; }
     static Lanes load_half(const std::uint16_t* x) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)))}; }
     static Lanes load_brain(const std::uint16_t* x) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(x), 16))}; }
-    static Lanes load_fp8(const std::uint8_t* x) {
+    static Lanes load_int8(const std::int8_t* x) {
         std::uint32_t four;
         std::memcpy(&four, x, 4);
-        const uint16x4_t raw = vget_low_u16(vmovl_u8(vcreate_u8(four)));
-        const uint16x4_t sign = vshl_n_u16(vand_u16(raw, vdup_n_u16(0x80)), 8);
-        const uint16x4_t rest = vshl_n_u16(vand_u16(raw, vdup_n_u16(0x7f)), 7);
-        return {vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(vorr_u16(sign, rest))), 256.0f)};
+        return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))))};
     }
     static Lanes broadcast(float x) { return {vdupq_n_f32(x)}; }
     void store(float* x) const { vst1q_f32(x, v); }

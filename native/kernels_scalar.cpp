@@ -18,7 +18,7 @@ struct Lanes {
     static Lanes load(const float* x) { return {*x}; }
     static Lanes load_half(const std::uint16_t* x) { return {from_float16(*x)}; }
     static Lanes load_brain(const std::uint16_t* x) { return {from_bfloat16(*x)}; }
-    static Lanes load_fp8(const std::uint8_t* x) { return {from_fp8(*x)}; }
+    static Lanes load_int8(const std::int8_t* x) { return {float(*x)}; }
     static Lanes broadcast(float x) { return {x}; }
     void store(float* x) const { *x = v; }
     void store_half(std::uint16_t* x) const { *x = to_float16(v); }
@@ -30,7 +30,7 @@ struct Lanes {
     static Lanes min(Lanes a, Lanes b) { return {std::min(b.v, a.v)}; }  // the second where one is NaN
     static Lanes max(Lanes a, Lanes b) { return {std::max(b.v, a.v)}; }
     static Lanes nearest(Lanes a) { return {std::nearbyintf(a.v)}; }
-    static Lanes times_two_to(Lanes a, Lanes n) { return {std::ldexp(a.v, int(n.v))}; }
+    static Lanes times_two_to(Lanes a, Lanes n) { return {std::isnan(n.v) ? n.v : std::ldexp(a.v, int(n.v))}; }
     float sum() const { return v; }
 };
 

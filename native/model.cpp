@@ -6,7 +6,7 @@ namespace pennyweight {
 
 Model::Model(std::shared_ptr<const Embedding> embedding, Norm norm, Linear head, int context)
     : embedding(std::move(embedding)), norm(std::move(norm)), head(std::move(head)), context(context) {
-    if (context < 1) misfit("a context of " + std::to_string(context));
+    if (context < 1 || context > kMostContext) misfit("a context of " + std::to_string(context));
     expect_shape("the head", this->head, this->embedding->vocabulary(), this->embedding->hidden());
     if (!this->norm.empty()) expect_values("the last norm", this->norm.weight, this->embedding->hidden());
 }
@@ -14,8 +14,6 @@ Model::Model(std::shared_ptr<const Embedding> embedding, Norm norm, Linear head,
 void Model::add(std::shared_ptr<const Block> block) {
     if (block->hidden != embedding->hidden())
         misfit("a block of width " + std::to_string(block->hidden) + " in a model of width " + std::to_string(embedding->hidden()));
-    if (block->positions() < context)
-        misfit("rotary tables of " + std::to_string(block->positions()) + " positions for a context of " + std::to_string(context));
     blocks_.push_back(std::move(block));
 }
 
@@ -45,6 +43,18 @@ std::size_t Model::weight_bytes() const {
 std::size_t Model::bytes_read_per_token() const {
     const bool tied = std::find(head.parts.begin(), head.parts.end(), embedding->table()) != head.parts.end();
     return weight_bytes() - (tied ? 0 : embedding->table()->nbytes());
+}
+
+int Model::positions() const {
+    int least = INT_MAX;
+    for (const auto& block : blocks_) least = std::min(least, block->positions());
+    return least;
+}
+
+std::size_t Model::reserved_bytes(int capacity) const {
+    std::size_t total = 0;
+    for (const auto& block : blocks_) total += block->reserved_bytes(capacity);
+    return total;
 }
 
 std::size_t Model::state_bytes(int tokens) const {

@@ -8,6 +8,8 @@ namespace pennyweight {
 
 class Model {
 public:
+    static constexpr int kMostContext = 1 << 30;  // so that numbers of positions can be rounded up
+
     // For sequences of up to `context` tokens. Throws std::invalid_argument if parts do not fit, as `add` does.
     Model(std::shared_ptr<const Embedding> embedding, Norm norm, Linear head, int context);
     void add(std::shared_ptr<const Block> block);
@@ -16,7 +18,9 @@ public:
     bool is_sparse() const;                      // whether any matrix leaves columns out for rows that are `sparse`
     std::size_t weight_bytes() const;
     std::size_t bytes_read_per_token() const;          // of weights
-    std::size_t state_bytes(int tokens) const;  // that a token after so many looks at
+    std::size_t state_bytes(int tokens) const;         // that a token after so many looks at
+    std::size_t reserved_bytes(int capacity) const;    // for a sequence of up to so many tokens
+    int positions() const;                             // that rotary tables have by now
 
     const std::shared_ptr<const Embedding> embedding;
     const Norm norm;  // before the head

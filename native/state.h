@@ -24,15 +24,17 @@ public:
     virtual void fill(int tokens) = 0;
     // A step has run the tokens at positions [first, last).
     virtual void went_on(int first, int last) = 0;
+    // What is wrong with what it keeps of the first `tokens` tokens, if anything is: why a model computed no number.
+    virtual std::string trouble(int tokens) const { return (void)tokens, std::string(); }
 };
 
 struct Sequence {
-    std::vector<std::int32_t> ids;  // as many as it has room for; none: not open
+    int capacity = 0;  // 0: not open
     int length = 0;
+    std::vector<std::int32_t> ids;               // `length` of them or more
     std::vector<std::unique_ptr<State>> states;  // one per block, null where it keeps nothing
 
-    bool used() const { return !ids.empty(); }
-    int capacity() const { return int(ids.size()); }
+    bool used() const { return capacity > 0; }
     // A state that has lost what a token after the first `tokens` needs; null if all is there.
     const State* forgetful(int tokens) const {
         for (const auto& state : states)

@@ -1,6 +1,6 @@
 // Operations on floats that every instruction set does alike, written once over a vector type V of its kernel file.
 //
-// V has: kWidth lanes; load, load_half (float16), load_brain (bfloat16), load_fp8 (E4M3), broadcast, store, store_half;
+// V has: kWidth lanes; load, load_half (float16), load_brain (bfloat16), load_int8, broadcast, store, store_half;
 // fma(a, b, c) = a b + c; mul, add, sub, div, min, max; sum over the lanes; nearest (to even) and times_two_to(v, n) = v
 // 2^n for whole n.
 #pragma once
@@ -15,11 +15,12 @@
 
 namespace pennyweight::ops {
 
-// e^x within 2 ulp: x = n ln 2 + r, a polynomial in r, times 2^n. x is taken as at least -87.
+// e^x within 2 ulp: x = n ln 2 + r, a polynomial in r, times 2^n. x is taken as at least -87. Minima and maxima have the
+// constant first, here and below: a NaN stays one.
 template <class V>
 inline V exponential(V x) {
-    x = V::max(x, V::broadcast(-87.0f));
-    x = V::min(x, V::broadcast(88.0f));
+    x = V::max(V::broadcast(-87.0f), x);
+    x = V::min(V::broadcast(88.0f), x);
     const V n = V::nearest(V::mul(x, V::broadcast(1.44269504f)));
     V r = V::fma(n, V::broadcast(-0.693359375f), x);  // ln 2 in two parts, the first exact in few bits
     r = V::fma(n, V::broadcast(2.12194440e-4f), r);
@@ -43,6 +44,13 @@ inline void store_some(V v, float* x, int n) {
     alignas(64) float few[V::kWidth];
     v.store(few);
     std::memcpy(x, few, sizeof(float) * n);
+}
+
+template <class V>
+inline float largest(V v) {
+    alignas(64) float lanes[V::kWidth];
+    v.store(lanes);
+    return *std::max_element(lanes, lanes + V::kWidth);
 }
 
 template <class V>
@@ -74,7 +82,6 @@ inline V sigmoid_times(V g, V x) {
     return V::div(g, V::add(V::broadcast(1.0f), exponential<V>(V::sub(V::broadcast(0.0f), x))));
 }
 
-// Minima and maxima have the constant first: a NaN stays one.
 template <class V, Activation kActivation>
 void gate(const float* gates, const float* ups, int n, float* out) {
     for (int i = 0; i < n; i += V::kWidth) {
@@ -193,73 +200,90 @@ void wide_times(const Wide& w, const float* const* x, int count, float* y, std::
 }
 
 template <class V, Cache kCache>
-inline V load_cached(const void* at, std::size_t index) {
-    if constexpr (kCache == Cache::fp8) return V::load_fp8(static_cast<const std::uint8_t*>(at) + index);
-    else if constexpr (kCache == Cache::float16) return V::load_half(static_cast<const std::uint16_t*>(at) + index);
-    else return V::load(static_cast<const float*>(at) + index);
+inline V load_cached(const std::uint8_t* block, std::size_t index) {
+    if constexpr (kCache == Cache::int8) return V::load_int8(reinterpret_cast<const std::int8_t*>(block) + index);
+    else if constexpr (kCache == Cache::float16) return V::load_half(reinterpret_cast<const std::uint16_t*>(block) + index);
+    else return V::load(reinterpret_cast<const float*>(block) + index);
 }
 
-// softmax(q K^T scale) V for up to four queries that share keys and values.
+// The scales of a lane's positions in a block of n codes each.
+template <class V>
+inline V load_scales(const std::uint8_t* block, int n, int lane) {
+    return V::load_brain(reinterpret_cast<const std::uint16_t*>(block + Cached::kBlock * n) + lane * V::kWidth);
+}
+
+// softmax(q K^T scale) V for a few queries that share keys and values.
 template <class V, Cache kCache, int kQueries>
-inline void attend_block(const Cached& a, const float* const* query, Share* share, float* const* out) {
+void attend_block(const Cached& a, const float* const* query, Share* share, float* const* out) {
     constexpr int kLanes = Cached::kBlock / V::kWidth;  // vectors of a block of positions
     const int first = a.first / Cached::kBlock, last = (a.last + Cached::kBlock - 1) / Cached::kBlock;
     const int stride = (last - first) * Cached::kBlock;
-    float most[kQueries];
-    for (int m = 0; m < kQueries; m++) most[m] = -INFINITY;
+    // Positions of the first and the last block that are not seen get what does not count.
+    const auto cut = [&](int b, float* block, float nothing) {
+        for (int i = 0; i < Cached::kBlock; i++)
+            if (const int p = b * Cached::kBlock + i; p < a.first || p >= a.last) block[i] = nothing;
+    };
+    V most[kQueries];
+    for (auto& m : most) m = V::broadcast(-INFINITY);
     for (int b = first; b < last; b++) {
-        const std::size_t at = std::size_t(b % a.blocks) * a.head_dim * Cached::kBlock;
+        const std::uint8_t* keys = a.keys + b % a.blocks * Cached::block_bytes(kCache, a.head_dim);
         V dot[kQueries][kLanes];
         for (auto& q : dot)
             for (auto& lane : q) lane = V::broadcast(0);
         for (int d = 0; d < a.head_dim; d++)
             for (int lane = 0; lane < kLanes; lane++) {
-                const std::size_t i = at + d * Cached::kBlock + lane * V::kWidth;
-                const V key = load_cached<V, kCache>(a.keys, i);
+                const V key = load_cached<V, kCache>(keys, d * Cached::kBlock + lane * V::kWidth);
                 for (int m = 0; m < kQueries; m++) dot[m][lane] = V::fma(key, V::broadcast(query[m][d]), dot[m][lane]);
             }
+        V factor[kLanes];
+        for (int lane = 0; lane < kLanes; lane++) {
+            factor[lane] = V::broadcast(a.scale);
+            if constexpr (kCache == Cache::int8) factor[lane] = V::mul(factor[lane], load_scales<V>(keys, a.head_dim, lane));
+        }
         for (int m = 0; m < kQueries; m++) {
             float* to = a.scratch + m * stride + (b - first) * Cached::kBlock;
-            for (int lane = 0; lane < kLanes; lane++)
-                V::mul(dot[m][lane], V::broadcast(a.scale)).store(to + lane * V::kWidth);
-            for (int i = 0; i < Cached::kBlock; i++) {  // positions of the block that are not seen
-                const int position = b * Cached::kBlock + i;
-                if (position < a.first || position >= a.last) to[i] = -INFINITY;
-                most[m] = std::max(most[m], to[i]);
-            }
+            for (int lane = 0; lane < kLanes; lane++) V::mul(dot[m][lane], factor[lane]).store(to + lane * V::kWidth);
+            if (b == first || b == last - 1) cut(b, to, -INFINITY);
+            for (int lane = 0; lane < kLanes; lane++) most[m] = V::max(most[m], V::load(to + lane * V::kWidth));
         }
-    }
-    float total[kQueries];
-    for (int m = 0; m < kQueries; m++) {
-        V sum = V::broadcast(0);
-        const V top = V::broadcast(most[m]);
-        for (int i = 0; i < stride; i += V::kWidth) {
-            const V p = exponential<V>(V::sub(V::load(a.scratch + m * stride + i), top));
-            p.store(a.scratch + m * stride + i);
-        }
-        for (int i = 0; i < stride; i++) {  // the exponential of minus infinity is cut off above zero: set, not computed
-            const int position = first * Cached::kBlock + i;
-            if (position < a.first || position >= a.last) a.scratch[m * stride + i] = 0;
-        }
-        for (int i = 0; i < stride; i += V::kWidth) sum = V::add(sum, V::load(a.scratch + m * stride + i));
-        total[m] = sum.sum();
-        share[m] = {most[m], total[m]};
     }
     const int padded = Cached::padded(a.value_dim);
-    constexpr int kSpan = 4;  // vectors of value_dim held at once
+    const auto values_of = [&](int b) { return a.values + b % a.blocks * Cached::block_bytes(kCache, padded); };
+    float total[kQueries];
+    for (int m = 0; m < kQueries; m++) {
+        const V top = V::broadcast(largest(most[m]));
+        V sum = V::broadcast(0);
+        for (int b = first; b < last; b++) {
+            float* at = a.scratch + m * stride + (b - first) * Cached::kBlock;
+            for (int lane = 0; lane < kLanes; lane++)
+                exponential<V>(V::sub(V::load(at + lane * V::kWidth), top)).store(at + lane * V::kWidth);
+            if (b == first || b == last - 1) cut(b, at, 0);  // the exponential of minus infinity is cut off above zero
+            for (int lane = 0; lane < kLanes; lane++) {
+                const V p = V::load(at + lane * V::kWidth);
+                sum = V::add(sum, p);
+                if constexpr (kCache == Cache::int8)  // what multiplies codes
+                    V::mul(p, load_scales<V>(values_of(b), padded, lane)).store(at + lane * V::kWidth);
+            }
+        }
+        total[m] = sum.sum();
+        share[m] = {largest(most[m]), total[m]};
+    }
+    constexpr int kSpan = kQueries > (V::kWidth == 8 ? 2 : 6) ? 2 : 4;  // vectors of value_dim held at once: AVX2 has few
     for (int d = 0; d < a.value_dim; d += kSpan * V::kWidth) {
         const int width = std::min(kSpan, (a.value_dim - d + V::kWidth - 1) / V::kWidth);
         V mixed[kQueries][kSpan];
         for (auto& q : mixed)
             for (auto& v : q) v = V::broadcast(0);
-        for (int p = a.first; p < a.last; p++) {
-            const std::size_t at = (std::size_t(p) % (std::size_t(a.blocks) * Cached::kBlock)) * padded + d;
-            for (int v = 0; v < width; v++) {
-                const V value = load_cached<V, kCache>(a.values, at + v * V::kWidth);
-                for (int m = 0; m < kQueries; m++)
-                    mixed[m][v] = V::fma(V::broadcast(a.scratch[m * stride + p - first * Cached::kBlock]), value,
-                                         mixed[m][v]);
-            }
+        for (int b = first; b < last; b++) {
+            const std::uint8_t* values = values_of(b);
+            const float* weight = a.scratch + (b - first) * Cached::kBlock;
+            const int from = std::max(0, a.first - b * Cached::kBlock), to = std::min(Cached::kBlock, a.last - b * Cached::kBlock);
+            for (int p = from; p < to; p++)
+                for (int v = 0; v < width; v++) {
+                    const V value = load_cached<V, kCache>(values, p * padded + d + v * V::kWidth);
+                    for (int m = 0; m < kQueries; m++)
+                        mixed[m][v] = V::fma(V::broadcast(weight[m * stride + p]), value, mixed[m][v]);
+                }
         }
         for (int m = 0; m < kQueries; m++)
             for (int v = 0; v < width; v++)
@@ -268,18 +292,27 @@ inline void attend_block(const Cached& a, const float* const* query, Share* shar
     }
 }
 
+// As many queries at once as have their sums in registers.
+template <class V, Cache kCache, int... kQueries>
+void attend_by(const Cached& a, const float* const* query, int count, Share* share, float* const* out) {
+    int m = 0;
+    const auto take = [&](auto attend, int n) {
+        for (; m + n <= count; m += n) attend(a, query + m, share + m, out + m);
+    };
+    (take(attend_block<V, kCache, kQueries>, kQueries), ...);
+}
+
 template <class V, Cache kCache>
 void attend_in(const Cached& a, const float* const* query, int count, Share* share, float* const* out) {
-    int m = 0;
-    for (; m + 4 <= count; m += 4) attend_block<V, kCache, 4>(a, query + m, share + m, out + m);
-    for (; m + 2 <= count; m += 2) attend_block<V, kCache, 2>(a, query + m, share + m, out + m);
-    for (; m < count; m++) attend_block<V, kCache, 1>(a, query + m, share + m, out + m);
+    if constexpr (V::kWidth == 16) attend_by<V, kCache, 8, 6, 4, 3, 2, 1>(a, query, count, share, out);
+    else if constexpr (V::kWidth == 4) attend_by<V, kCache, 6, 4, 3, 2, 1>(a, query, count, share, out);
+    else attend_by<V, kCache, 4, 3, 2, 1>(a, query, count, share, out);
 }
 
 template <class V>
 void attend(const Cached& a, const float* const* query, int count, Share* share, float* const* out) {
     auto* run = a.cache == Cache::float16 ? attend_in<V, Cache::float16>
-                : a.cache == Cache::fp8   ? attend_in<V, Cache::fp8>
+                : a.cache == Cache::int8  ? attend_in<V, Cache::int8>
                                           : attend_in<V, Cache::float32>;
     run(a, query, count, share, out);
 }

@@ -284,7 +284,10 @@ def test_parts_that_do_not_fit_are_refused(rng):
     triple, rotary = linear(matrix(rng, 3 * HIDDEN, HIDDEN)), _native.Rotary(*tables(10.0, half=9))
     stacked = linear(matrix(rng, 40, HIDDEN), matrix(rng, 8, HIDDEN))
     pair = Pair(rng, context=CONTEXT)
+    turned = Pair(rng)
     short = _native.Rotary(*(table[:100] for table in tables(10.0)))
+    turned.native.add(_native.Attention(triple, square, **heads, rotary=short))
+    engine = turned.engine(1)
     for said, make in (
         ("the norm has 47 values, expected 48", lambda: _native.Dense(square, norm=vector)),
         ("the norm behind has 47 values", lambda: _native.Gated(wide, down, norm_after=vector)),
@@ -307,10 +310,7 @@ def test_parts_that_do_not_fit_are_refused(rng):
             "block of width 40 in a model of width 48",
             lambda: pair.native.add(_native.Dense(linear(matrix(rng, 40, 40)))),
         ),
-        (
-            "100 positions for a context of 700",
-            lambda: pair.native.add(_native.Attention(triple, square, **heads, rotary=short)),
-        ),
+        ("100 positions for a sequence of 101 tokens", lambda: engine.open(101)),
     ):
         with pytest.raises(ValueError, match=said):
             make()

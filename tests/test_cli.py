@@ -197,7 +197,7 @@ def test_run_and_bench(pico):
     assert json.loads(forced.stdout)["threads"] == 99
     for wrong, said in (
         (["run", folder, "hello", "--top-p", "2"], "less than or equal to 1"),
-        (["run", folder, "hello", "--cache", "int3"], "float16, fp8 or float32"),
+        (["run", folder, "hello", "--cache", "int3"], "float16, int8 or float32"),
         (["run", folder, "hello", "--kernels", "sse"], "no kernels named sse"),
         (["run", folder, "hello", "--chat"], "no chat template"),
         (["run", folder, "hello " * 300], "tokens"),

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.formats import packed_int
 from pennyweight.live.load import load_model
+from pennyweight.model.shapes import Attention
 from pennyweight.quantize import rtn
 from tests.conftest import FAMILIES
 from tests.test_heterogeneous import LAYOUT, build
 
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 from pennyweight.runtime.engine import Engine, Row, processors  # noqa: E402  (needs the native module)
-from pennyweight.runtime.lower import NotRun  # noqa: E402
+from pennyweight.runtime.generate import Batch, Request  # noqa: E402
+from pennyweight.runtime.lower import NotRun, RotaryTables  # noqa: E402
 from pennyweight.sources.folder import Folder  # noqa: E402
 
 IDS = [int(i) for i in torch.arange(70).mul(7919).remainder(300)]
@@ -62,16 +67,84 @@ def test_layers_of_all_kinds_equal_pytorch(child):
     assert relative(Engine(child, threads=2, force_threads=True, cache="float32").logits(IDS), wanted(child)) < 1e-4
 
 
-@pytest.mark.parametrize(("cache", "allowed"), [("float16", 2e-3), ("fp8", 0.2)])
+@pytest.mark.parametrize(("cache", "allowed"), [("float16", 2e-3), ("int8", 4e-2)])
 def test_smaller_caches_stay_near(folder, cache, allowed):
     error = relative(Engine(folder, threads=1, cache=cache).logits(IDS), wanted(folder))
     assert 0 < error < allowed
 
 
+def test_fp8_is_the_older_name_of_int8(folder):
+    found, expected = (Engine(folder, threads=1, cache=cache).logits(IDS) for cache in ("fp8", "int8"))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.fixture
+def biased(pico, tmp_path):
+    """biased(12.0) -> a model with a bias of 12 on a pair of channels of its keys that rotates slowly, as in Qwen2."""
+    rope = {"rope_type": "default", "rope_theta": 1e7}
+    plain = pico("qwen2", num_attention_heads=2, num_key_value_heads=1, rope_parameters=rope)
+
+    def make(most: float):
+        folder = Path(shutil.copytree(plain, tmp_path / f"{most}"))
+        tensors = load_file(folder / "model.safetensors")
+        for name, tensor in tensors.items():
+            if name.endswith("k_proj.bias"):
+                tensor[15], tensor[31] = most, -0.7 * most
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+def test_8_bits_survive_keys_with_biases(biased):
+    """One scale for all channels, as they are, would round most of them away: 0.06."""
+    folder = biased(60.0)
+    engine = Engine(folder, threads=1, cache="int8")
+    assert not engine.notes
+    assert relative(engine.logits(IDS), wanted(folder)) < 0.04
+
+
+def test_layers_whose_keys_have_biases_that_8_bits_do_not_hold_stay_in_float16(biased):
+    folder = biased(180.0)
+    engine = Engine(folder, threads=1, cache="int8")
+    assert engine.notes[0].startswith("keys and values of 3 of the layers stay in float16: their keys have biases")
+    assert engine.cache_bytes_of(50) == Engine(folder, threads=1).cache_bytes_of(50)
+    assert relative(engine.logits(IDS), wanted(folder)) < 5e-3
+
+
+def test_bytes_of_keys_and_values_count_their_scales(folder):
+    """A bfloat16 for every head and position; values are padded to whole blocks of 16."""
+    config = json.loads((folder / "config.json").read_text())
+    heads = config["num_hidden_layers"] * config["num_key_value_heads"]
+    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    padded = -(-dim // 16) * 16
+    for cache, each in (("float16", 2 * (dim + padded)), ("int8", dim + padded + 4), ("float32", 4 * (dim + padded))):
+        engine = Engine(folder, threads=1, cache=cache)
+        assert engine.cache_bytes_of(50) == 50 * heads * each
+        engine.open(64)
+        assert engine.cache_bytes == 64 * heads * each
+
+
+def test_numbers_beyond_float16_name_the_cache_that_holds_them(pico, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(pico("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"] *= 1e6
+    save_file(tensors, folder / "model.safetensors")
+    for cache, said in (
+        ("float16", "beyond float16's range (65504), in which they are kept; --cache float32"),
+        ("float32", None),
+    ):
+        batch = Batch(Engine(folder, threads=1, cache=cache), places=1)
+        text = batch.submit(Request(IDS, 3))
+        while batch.busy:
+            batch.step()
+        assert (text.error is None) if said is None else (text.finish == "failed" and said in str(text.error))
+
+
 def test_greedy_tokens_of_the_shipped_model_are_those_of_transformers():
     """20 prompts, 64 tokens each. Prompts are stretches of this file."""
     import pennyweight
-    from pennyweight.runtime.generate import Batch, Request
     from pennyweight.runtime.model import open_model
 
     reference = Path(pennyweight.__file__).parent / "data" / "reference-dense"
@@ -100,8 +173,6 @@ def test_packed_models_equal_the_dequantised_one(pico, tmp_path, bits, group):
 
 def quantised(folder, out, stored):
     """Every matrix of the layers packed, written by hand."""
-    from safetensors.torch import save_file
-
     checkpoint, tensors, targets = Checkpoint(folder), {}, []
     for name in checkpoint.entries:
         tensor = checkpoint.read(name)
@@ -141,9 +212,10 @@ def test_packed_weights_cannot_stay_in_their_file_and_that_is_said(pico, tmp_pat
     np.testing.assert_array_equal(mapped.logits(IDS), copied.logits(IDS))
 
 
-def test_sharing_a_step_changes_no_bit(child):
+@pytest.mark.parametrize("cache", ["float16", "int8"])
+def test_sharing_a_step_changes_no_bit(child, cache):
     """One by one, in chunks, and beside another sequence: the same floats."""
-    engine = Engine(child, threads=2, force_threads=True)
+    engine = Engine(child, threads=2, force_threads=True, cache=cache)
     whole = engine.logits(IDS)
     one = engine.open(128)
     single = np.concatenate([engine.step([Row(one, i, token)]) for i, token in enumerate(IDS)])
@@ -157,16 +229,18 @@ def test_sharing_a_step_changes_no_bit(child):
     np.testing.assert_array_equal(np.concatenate(mixed), whole)
 
 
-def test_going_back_writes_over(child):
-    engine = Engine(child, threads=1)
+@pytest.mark.parametrize("cache", ["float16", "int8"])
+def test_going_back_writes_over(child, cache):
+    engine = Engine(child, threads=1, cache=cache)
     sequence = engine.open(128)
     engine.step([Row(sequence, i, token, False) for i, token in enumerate(IDS)])
     again = engine.step([Row(sequence, 40 + i, token) for i, token in enumerate(IDS[:20])])
     np.testing.assert_array_equal(again, engine.logits(IDS[:40] + IDS[:20])[40:])
 
 
-def test_a_copied_prefix_is_the_prefix(child):
-    engine = Engine(child, threads=1)
+@pytest.mark.parametrize("cache", ["float16", "int8"])
+def test_a_copied_prefix_is_the_prefix(child, cache):
+    engine = Engine(child, threads=1, cache=cache)
     source, target = engine.open(128), engine.open(100)
     engine.step([Row(source, i, token, False) for i, token in enumerate(IDS)])
     engine.copy(source, target, 50)
@@ -274,19 +348,70 @@ def test_a_filled_sequence_stands_for_a_long_text(folder):
 
 
 TRAINED_TO = {"original_max_position_embeddings": 64}
+SCALINGS = [
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **TRAINED_TO},
+    {"rope_type": "yarn", "factor": 4.0, **TRAINED_TO},
+    {"rope_type": "linear", "factor": 2.0},
+]
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **TRAINED_TO},
-        {"rope_type": "yarn", "factor": 4.0, **TRAINED_TO},
-        {"rope_type": "linear", "factor": 2.0},
-    ],
-)
+@pytest.mark.parametrize("scaling", SCALINGS)
 def test_rotary_scalings(pico, scaling):
     folder = pico("llama", rope_parameters={"rope_theta": 10000.0, **scaling})
     assert relative(Engine(folder, threads=1, cache="float32").logits(IDS), wanted(folder)) < 1e-4
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, *SCALINGS])
+def test_rotary_tables_that_grow_are_those_of_transformers(pico, scaling):
+    folder = pico("llama", rope_parameters={"rope_theta": 10000.0, **scaling})
+    tables = RotaryTables(Folder(folder))
+    tables.cover(5000)
+    assert 5000 <= tables.native.positions < 7000
+    model = load_model(folder, dtype=torch.float32)
+    whole = model.model.rotary_emb(torch.zeros(1), torch.arange(5000).unsqueeze(0))
+    for first in (0, 1024, 3072):
+        for found, expected in zip(tables._rows(first), whole, strict=True):
+            np.testing.assert_array_equal(found, expected[0, first : first + len(found), : found.shape[1]].numpy())
+
+
+def test_a_long_context_costs_nothing_until_it_is_used(pico):
+    """Tables of 2^24 positions would be gigabytes, and take a minute."""
+    folder = pico("llama", max_position_embeddings=2**24)
+    engine = Engine(folder, threads=1, cache="float32")
+    assert engine.context == 2**24
+    first = engine.open(100)
+    assert engine._rotary.native.positions < 2000
+    ids = [int(i) for i in torch.arange(2100).mul(7919).remainder(300)]
+    assert relative(engine.logits(ids), wanted(folder, ids)) < 1e-4
+    assert relative(read_on(engine, first, IDS, 0), wanted(folder)[-1]) < 1e-4
+
+
+def test_keys_and_values_that_do_not_fit_are_refused_before_anything_runs(pico, monkeypatch):
+    engine = Engine(pico("llama", max_position_embeddings=2**30), threads=1)
+    with pytest.raises(
+        ValueError, match=r"sequence of 1,073,741,824 tokens take 672.00 GiB, and .* of memory are free"
+    ):
+        engine.open(2**30)
+    each = engine.cache_bytes_of(16000)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2.5 * each))
+    sequence = engine.open(16000)
+    engine.open(16000)
+    with pytest.raises(ValueError, match="are promised to sequences that are open"):
+        engine.open(16000)
+    engine.fill(sequence, 16000)  # what is written is no longer free
+    engine.open(8000)
+
+
+def test_a_window_beyond_any_text_is_none(pico):
+    """What a config names may be more than 32 bits hold."""
+    folder = pico("llama")
+    expected = Engine(folder, threads=1).logits(IDS)
+    for window in (256, 2**31 - 1, 2**31, 2**63 - 1, 2**70):
+        source = Folder(folder)
+        for slot, block in list(source.blocks.items()):
+            if isinstance(block.shape, Attention):
+                source.blocks[slot] = replace(block, shape=replace(block.shape, window=window))
+        np.testing.assert_array_equal(Engine(source, threads=1).logits(IDS), expected)
 
 
 @pytest.mark.parametrize(
@@ -312,8 +437,6 @@ def test_what_the_engine_would_compute_differently_is_refused(pico, tmp_path, ch
 
 
 def test_float16_scales_are_run_as_they_are(pico, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     folder = quantised(pico("llama"), tmp_path / "child", packed_int.Spec(4, 32))
     tensors = load_file(folder / "model.safetensors")
     for name in tensors:
@@ -390,8 +513,6 @@ def test_memory_of_a_closed_sequence_is_given_back(folder):
 @pytest.fixture(scope="module")
 def zigzag_model(pico, tmp_path_factory):
     """A folder whose layers hold exactly what zigzag packs, and how to lower it so that the engine runs zigzag."""
-    from safetensors.torch import load_file, save_file
-
     from pennyweight.formats import Grid, zigzag
 
     folder = tmp_path_factory.mktemp("zigzag") / "model"

@@ -11,8 +11,9 @@ namespace {
 
 // One linear and a pool of its own: what benchmarks of single products time.
 struct Product {
-    Product(const Linear& l, int threads, const std::string& kernels)
-        : linear(l), pool(threads), products(pool, kernels_named(kernels)) {
+    Product(const Linear& l, int count, const std::string& kernels)
+        : linear(l), pool(threads(count)), products(pool, kernels_named(kernels)) {
+        expect(!linear.empty(), "a linear without matrices");
         products.expect(linear);
         products.reserve();
         out = Buffer(sizeof(float) * std::size_t(Products::kMaxRows) * products.stride());
@@ -49,7 +50,7 @@ struct Product {
 
 // Reads memory as fast as the threads can: what no product with cold weights can beat.
 struct Reader {
-    Reader(std::size_t bytes, int threads) : pool(threads), memory(bytes / 256 * 256) {
+    Reader(std::size_t bytes, int count) : pool(threads(count)), memory(bytes / 256 * 256) {
         expect(bytes >= 256, "at least 256 bytes");
         std::memset(memory.data(), 1, memory.size());
     }

@@ -1,5 +1,6 @@
 // The only door between Python and the native code. Arrays come as numpy arrays, C-contiguous; the GIL is released
-// wherever work is done.
+// wherever work is done. What comes in wrong is a ValueError or a TypeError here or in the constructors behind, never a crash;
+// an object is used by one thread at a time.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -29,6 +30,24 @@ using Out = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
 
 inline void expect(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
+}
+
+// Numbers of rows and columns that the native code counts with.
+inline int size(std::size_t n) {
+    expect(n >= 1 && n <= std::size_t(1) << 30, "1 to 2^30 rows and columns");
+    return int(n);
+}
+
+// A pool's threads spin while they wait for each other.
+inline int threads(int count) {
+    expect(count >= 1 && count <= 1024, "1 to 1024 threads");
+    return count;
+}
+
+template <class T>
+std::shared_ptr<T> given(std::shared_ptr<T> object) {
+    expect(object != nullptr, "None is no part of a model");
+    return object;
 }
 
 template <class Array>

@@ -18,12 +18,26 @@ Block::Norms norms_of(const Vector& before, const Vector& after, float epsilon) 
     return {norm_of(before, epsilon), norm_of(after, epsilon)};
 }
 
+void extend(Rotary& rotary, In<float, 2> cosine, In<float, 2> sine) {
+    expect(cosine.shape(0) == sine.shape(0) && cosine.shape(1) == sine.shape(1), "cosine and sine alike");
+    expect(int(cosine.shape(1)) == rotary.half, "as many columns as the rows before");
+    rotary.positions = size(rotary.positions + cosine.shape(0));
+    rotary.cosine.insert(rotary.cosine.end(), cosine.data(), cosine.data() + cosine.size());
+    rotary.sine.insert(rotary.sine.end(), sine.data(), sine.data() + sine.size());
+}
+
+template <auto kOf>
+std::size_t counted(const Model& model, int tokens) {
+    expect(tokens >= 0 && tokens <= Model::kMostContext, "0 to 2^30 tokens");
+    return (model.*kOf)(tokens);
+}
+
 }  // namespace
 
 void bind_blocks(nb::module_& module) {
     nb::enum_<Cache>(module, "Cache", "How keys and values are kept.")
         .value("float16", Cache::float16)
-        .value("fp8", Cache::fp8)
+        .value("int8", Cache::int8)
         .value("float32", Cache::float32);
 
     nb::enum_<Activation>(module, "Activation", "Of gated MLPs.")
@@ -36,13 +50,20 @@ void bind_blocks(nb::module_& module) {
         .def(
             "__init__",
             [](Rotary* self, In<float, 2> cosine, In<float, 2> sine) {
-                expect(cosine.shape(0) == sine.shape(0) && cosine.shape(1) == sine.shape(1), "cosine and sine alike");
-                new (self) Rotary{int(cosine.shape(0)), int(cosine.shape(1)), values(cosine), values(sine)};
+                new (self) Rotary{.half = size(cosine.shape(1))};
+                extend(*self, cosine, sine);
             },
-            "cosine"_a, "sine"_a);
+            "cosine"_a, "sine"_a)
+        .def("extend", extend, "cosine"_a, "sine"_a, "Rows for the positions that follow. No engine may be in a step.")
+        .def_ro("positions", &Rotary::positions);
 
     nb::class_<Embedding>(module, "Embedding", "A row of a table for every token, times `scale`.")
-        .def(nb::init<std::shared_ptr<Matrix>, float>(), "table"_a, "scale"_a = 1.0f);
+        .def(
+            "__init__",
+            [](Embedding* self, std::shared_ptr<Matrix> table, float scale) {
+                new (self) Embedding(given(std::move(table)), scale);
+            },
+            "table"_a, "scale"_a = 1.0f);
 
     // `norm` is of what comes in, `norm_after` of what a block computes, before that is added.
     nb::class_<Block>(module, "Block", "hidden += block(hidden)");
@@ -66,7 +87,7 @@ void bind_blocks(nb::module_& module) {
         .def(
             "__init__",
             [](Attention* self, const Linear& qkv, const Linear& o, int heads, int kv_heads, int head_dim,
-               std::optional<int> value_dim, int window, std::optional<float> scale, Cache cache,
+               std::optional<int> value_dim, std::int64_t window, std::optional<float> scale, Cache cache,
                std::shared_ptr<Rotary> rotary, const Vector& q_norm, const Vector& k_norm, const Vector& sinks,
                const Vector& norm, const Vector& norm_after, float epsilon) {
                 new (self) Attention(norms_of(norm, norm_after, epsilon),
@@ -84,15 +105,16 @@ void bind_blocks(nb::module_& module) {
         .def(
             "__init__",
             [](Model* self, std::shared_ptr<Embedding> embedding, const Linear& head, int context, const Vector& norm,
-               float epsilon) { new (self) Model(embedding, norm_of(norm, epsilon), head, context); },
+               float epsilon) { new (self) Model(given(embedding), norm_of(norm, epsilon), head, context); },
             "embedding"_a, "head"_a, "context"_a, nb::kw_only(), "norm"_a = nb::none(), "epsilon"_a = 1e-5f)
-        .def("add", [](Model& m, std::shared_ptr<Block> block) { m.add(std::move(block)); }, "block"_a)
+        .def("add", [](Model& m, std::shared_ptr<Block> block) { m.add(given(std::move(block))); }, "block"_a)
         .def_prop_ro("vocabulary", [](const Model& m) { return m.embedding->vocabulary(); })
         .def_ro("context", &Model::context)
         .def_prop_ro("is_sparse", &Model::is_sparse)
         .def_prop_ro("weight_bytes", &Model::weight_bytes)
         .def_prop_ro("bytes_read_per_token", &Model::bytes_read_per_token)
-        .def("state_bytes", &Model::state_bytes, "tokens"_a);
+        .def("reserved_bytes", counted<&Model::reserved_bytes>, "capacity"_a)
+        .def("state_bytes", counted<&Model::state_bytes>, "tokens"_a);
 }
 
 }  // namespace pennyweight

@@ -7,13 +7,13 @@ namespace pennyweight {
 
 void bind_engine(nb::module_& module) {
     nb::class_<ThreadPool>(module, "Threads", nb::is_weak_referenceable(), "Threads that engines share, one step at a time.")
-        .def(nb::init<int>(), "count"_a);
+        .def("__init__", [](ThreadPool* self, int count) { new (self) ThreadPool(threads(count)); }, "count"_a);
 
     nb::class_<Engine>(module, "Engine", "Runs tokens through a model; see runtime/engine.py for the face users see.")
         .def(
             "__init__",
-            [](Engine* self, const Model& model, std::shared_ptr<ThreadPool> threads, const std::string& kernels) {
-                new (self) Engine(model, std::move(threads), kernels_named(kernels));
+            [](Engine* self, const Model& model, std::shared_ptr<ThreadPool> pool, const std::string& kernels) {
+                new (self) Engine(model, given(std::move(pool)), kernels_named(kernels));
             },
             "model"_a, "threads"_a, "kernels"_a = "best")
         .def("open", &Engine::open, "capacity"_a)
@@ -21,6 +21,7 @@ void bind_engine(nb::module_& module) {
         .def("can_go_back", &Engine::can_go_back, "sequence"_a, "tokens"_a)
         .def("copy", &Engine::copy, "source"_a, "target"_a, "tokens"_a)
         .def("fill", &Engine::fill, "sequence"_a, "tokens"_a)
+        .def("trouble", &Engine::trouble, "sequence"_a)
         .def(
             "step",
             [](Engine& e, In<std::int32_t, 2> rows, Out<float, 2> logits) {
@@ -41,6 +42,7 @@ void bind_engine(nb::module_& module) {
         .def_prop_ro("threads", &Engine::threads)
         .def_prop_ro("kernels", [](const Engine& e) { return std::string(e.kernels().name); })
         .def_prop_ro("state_bytes", &Engine::state_bytes)
+        .def_prop_ro("unused_bytes", &Engine::unused_bytes)
         .def_prop_ro("sparse",
                      [](const Engine& e) {
                          const auto& found = e.sparse();

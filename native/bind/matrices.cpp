@@ -35,7 +35,7 @@ void bind_matrices(nb::module_& module) {
             [](In<std::uint8_t, 2> weights, Wide::Type type, bool in_place) {
                 const int bytes = type == Wide::Type::float32 ? 4 : 2;
                 expect(weights.shape(1) % bytes == 0, "weights is the bytes of (rows, columns) floats");
-                return make_wide(weights.data(), int(weights.shape(0)), int(weights.shape(1)) / bytes, type,
+                return make_wide(weights.data(), size(weights.shape(0)), size(weights.shape(1) / bytes), type,
                                  in_place ? lender(weights) : nullptr);
             },
             "weights"_a.noconvert(), "type"_a, "in_place"_a = false)
@@ -43,7 +43,8 @@ void bind_matrices(nb::module_& module) {
             "rows",
             [](In<std::uint8_t, 2> codes, In<std::uint16_t, 2> scales, std::optional<In<std::uint16_t, 2>> minima, int cols,
                int bits, int group, bool bfloat16) {
-                const int rows = int(codes.shape(0)), groups = group ? cols / group : 0;
+                expect(group >= 1, "groups of one column or more");
+                const int rows = size(codes.shape(0)), groups = size(cols) / group;
                 expect(std::size_t(cols) * bits <= codes.shape(1) * 8, "codes has too few bytes a row");
                 expect(int(scales.shape(0)) == rows && int(scales.shape(1)) == groups, "scales is (rows, columns / group)");
                 expect(!minima || (minima->shape(0) == scales.shape(0) && minima->shape(1) == scales.shape(1)),
@@ -57,6 +58,7 @@ void bind_matrices(nb::module_& module) {
             "zigzag",
             [](In<std::uint8_t, 1> chunks, int rows, int cols, int tile_rows, int group, Scales scales,
                std::optional<In<float, 1>> row_scale, std::optional<In<std::int32_t, 1>> order, bool in_place) {
+                for (int n : {rows, cols, tile_rows}) size(n);
                 expect(!row_scale || int(row_scale->size()) == rows, "one row_scale per row");
                 std::vector<char> named(cols);
                 if (order) {
@@ -83,6 +85,7 @@ void bind_matrices(nb::module_& module) {
             m.importance.assign(at, at + m.in());
         })
         .def("row", [](const Matrix& m, int row, Out<float, 1> out) {
+            expect(m.layout != Matrix::Layout::zigzag, "a zigzag matrix has no rows to read");
             expect(row >= 0 && row < m.out() && int(out.size()) == m.in(), "row within the matrix, out one row long");
             dequantise_row(m, row, out.data());
         });
@@ -90,8 +93,9 @@ void bind_matrices(nb::module_& module) {
     nb::class_<Linear>(module, "Linear", "Matrices stacked on one input, and a bias.")
         .def(nb::init<>())
         .def("add", [](Linear& l, std::shared_ptr<Matrix> m) {
-            expect(l.parts.empty() || l.in() == m->in(), "stacked matrices have the same columns");
-            l.parts.push_back(std::move(m));
+            expect(l.empty() || l.in() == given(m)->in(), "stacked matrices have the same columns");
+            expect(l.bias.empty(), "matrices come before the bias");
+            l.parts.push_back(given(m));
         })
         .def("set_bias", [](Linear& l, In<float, 1> v) {
             expect(int(v.size()) == l.out(), "one bias per row");

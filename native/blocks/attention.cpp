@@ -11,16 +11,19 @@ namespace {
 
 constexpr int kBlock = Cached::kBlock;
 
-std::size_t key_bytes(const Attention::Parts& of) { return std::size_t(of.head_dim) * bytes_of(of.cache); }
-std::size_t value_bytes(const Attention::Parts& of) { return std::size_t(Cached::padded(of.value_dim)) * bytes_of(of.cache); }
+std::size_t key_bytes(const Attention::Parts& of) { return bytes_of(of.cache, of.head_dim); }
+std::size_t value_bytes(const Attention::Parts& of) { return bytes_of(of.cache, Cached::padded(of.value_dim)); }
+
+// Places of a ring: a window needs its own positions and those a step may add before they are looked at.
+int blocks_for(const Attention::Parts& of, int capacity) {
+    const std::int64_t places = of.window ? std::min<std::int64_t>(capacity, of.window + Products::kMaxRows) : capacity;
+    return int((places + kBlock - 1) / kBlock);
+}
 
 // Keys and values of one sequence, of a block with a window in a ring.
 class KeysValues : public State {
 public:
-    KeysValues(const Attention::Parts& of, int capacity) : of_(of) {
-        // A window needs its own positions and those a step may add before they are looked at.
-        const int places = of.window ? std::min(capacity, of.window + Products::kMaxRows) : capacity;
-        blocks_ = round_up(places, kBlock) / kBlock;
+    KeysValues(const Attention::Parts& of, int capacity) : of_(of), blocks_(blocks_for(of, capacity)) {
         const std::size_t positions = std::size_t(blocks_) * kBlock * of.kv_heads;
         keys_ = Buffer(positions * key_bytes(of), false);
         values_ = Buffer(positions * value_bytes(of), false);
@@ -29,7 +32,22 @@ public:
     std::string name() const override { return "a layer with a window of " + std::to_string(of_.window) + " positions"; }
     std::size_t bytes() const override { return keys_.size() + values_.size(); }
 
-    int first_seen(int position) const { return of_.window ? std::max(0, position + 1 - of_.window) : 0; }
+    // What float16 cannot hold it keeps as infinity.
+    std::string trouble(int tokens) const override {
+        if (of_.cache != Cache::float16) return {};
+        const auto infinite = [](const Buffer& buffer, std::size_t first, std::size_t count) {
+            const auto* halves = reinterpret_cast<const std::uint16_t*>(buffer.data()) + first;
+            return std::any_of(halves, halves + count, [](std::uint16_t h) { return (h & 0x7fff) == 0x7c00; });
+        };
+        const std::size_t used = std::min(blocks_, (tokens + kBlock - 1) / kBlock);
+        const std::size_t key = std::size_t(kBlock) * of_.head_dim, value = std::size_t(kBlock) * Cached::padded(of_.value_dim);
+        for (std::size_t head = 0; head < std::size_t(of_.kv_heads); head++)
+            if (infinite(keys_, head * blocks_ * key, used * key) || infinite(values_, head * blocks_ * value, used * value))
+                return "a key or value is beyond float16's range (65504), in which they are kept";
+        return {};
+    }
+
+    int first_seen(int position) const { return of_.window ? int(std::max<std::int64_t>(0, position + 1 - of_.window)) : 0; }
 
     bool can_go_back(int tokens) const override {
         const int first = first_seen(tokens);
@@ -52,7 +70,7 @@ public:
     }
 
     void fill(int tokens) override {
-        constexpr int kSmall = 0x2c;  // a small positive number as float16, E4M3 and float32 alike, whatever byte it starts at
+        constexpr int kSmall = 0x2c;  // a small positive number as any kind of float, and a code
         std::memset(keys_.data(), kSmall, keys_.size());
         std::memset(values_.data(), kSmall, values_.size());
         oldest_ = std::max(0, tokens - blocks_ * kBlock);
@@ -62,35 +80,38 @@ public:
 
     // `room`: as many floats as the wider of key and value.
     void store(int head, int position, const float* key, const float* value, const Kernels& kernels, float* room) {
-        const std::size_t place = std::size_t(position) % (std::size_t(blocks_) * kBlock);
-        const std::size_t block = std::size_t(head) * blocks_ + place / kBlock;
-        const std::size_t key_at = block * of_.head_dim * kBlock + place % kBlock;
-        std::uint8_t* to = values_.data() + (block * kBlock + place % kBlock) * value_bytes(of_);
-        if (of_.cache == Cache::fp8) {
-            for (int d = 0; d < of_.head_dim; d++) keys_.data()[key_at + d * kBlock] = to_fp8(key[d]);
-            for (int d = 0; d < of_.value_dim; d++) to[d] = to_fp8(value[d]);
+        const std::size_t block = std::size_t(head) * blocks_ + position / kBlock % blocks_, place = position % kBlock;
+        const int dim = of_.head_dim, value_dim = of_.value_dim, padded = Cached::padded(value_dim);
+        std::uint8_t* keys = keys_.data() + block * Cached::block_bytes(of_.cache, dim);
+        std::uint8_t* values = values_.data() + block * Cached::block_bytes(of_.cache, padded);
+        if (of_.cache == Cache::int8) {
+            const auto store = [&](const float* x, int n, std::uint8_t* block, int width, std::size_t first, int stride) {
+                const std::uint16_t scale = encode(x, n, reinterpret_cast<std::int8_t*>(block) + first, stride);
+                reinterpret_cast<std::uint16_t*>(block + kBlock * width)[place] = scale;
+            };
+            store(key, dim, keys, dim, place, kBlock);
+            store(value, value_dim, values, padded, place * padded, 1);
         } else if (of_.cache == Cache::float32) {
-            for (int d = 0; d < of_.head_dim; d++) keys_.floats()[key_at + d * kBlock] = key[d];
-            std::memcpy(to, value, sizeof(float) * of_.value_dim);
+            for (int d = 0; d < dim; d++) reinterpret_cast<float*>(keys)[place + d * kBlock] = key[d];
+            std::memcpy(reinterpret_cast<float*>(values) + place * padded, value, sizeof(float) * value_dim);
         } else {
             auto* halves = reinterpret_cast<std::uint16_t*>(room);
-            auto* keys = reinterpret_cast<std::uint16_t*>(keys_.data());
-            kernels.to_half(key, of_.head_dim, halves);
-            for (int d = 0; d < of_.head_dim; d++) keys[key_at + d * kBlock] = halves[d];
-            kernels.to_half(value, of_.value_dim, reinterpret_cast<std::uint16_t*>(to));
+            kernels.to_half(key, dim, halves);
+            for (int d = 0; d < dim; d++) reinterpret_cast<std::uint16_t*>(keys)[place + d * kBlock] = halves[d];
+            kernels.to_half(value, value_dim, reinterpret_cast<std::uint16_t*>(values) + place * padded);
         }
     }
 
     Cached look(int head, int first, int last, float* scratch) const {
         const std::size_t positions = std::size_t(head) * blocks_ * kBlock;
-        return {keys_.data() + positions * key_bytes(of_), values_.data() + positions * value_bytes(of_),
-                of_.cache, of_.head_dim, of_.value_dim, blocks_, first, last, of_.scale, scratch};
+        return {keys_.data() + positions * key_bytes(of_), values_.data() + positions * value_bytes(of_), of_.cache,
+                of_.head_dim, of_.value_dim, blocks_, first, last, of_.scale, scratch};
     }
 
 private:
     const Attention::Parts& of_;
+    const int blocks_;  // of a head
     Buffer keys_, values_;
-    int blocks_ = 0;  // of a head
     int oldest_ = 0;  // positions from here to the sequence's length are there
 };
 
@@ -105,24 +126,30 @@ Attention::Attention(Norms given, Parts parts) : Block(std::move(given), parts.o
                std::to_string(kMaxQueries) + ", share one");
     if (head_dim < 1 || value_dim < 1)
         misfit("heads of " + std::to_string(head_dim) + " and values of " + std::to_string(value_dim));
-    if (rotary && 2 * rotary->half > head_dim)
+    if (rotary && std::int64_t(2) * rotary->half > head_dim)
         misfit("rotary tables of " + std::to_string(rotary->positions) + " x " + std::to_string(rotary->half) + " for heads of " +
                std::to_string(head_dim));
     if (window < 0) misfit("a window of " + std::to_string(window));
-    expect_shape("q, k and v", qkv, (heads + kv_heads) * head_dim + kv_heads * value_dim, hidden);
-    expect_shape("o", o, hidden, heads * value_dim);
+    const std::int64_t many = heads, few = kv_heads;
+    expect_shape("q, k and v", qkv, (many + few) * head_dim + few * value_dim, hidden);
+    expect_shape("o", o, hidden, many * value_dim);
     const auto each_or_all = [&, dim = head_dim](const std::string& name, const Norm& norm, int count) {
         if (!norm.empty() && int(norm.weight.size()) != dim) expect_values(name, norm.weight, count * dim);
     };
     each_or_all("the norm of queries", q_norm, heads);
     each_or_all("the norm of keys", k_norm, kv_heads);
     if (!sinks.empty()) expect_values("the list of sinks", sinks, heads);
+    parts_.window = std::min<std::int64_t>(window, INT_MAX);  // no text is longer
 }
 
 std::unique_ptr<State> Attention::open(int capacity) const { return std::make_unique<KeysValues>(parts_, capacity); }
 
+std::size_t Attention::reserved_bytes(int capacity) const {
+    return std::size_t(blocks_for(parts_, capacity)) * kBlock * parts_.kv_heads * (key_bytes(parts_) + value_bytes(parts_));
+}
+
 std::size_t Attention::state_bytes(int tokens) const {
-    const std::size_t seen = parts_.window ? std::min(tokens, parts_.window) : tokens;
+    const std::size_t seen = parts_.window ? std::min<std::int64_t>(tokens, parts_.window) : tokens;
     return seen * parts_.kv_heads * (key_bytes(parts_) + value_bytes(parts_));
 }
 
@@ -179,6 +206,7 @@ void Attention::mix(Step& step, int t, int number) const {
             const std::size_t at = std::size_t(position) * tables->half;
             step.kernels.rotate(head, tables->cosine.data() + at, tables->sine.data() + at, tables->half);
         }
+        if (parts_.cache == Cache::int8) spread(head, dim);
     };
     for (int task = t; task < tasks; task += threads) {
         const int head = task % kv_heads, position = row(task).position;

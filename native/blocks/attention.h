@@ -6,7 +6,8 @@
 
 namespace pennyweight {
 
-// Cosines and sines (positions, half) that blocks share.
+// Cosines and sines (positions, half) that blocks share. They grow with the texts: a model may allow many more positions than
+// any has.
 struct Rotary {
     int positions = 0, half = 0;
     std::vector<float> cosine, sine;
@@ -20,7 +21,7 @@ public:
         Linear qkv, o;
         int heads = 0, kv_heads = 0;
         int head_dim = 0, value_dim = 0;  // of queries and keys, and of values
-        int window = 0;                   // positions seen, the current one included; 0: all
+        std::int64_t window = 0;          // positions seen, the current one included; 0: all
         float scale = 1;                  // of scores
         Cache cache = Cache::float16;
         std::shared_ptr<const Rotary> rotary;  // null: none
@@ -33,6 +34,7 @@ public:
     std::vector<const Linear*> linears() const override { return {&parts_.qkv, &parts_.o}; }
     int positions() const override { return parts_.rotary ? parts_.rotary->positions : INT_MAX; }
     std::unique_ptr<State> open(int capacity) const override;
+    std::size_t reserved_bytes(int capacity) const override;
     std::size_t state_bytes(int tokens) const override;
     std::size_t shared_floats(const Step& step) const override;
     void run(Step& step, int t, int number) const override;

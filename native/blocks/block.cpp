@@ -34,15 +34,15 @@ Block::Block(Norms given, const Linear& last) : norms(std::move(given)), hidden(
 
 void misfit(const std::string& what) { throw std::invalid_argument("the model's parts do not fit: " + what); }
 
-void expect_shape(const std::string& name, const Linear& linear, int out, int in) {
+void expect_shape(const std::string& name, const Linear& linear, std::int64_t out, std::int64_t in) {
     if (linear.empty()) misfit(name + " is missing");
     if (linear.out() != out || linear.in() != in)
         misfit(name + " is " + std::to_string(linear.out()) + " x " + std::to_string(linear.in()) + ", expected " +
                std::to_string(out) + " x " + std::to_string(in));
 }
 
-void expect_values(const std::string& name, const std::vector<float>& values, int expected) {
-    if (int(values.size()) != expected)
+void expect_values(const std::string& name, const std::vector<float>& values, std::int64_t expected) {
+    if (std::int64_t(values.size()) != expected)
         misfit(name + " has " + std::to_string(values.size()) + " values, expected " + std::to_string(expected));
 }
 

@@ -84,9 +84,10 @@ public:
     virtual ~Block() = default;
 
     virtual std::vector<const Linear*> linears() const = 0;
-    virtual int positions() const { return INT_MAX; }  // that a sequence may have
+    virtual int positions() const { return INT_MAX; }  // that a sequence may have by now
     // What it keeps of a sequence of up to `capacity` tokens; null: nothing.
     virtual std::unique_ptr<State> open(int capacity) const { return (void)capacity, nullptr; }
+    virtual std::size_t reserved_bytes(int capacity) const { return (void)capacity, 0; }  // of such a state
     virtual std::size_t state_bytes(int tokens) const { return (void)tokens, 0; }  // that a token after so many looks at
     virtual std::size_t shared_floats(const Step& step) const { return (void)step, 0; }  // of step.shared
     // Called by all threads: step.out = what is computed from step.hidden, of which every thread writes its share_of_rows.
@@ -100,7 +101,7 @@ public:
 
 // Throw std::invalid_argument.
 [[noreturn]] void misfit(const std::string& what);
-void expect_shape(const std::string& name, const Linear& linear, int out, int in);
-void expect_values(const std::string& name, const std::vector<float>& values, int expected);
+void expect_shape(const std::string& name, const Linear& linear, std::int64_t out, std::int64_t in);
+void expect_values(const std::string& name, const std::vector<float>& values, std::int64_t expected);
 
 }  // namespace pennyweight

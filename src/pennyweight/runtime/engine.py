@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
+import psutil
 
 from pennyweight.runtime.lower import lower
 from pennyweight.sources.open import open_source
 from pennyweight.sources.source import Source
+from pennyweight.units import show_bytes
 
 
 def processors() -> int:
@@ -23,8 +25,6 @@ def processors() -> int:
 
 def physical_cores() -> int:
     """Cores that this process may use, hyper-threads counted once: more threads than that only wait for each other."""
-    import psutil
-
     return max(1, min(processors(), psutil.cpu_count(logical=False) or processors()))
 
 
@@ -102,15 +102,15 @@ class Engine:
         mapped: bool = False,
     ) -> None:
         """`model`: a Hugging Face folder or a GGUF file; `context`: most tokens of a sequence; `threads`: None
-        for one per core, more than there are processors only with `force_threads`; `cache`: float16, fp8 or
+        for one per core, more than there are processors only with `force_threads`; `cache`: float16, int8 or
         float32 keys and values; `kernels`: an instruction set of `_native.kernel_names()`; `sparsity`: the share of
         input channels that blocks leave out, instead of what the config says; `mapped`: matrices of a path that lie
         on disk as the engine reads them stay there. Raises NotRun for what the engine
         does not run, ValueError for damaged weights, NativeMissing where the native module was not built."""
         native, count = native_module(), _threads(threads, force_threads)
         source = open_source(Path(model), mapped=mapped) if isinstance(model, str | Path) else model
-        self._model = lower(source, context=context, cache=cache, sparsity=sparsity)
-        self.notes = tuple(source.notes)  # what users should know about how the weights were read
+        self._model, self._rotary, said = lower(source, context=context, cache=cache, sparsity=sparsity)
+        self.notes = (*source.notes, *said)  # what users should know about how the model was read
         self._native = native.Engine(self._model, shared_threads(count), kernels)
         self.vocab_size: int = self._model.vocabulary
         self.context: int = self._model.context
@@ -164,8 +164,28 @@ class Engine:
         return self._native.state_bytes
 
     def open(self, capacity: int) -> int:
-        """Number of a new, empty sequence of up to `capacity` tokens. Raises ValueError beyond the context."""
+        """Number of a new, empty sequence of up to `capacity` tokens, which takes memory as it grows. Raises ValueError
+        beyond the context, and where all that sequences may grow to does not fit the memory that is free."""
+        if 0 < capacity <= self.context:
+            self._expect_room(capacity)
+            self._rotary.cover(capacity)
         return self._native.open(capacity)
+
+    def _expect_room(self, capacity: int) -> None:
+        needed, promised = self._model.reserved_bytes(capacity), self._native.unused_bytes
+        free = psutil.virtual_memory().available
+        if needed + promised > free:
+            beside = f", {show_bytes(promised)} are promised to sequences that are open" if promised else ""
+            raise ValueError(
+                f"keys and values of a sequence of {capacity:,} tokens take {show_bytes(needed)}{beside}, and "
+                f"{show_bytes(free)} of memory are free. Ask for a shorter context (--context), for fewer sequences at "
+                "once, or for smaller keys and values (--cache)"
+            )
+
+    def trouble(self, sequence: int) -> str | None:
+        """Why a model may have computed no number for a sequence, if its keys and values tell."""
+        found = self._native.trouble(sequence)
+        return f"{found}; --cache float32 holds it" if found else None
 
     def close(self, sequence: int) -> None:
         """Give a sequence's memory back."""

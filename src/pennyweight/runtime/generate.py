@@ -185,7 +185,8 @@ class Batch:
             try:
                 token = pick(row, request.sampling, seen, text.rng, never)
             except FloatingPointError as err:  # of this text alone
-                text.finish, text.error = "failed", err
+                trouble = self.engine.trouble(text.sequence)
+                text.finish, text.error = "failed", FloatingPointError(trouble) if trouble else err
                 break
             if token in request.stop:
                 text.finish = "stop"

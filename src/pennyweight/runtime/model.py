@@ -81,5 +81,5 @@ def open_model(path: Path, *, mapped: bool = False, **settings: Any) -> Model:
         vocabulary.begin,
         vocabulary.stop,
         vocabulary.defaults,
-        tuple(source.notes),
+        engine.notes,
     )
