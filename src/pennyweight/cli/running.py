@@ -29,7 +29,9 @@ class EngineOptions:
     force_threads: Annotated[
         bool, typer.Option("--force-threads", help="Start so many threads even where there are fewer processors.")
     ] = False
-    cache: Annotated[str, typer.Option(help="How keys and values are kept: float16, fp8 or float32.")] = "float16"
+    cache: Annotated[
+        str, typer.Option(help="How keys and values are kept: float16, int8 (half the memory) or float32.")
+    ] = "float16"
     kernels: Annotated[
         str, typer.Option(help='An instruction set by name (avx512, avx2, neon, scalar), or "best".')
     ] = "best"
