@@ -387,11 +387,10 @@ def test_a_long_context_costs_nothing_until_it_is_used(pico):
 
 
 def test_keys_and_values_that_do_not_fit_are_refused_before_anything_runs(pico, monkeypatch):
-    engine = Engine(pico("llama", max_position_embeddings=2**30), threads=1)
-    with pytest.raises(
-        ValueError, match=r"sequence of 1,073,741,824 tokens take 672.00 GiB, and .* of memory are free"
-    ):
-        engine.open(2**30)
+    wide = pico("llama", max_position_embeddings=2**24, head_dim=512, num_key_value_heads=4)
+    with pytest.raises(ValueError, match=r"sequence of 16,777,216 tokens take 384.00 GiB, and .* of memory are free"):
+        Engine(wide, threads=1).open(2**24)
+    engine = Engine(pico("llama", max_position_embeddings=2**24), threads=1)
     each = engine.cache_bytes_of(16000)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2.5 * each))
     sequence = engine.open(16000)

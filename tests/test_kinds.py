@@ -74,7 +74,7 @@ def test_a_family_names_its_models_reads_slots_and_points_at_live_modules(name):
     assert family.MODEL_TYPES
     assert all(families.of(model_type) is family for model_type in family.MODEL_TYPES)
     assert parameters_of(family.mixer) == parameters_of(family.ffn) == ["config", "layer"]
-    shapes = families.shapes({**PARENT, "model_type": family.MODEL_TYPES[0]})
+    shapes = families.shapes({**PARENT, "model_type": family.MODEL_TYPES[0], "use_sliding_window": True})
     assert [str(slot) for slot in shapes][:3] == ["embed", "0.mixer", "0.ffn"]
     assert [str(slot) for slot in shapes][-2:] == ["norm", "head"]
     assert all(isinstance(slot, Slot) and isinstance(shape, Shape) for slot, shape in shapes.items())

@@ -310,7 +310,6 @@ def test_plan_and_fit_name_what_they_do_not_know(tmp_path):
         ("--context", "long", "'long' is not a number of tokens"),
         ("--context", "8", "context 8 is shorter than prompt"),
         ("--weights", "some", "'some' is not a size"),
-        ("--concurrency", "0", "concurrency is 0"),
     ):
         told = [CliRunner().invoke(app, [*map(str, each), option, value]) for each in (("plan", tmp_path), fit)]
         assert [each.exit_code for each in told] == [2, 2], told[0].output

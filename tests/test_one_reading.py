@@ -308,7 +308,7 @@ def test_a_hub_s_cache_is_read_through_its_links_and_named_by_its_model(pico, tm
         (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
     link = tmp_path / "mine"
     link.symlink_to(pico("llama"))
-    assert open_source(snapshot).name == "owner/a/model"
+    assert open_source(snapshot).name == "owner/a--model"
     assert open_source(link).name == "mine"
     assert torch.equal(walked(snapshot), walked(pico("llama")))
 

@@ -82,7 +82,9 @@ def test_a_model_is_called_as_people_call_it(pico, tmp_path, monkeypatch):
     shutil.copytree(pico("llama"), cached)
     (tmp_path / "link").symlink_to(cached)
     assert opened(cached).name == "maker/small-1B--v2"
-    assert opened(tmp_path / "link").name == "link"
+    assert opened(tmp_path / "link").name == "maker/small-1B--v2"
+    (tmp_path / "mine").symlink_to(pico("llama"))
+    assert opened(tmp_path / "mine").name == "mine"
     monkeypatch.chdir(cached)
     assert opened(Path()).name == "maker/small-1B--v2"
     assert opened(Path("..") / "0123abcd").name == "maker/small-1B--v2"
@@ -97,7 +99,7 @@ def test_a_folder_that_holds_one_gguf_file_is_that_file(pico, tmp_path):
     assert opened(folder).engine.vocab_size == 300 and opened(folder / "small.Q4.gguf").name == "small.Q4"
     shutil.copy(folder / "small.Q4.gguf", folder / "small.Q8.gguf")
     done = penny("run", folder, "a")
-    assert done.exit_code == 2 and "holds 2 GGUF files; name the one that is meant" in done.stderr
+    assert done.exit_code == 2 and "holds 2 GGUF files; name one of them" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------- run
