@@ -253,7 +253,7 @@ def damage(path: Path, rng: random.Random) -> str:
         file.write_bytes(flipped(raw := file.read_bytes(), rng, rng.choice((3000, len(raw)))))
     else:
         file = rng.choice((*weights, path / "config.json", path / "generation_config.json"))
-        file.unlink()
+        file.unlink(missing_ok=True)
         made = rng.randrange(5)
         if made == 0:
             os.mkfifo(file)

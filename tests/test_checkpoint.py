@@ -23,7 +23,7 @@ from pennyweight.disk.checkpoint import (
     read_header,
     safetensors_bytes,
 )
-from pennyweight.disk.writer import Writer, write_atomic
+from pennyweight.disk.writer import Writer, accompanying, write_atomic
 
 CONFIG = {"model_type": "llama", "hidden_size": 64}
 DTYPES = [getattr(torch, name) for name in checkpoint._TORCH.values()]
@@ -158,9 +158,7 @@ def test_what_belongs_to_a_model_comes_along_and_nothing_that_can_be_run(tmp_pat
     (model / "NOTICE.txt").unlink()
     os.mkfifo(model / "NOTICE.txt")
     with pytest.raises(ValueError, match=r"NOTICE\.txt is not an ordinary file"):
-        writer = Writer(tmp_path / "other")
-        writer.add("weight", torch.zeros(1))
-        writer.finish(CONFIG, like=model)
+        accompanying(model)
 
 
 # ------------------------------------------------------------------------------------------------- whole or absent

@@ -20,6 +20,7 @@ from pennyweight.cli import app
 from pennyweight.disk import places
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.disk.tokenizer import load_tokenizer
+from pennyweight.evals import sample
 from pennyweight.evals.agree import Agreement, agree
 from pennyweight.evals.loss import loss
 from pennyweight.job import checks, outputs, parent
@@ -541,6 +542,9 @@ def test_progress_is_told_row_by_row(pico, some_rows):
     loss(model, some_rows, listen=Heard())
     agree(model, model, some_rows, listen=Heard())
     assert told == [1, 2, 3, 4] * 2
+    told.clear()
+    sample.rows(model, load_tokenizer(pico("llama")), 5, 3, seed=0, batch=2, listen=Heard())
+    assert told == [2, 4, 6, 8, 10, 12, 13, 14, 15]
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,7 @@ def train(recipe: Recipe, *, books: Path, out: Path, listen: Listener, checkpoin
     another recipe's run, Held if another process works on it.
     """
     places.apart(out, "--out", {"the books": books})
-    if {path.name for path in out.glob("*")} - {LOCK} and not (out / "run.json").exists():
-        raise ValueError(f"{out} is not empty and holds no run of penny train; choose another --out")
+    places.begun(out, "run.json", {LOCK})
     documents = read_documents(recipe, books)
     with Lock(out):
         return _train(recipe, documents, out, listen, checkpoint_s)

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pennyweight.disk.reading import bytes_of
@@ -72,6 +72,16 @@ def replaceable(folder: Path, *, unchanged: bool = True) -> None:
                 f"{path} was changed since penny wrote it; move it away or choose another --out (delete it if it is "
                 "damaged)"
             )
+
+
+def begun(folder: Path, mark: str, ours: Collection[str] = ()) -> None:
+    """Raises ValueError if `folder` is there, is not empty, and is none in which we began to work: those hold the file
+    `mark`, or no more than a lock and what is named in `ours`."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} exists and is not a folder; choose another place")
+    foreign = [path.name for path in sorted(folder.glob("*")) if path.name not in ("lock", *ours)]
+    if foreign and not (folder / mark).exists():
+        raise ValueError(f"{folder} holds {foreign[0]} and was not made by penny; move it away or choose another place")
 
 
 def sha256(path: Path) -> str:

@@ -5,14 +5,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pennyweight.disk import places
 from pennyweight.disk.checkpoint import CHECKSUMS
 from pennyweight.runs.lock import LOCK
-
-if TYPE_CHECKING:
-    pass
 
 LIVE = "parent"
 """A live model is written here in its run folder, and read from there."""
@@ -45,13 +41,6 @@ def may_write(model: Path, out: Path, run: Path, text: str) -> None:
 
 
 def is_run_folder(run: Path) -> None:
-    """Raises ValueError if there is something that is no run folder; nothing, an empty one and one that holds no more
-    than a live model are."""
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"{run} exists and is not a folder; choose another --run")
-    if (run / "run.sqlite").exists():
-        return
-    ours = {LIVE, f"{LIVE}.replaced"} if (run / LIVE / CHECKSUMS).exists() else {f"{LIVE}.partial"}
-    foreign = [path.name for path in sorted(run.glob("*")) if path.name not in {*ours, LOCK}]
-    if foreign:
-        raise ValueError(f"{run} holds {foreign[0]} and was not made by penny; choose another --run or move it away")
+    """Raises ValueError for what is no run folder. One that holds no more than a live model is."""
+    written = (run / LIVE / CHECKSUMS).exists()
+    places.begun(run, "run.sqlite", {LOCK, *((LIVE, f"{LIVE}.replaced") if written else (f"{LIVE}.partial",))})

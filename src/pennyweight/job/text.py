@@ -98,11 +98,9 @@ def _sampled(
 
     if store.get("sampled") is None:
         count = config.data.sampled_rows
-        listen.begin("sample", total=count, unit="rows")
         parent = load_model(checkpoint.folder, dtype=compute_dtype(config.compute))
-        drawn = sample.rows(parent, tokenizer, count, context, seed=config.seed)
+        drawn = sample.rows(parent, tokenizer, count, context, seed=config.seed, listen=listen)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(drawn).items()}
         store.put_tensors("sampled", tensors)
-        listen.end()
     kept = {name: tensor.numpy() for name, tensor in store.tensors("sampled").items()}
     return texts.Rows(**kept)
