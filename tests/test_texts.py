@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pennyweight import texts
-from pennyweight.texts import Document, Rows, from_path, rows, separator_id, stdlib, strip_gutenberg
+from pennyweight.texts import Document, Rows, added, from_path, rows, separator_id, stdlib, strip_gutenberg
 
 ASCII = [
     Document("one", "def fit(model, budget):\n    return best(model)\n"),
@@ -21,20 +22,22 @@ MULTIBYTE = [Document("ü", "größte Kürze: 3 Pfennig"), Document("mixed", "�
 
 
 @functools.cache
-def tokenizer(*, trim_offsets: bool = False, special: str = "bos"):
-    """A byte-level BPE of 300 tokens. Trained on ASCII alone: other characters fall into bytes, one token each."""
+def tokenizer(*, trim_offsets: bool = False, special: str = "bos", adds: str = "<s> $A"):
+    """A byte-level BPE of 300 tokens. Trained on ASCII alone: other characters fall into bytes, one token each.
+    `special`: which tokens it names; `adds`: what it makes of a text by itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([document.text for document in ASCII] * 3, trainer)
+    framing = processors.TemplateProcessing(single=adds, special_tokens=[("<s>", 0), ("</s>", 1)])
+    bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=trim_offsets), framing])
     tokens = {"bos": {"bos_token": "<s>", "eos_token": "</s>"}, "eos": {"eos_token": "</s>"}, "none": {}}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **tokens[special])
 
@@ -44,9 +47,8 @@ def utf8(documents: list[Document]) -> int:
 
 
 def stream(documents: list[Document]) -> list[int]:
-    """All tokens, a separator before each document."""
-    made = tokenizer()
-    return [token for document in documents for token in (made.bos_token_id, *made(document.text)["input_ids"])]
+    """All tokens, each document as the tokenizer begins it: with BOS."""
+    return [token for document in documents for token in tokenizer()(document.text)["input_ids"]]
 
 
 # ----------------------------------------------------------------------------------------------------------- rows
@@ -123,11 +125,43 @@ def test_empty_documents_are_a_separator_and_nothing_else():
     assert (~made.scored).sum() == 3
 
 
-def test_the_separator_is_bos_or_else_eos():
-    assert separator_id(tokenizer()) == tokenizer().convert_tokens_to_ids("<s>")
-    assert separator_id(tokenizer(special="eos")) == tokenizer().convert_tokens_to_ids("</s>")
+@pytest.mark.parametrize(("adds", "before", "after"), [("<s> $A", [0], []), ("$A </s>", [], [1]), ("$A", [], [])])
+@pytest.mark.parametrize("special", ["bos", "eos", "none"])
+def test_a_text_begins_and_ends_as_the_tokenizer_itself_makes_it(adds, before, after, special):
+    """A tokenizer that names a BOS and adds none gets none, here as in `penny run` and in transformers."""
+    made = tokenizer(adds=adds, special=special)
+    assert added(made) == (before, after)
+    alone = rows([ASCII[0]], made, 5).ids
+    assert alone[0].tolist() == made(ASCII[0].text)["input_ids"][:6]
+    between = [] if before or after or special == "none" else [1]  # EOS, where a tokenizer says nothing of its own
+    whole = made(ASCII[0].text)["input_ids"] + between + made(ASCII[1].text)["input_ids"]
+    both = rows(ASCII, made, 1)
+    assert [both.ids[0, 0], *both.ids[:, 1]] == whole
+    assert both.ids[~both.scored[:, 0], 1].tolist() == [token for token in whole[1:] if token in (0, 1)]
+    assert both.nbytes[~both.scored[:, 0]].sum() == 0
+    first = 0 if before else len(made.convert_ids_to_tokens(whole[0]))  # is read, and predicted by nothing
+    assert both.nbytes.sum() == utf8(ASCII) - first
+
+
+def test_special_tokens_that_stand_in_a_text_are_scored_as_text():
+    made = rows([Document("", "def</s>fit")], tokenizer(), 1)
+    assert made.scored.all() and 1 in made.ids[:, 1]
+    assert made.nbytes.sum() == len("def</s>fit")
+
+
+def test_the_separator_is_what_the_tokenizer_puts_first_or_else_eos_or_bos():
+    assert separator_id(tokenizer()) == 0
+    assert separator_id(tokenizer(adds="$A")) == separator_id(tokenizer(special="eos", adds="$A")) == 1
     with pytest.raises(ValueError, match=r"names neither a BOS nor an EOS token; set one in tokenizer_config.json"):
-        separator_id(tokenizer(special="none"))
+        separator_id(tokenizer(special="none", adds="$A"))
+
+
+def test_tokens_beyond_a_vocabulary_are_refused():
+    made = rows(ASCII, tokenizer(), 4)
+    highest = int(made.ids.max())
+    made.hold_within(highest + 1)
+    with pytest.raises(ValueError, match=f"gives token {highest}, the model's vocabulary ends at {highest - 1}"):
+        made.hold_within(highest)
 
 
 def test_a_slow_tokenizer_is_refused_with_the_way_out():
@@ -190,12 +224,13 @@ def test_jsonl_is_one_document_per_line(tmp_path):
     assert [document.name for document in found] == ["data.jsonl:1", "data.jsonl:3", "data.jsonl:5", "data.jsonl:7"]
 
 
-@pytest.mark.parametrize("line", ["{", '{"content": "x"}', "[1]", "63", "null"])
+@pytest.mark.parametrize("line", ["{", '{"content": "x"}', "[1]", "63", "null", "[" * 99999, "9" * 9999])
 def test_a_line_that_is_no_text_is_named_and_shown(tmp_path, line):
     (tmp_path / "data.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError) as err:
         from_path(tmp_path)
-    assert str(err.value) == f'{tmp_path / "data.jsonl"}:2: expected a JSON object with a "text" key, got {line!r}'
+    shown = line[:60]
+    assert str(err.value) == f'{tmp_path / "data.jsonl"}:2: expected a JSON object with a "text" key, got {shown!r}'
 
 
 @pytest.mark.parametrize("value", ["63", "null", '["x"]'])
@@ -217,6 +252,14 @@ def test_a_folder_without_text(tmp_path):
     with pytest.raises(
         ValueError, match=r"no text in .*: expected at least one non-empty .txt, .md, .py or .jsonl file"
     ):
+        from_path(tmp_path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match=r"pipe\.txt is not an ordinary file"):
+        from_path(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match="no text in"):
         from_path(tmp_path)
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from pennyweight.disk.reading import size_of
+
 HELD_OUT_MODULES = frozenset(
     """
     bdb bisect calendar cmd configparser contextlib copy fractions graphlib heapq json mimetypes netrc operator
@@ -75,7 +77,9 @@ def from_path(path: Path) -> list[Document]:
     if not path.exists():
         raise FileNotFoundError(f"text {path} does not exist; give a file or a folder of .txt, .md, .py, .jsonl files")
     files = [path]
-    if path.is_dir():
+    if not path.is_dir():
+        size_of(path)  # a pipe would wait for ever
+    else:
         files = sorted(p for p in path.rglob("*") if p.suffix in {".txt", ".md", ".py", ".jsonl"} and p.is_file())
     documents = [document for file in files for document in _read(file, path if path.is_dir() else path.parent)]
     if not documents:
@@ -100,7 +104,7 @@ def _read(file: Path, root: Path) -> Iterator[Document]:
             text = json.loads(line)["text"]
             if not isinstance(text, str):
                 raise TypeError(f"text is a {type(text).__name__}")
-        except (json.JSONDecodeError, KeyError, TypeError) as err:
+        except (ValueError, RecursionError, KeyError, TypeError) as err:
             raise ValueError(f'{file}:{number}: expected a JSON object with a "text" key, got {line[:60]!r}') from err
         yield Document(f"{name}:{number}", text)
 
@@ -128,11 +132,12 @@ def fingerprint(documents: Iterable[Document]) -> str:
 
 @dataclass(frozen=True)
 class Rows:
-    """Equal stretches of tokens, cut from documents laid end to end with a separator before each.
+    """Equal stretches of tokens, cut from documents laid end to end, each begun and ended as the tokenizer itself does.
+    Where that adds nothing to a text, EOS stands between documents and nothing before the first.
 
     ids (n, context + 1) int64: row i + 1 starts with the last token of row i, so every token but the first is
-    predicted once. scored (n, context) bool: False where the target ids[:, 1:] is a separator. nbytes (n,) int64:
-    UTF-8 bytes of the row's scored targets.
+    predicted once. scored (n, context) bool: False where the target ids[:, 1:] is not of the text, but one that the
+    tokenizer adds or that stands between documents. nbytes (n,) int64: UTF-8 bytes of the row's scored targets.
     """
 
     ids: np.ndarray
@@ -149,6 +154,15 @@ class Rows:
         """The given rows, in the given order."""
         return Rows(self.ids[rows], self.scored[rows], self.nbytes[rows])
 
+    def hold_within(self, vocabulary: int) -> None:
+        """Raises ValueError if there is a token that a model of so many does not know."""
+        highest = int(self.ids.max(initial=0))
+        if highest >= vocabulary:
+            raise ValueError(
+                f"the tokenizer gives token {highest}, the model's vocabulary ends at {vocabulary - 1}; "
+                "they do not belong together"
+            )
+
 
 def rows(documents: Iterable[Document], tokenizer: Any, context: int, *, most: int | None = None) -> Rows:
     """Tokenise and cut; with `most`, stop reading documents once they give that many rows.
@@ -159,15 +173,22 @@ def rows(documents: Iterable[Document], tokenizer: Any, context: int, *, most: i
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; save the model with its tokenizer.json")
-    separator = separator_id(tokenizer)
+    between = [] if added(tokenizer) != ([], []) or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
-    nbytes: list[int] = []  # -1 marks a separator
+    nbytes: list[int] = []  # -1 marks what is not of the text
     for document in documents:
-        encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids.append(separator)
-        nbytes.append(-1)
+        encoded = tokenizer(
+            document.text,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
+        if ids:
+            ids += between
+            nbytes += [-1] * len(between)
         ids += encoded["input_ids"]
-        nbytes += _byte_lengths(document.text, encoded["offset_mapping"])
+        sizes = _byte_lengths(document.text, encoded["offset_mapping"])
+        nbytes += [-1 if own else size for own, size in zip(encoded["special_tokens_mask"], sizes, strict=True)]
         if most is not None and len(ids) > most * context:
             break
     count = (len(ids) - 1) // context if most is None else min(most, (len(ids) - 1) // context)
@@ -179,9 +200,20 @@ def rows(documents: Iterable[Document], tokenizer: Any, context: int, *, most: i
     return Rows(cut.copy(), per_target >= 0, per_target.clip(0).sum(axis=1))
 
 
+def added(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer by its own rule puts before and after a text; many put none."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, own = encoded["input_ids"], [bool(flag) for flag in encoded["special_tokens_mask"]]
+    if False not in own:
+        return ids, []
+    return ids[: own.index(False)], ids[len(own) - own[::-1].index(False) :]
+
+
 def separator_id(tokenizer: Any) -> int:
-    """The token put before each document: BOS if the tokenizer has one, else EOS."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    """The token after which a text begins: the one that the tokenizer puts there, or else the one that ended the text
+    before, EOS, or else BOS. Raises ValueError if it names none."""
+    before, _ = added(tokenizer)
+    for token in (*before[-1:], tokenizer.eos_token_id, tokenizer.bos_token_id):
         if token is not None:
             return token
     raise ValueError("the tokenizer names neither a BOS nor an EOS token; set one in tokenizer_config.json")

@@ -46,13 +46,8 @@ def read(checkpoint: Checkpoint, tokenizer: Any, config: FitConfig, store: Store
             rows = texts.rows(texts.from_path(Path(data.text)), tokenizer, context)
         tenth = np.arange(len(rows.ids)) % 10 == 9
         held, seen = rows.pick(np.flatnonzero(tenth)).take(data.held_out_rows), rows.pick(np.flatnonzero(~tenth))
-    vocabulary = checkpoint.config["vocab_size"]
-    highest = max(int(seen.ids.max()), int(held.ids.max()) if len(held.ids) else 0)
-    if highest >= vocabulary:
-        raise ValueError(
-            f"the tokenizer gives token {highest}, the model's vocabulary ends at {vocabulary - 1}; "
-            "they do not belong together"
-        )
+    for part in (seen, held):
+        part.hold_within(checkpoint.config["vocab_size"])
     need = data.calibration_rows + data.score_rows + 1
     if len(seen.ids) < need or not len(held.ids):
         raise ValueError(
@@ -80,11 +75,9 @@ def _sampled(
 
     if store.get("sampled") is None:
         count = config.data.sampled_rows
-        listen.begin("sample", total=count, unit="rows")
         parent = load_model(checkpoint.folder)
-        drawn = sample.rows(parent, tokenizer, count, context, seed=config.seed)
+        drawn = sample.rows(parent, tokenizer, count, context, seed=config.seed, listen=listen)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(drawn).items()}
         store.put_tensors("sampled", tensors)
-        listen.end()
     kept = {name: tensor.numpy() for name, tensor in store.tensors("sampled").items()}
     return texts.Rows(**kept)
