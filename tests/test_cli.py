@@ -224,7 +224,7 @@ def test_run_and_bench(pico):
         (("plan", "MODEL"), "pennyweight.prices.planning.plan", 130),
         (("eval", "MODEL", "--rows", "1", "--context-tokens", "64"), "pennyweight.evals.loss.loss", 130),
         (("check", "MODEL"), "pennyweight.job.checks.check_folder", 130),
-        (("report", "REPORT"), "pennyweight.report.html.render", 130),
+        (("report", "REPORT"), "pennyweight.report.draw", 130),
         (("run", "MODEL", "x"), "pennyweight.runtime.model.open_model", 130),
         (("bench", "MODEL"), "pennyweight.runtime.engine.Engine", 130),
     ],

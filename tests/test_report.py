@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import json
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
-from pennyweight.report import card, charts, html, summary, write
+from pennyweight.disk import places
+from pennyweight.report import card, charts, draw, html, summary, write
 
 VOID = {"meta", "br"}
 
@@ -345,10 +349,60 @@ def test_write_leaves_a_whole_folder(report, tmp_path):
     candidate = tmp_path / "candidate"
     candidate.mkdir()
     (candidate / "config.json").write_text("{}")
-    out = write(report, candidate, tmp_path / "out")
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "report.html", "report.json"]
+    out = write(report, candidate, places.hashes(candidate), tmp_path / "out")
+    written = ["README.md", "config.json", "report.html", "report.json"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*written, places.LIST])
     assert html.render(json.loads((out / "report.json").read_text())) == (out / "report.html").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["candidate", "out"]
+    places.replaceable(out)
+
+
+def test_a_page_is_drawn_again_and_nothing_else_is_overwritten(report, tmp_path):
+    (tmp_path / "candidate").mkdir()
+    out = write(report, tmp_path / "candidate", {}, tmp_path / "out")
+    page, files = (out / "report.html").read_text(), places.hashes(out)
+    for place in (None, tmp_path / "page.html"):
+        assert draw(out, place).read_text() == page
+    assert places.hashes(out) == files
+    (out / "report.json").write_text(json.dumps({**report, "model": "another"}))
+    (tmp_path / "link.html").symlink_to(out / "README.md")
+    for place, name in ((out / "report.json", "report.json"), (tmp_path / "link.html", "README.md")):
+        with pytest.raises(ValueError, match=f"{place} is {name} of the model"):
+            draw(out, place)
+    draw(out)
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    places.replaceable(out)  # a page that we drew again is still ours
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield from leaves(value[key], (*path, key))
+
+
+def test_a_report_of_wrong_types_is_an_error_in_one_line(report, tmp_path):
+    """Every place of a report in turn is something else, or is missing."""
+    path, wrong = tmp_path / "report.json", itertools.cycle([None, "x", -1, [], {}, True, 1e300, 0, "0.ffn", ...])
+    path.write_text(json.dumps(report))
+    draw(tmp_path)
+    refused = 0
+    places_once = {tuple("*" if isinstance(key, int) else key for key in way): way for way in leaves(report)}
+    for place in places_once.values():
+        changed, other = {"report": copy.deepcopy(report)}, next(wrong)
+        *way, last = ("report", *place)
+        holder: Any = functools.reduce(lambda value, key: value[key], way, changed)
+        if other is ...:
+            del holder[last]
+        else:
+            holder[last] = other
+        path.write_text(json.dumps(changed.get("report")))
+        try:
+            draw(tmp_path)
+        except ValueError as err:
+            refused += 1
+            assert str(err).startswith(str(path)) and "\n" not in str(err) and len(str(err)) < 400
+    assert refused > 60
 
 
 @pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [-1.0, 3.0], [1e-7, 1e3], [5.0, 5.0001]])

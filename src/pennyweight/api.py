@@ -65,15 +65,17 @@ def fit(
     Raises ValueError or FileNotFoundError for wrong input, search.Infeasible if the budget cannot be met,
     verify.VerificationFailed if the result is not what was promised.
     """
+    from pennyweight.job import outputs
     from pennyweight.job.job import open_job
     from pennyweight.job.run import run_job
 
     out = Path(out)
-    folder = Path(run) if run is not None else out.with_name(out.name + ".run")
+    folder = outputs.run_folder(out, None if run is None else Path(run))
     if not isinstance(model, str | Path):
         if tokenizer is None:
             raise ValueError("a live model needs its tokenizer: fit(model, budget, tokenizer=...)")
-        model = _written(model, tokenizer, folder / "parent")
+        outputs.is_run_folder(folder)
+        model = _written(model, tokenizer, folder / outputs.LIVE)
     wanted = (config or FitConfig()).model_copy(update={"budget": budget})
     job = open_job(Path(model), out, wanted, run=folder, listen=listen)
     report = run_job(job)

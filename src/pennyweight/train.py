@@ -26,6 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pennyweight import texts
+from pennyweight.disk import places
 from pennyweight.disk.writer import write_atomic
 from pennyweight.evals.loss import loss
 from pennyweight.heal import loop
@@ -80,8 +81,10 @@ def train(recipe: Recipe, *, books: Path, out: Path, listen: Listener, checkpoin
     Raises FileNotFoundError or ValueError if a book of the recipe is missing or differs, ValueError if `out` holds
     another recipe's run.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    places.apart(out, "--out", {"the books": books})
+    places.begun(out, "run.json")
     documents = read_documents(recipe, books)
+    out.mkdir(parents=True, exist_ok=True)
     _claim(out, recipe, documents)
     tokenizer = _tokenizer(recipe, documents["train"], out)
     ids = _token_file(tokenizer, documents["train"], out, recipe.context)

@@ -105,11 +105,6 @@ def report(
 ) -> None:
     """Draw report.html again from a folder's report.json."""
     with errors():
-        from pennyweight.report import html
+        from pennyweight.report import draw
 
-        source = folder / "report.json"
-        if not source.is_file():
-            raise FileNotFoundError(f"{source} does not exist; give a folder made by penny fit")
-        page = out or folder / "report.html"
-        page.write_text(html.render(json.loads(source.read_text())), encoding="utf-8")
-        print(page)
+        print(draw(folder, out))

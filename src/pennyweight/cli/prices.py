@@ -107,6 +107,10 @@ def machine(
             for name in Machine.shipped():
                 print(name)
             return
+        if save is not None and model is not None:
+            from pennyweight.disk.places import apart
+
+            apart(save, "--save", {"the model": model})
         import dataclasses
 
         from pennyweight.prices import measure

@@ -14,6 +14,7 @@ from pennyweight import families, texts, units
 from pennyweight.config import FitConfig
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.disk.tokenizer import load_tokenizer
+from pennyweight.job import outputs
 from pennyweight.job import text as _text
 from pennyweight.live.walk import Walk
 from pennyweight.model.blocks import Block
@@ -107,11 +108,10 @@ def open_job(
         raise ValueError(
             f"{model} is quantised already; start from its 16-bit original, so that every slot can choose its bits"
         )
-    if out.exists() and not (out / "penny.json").exists():
-        raise ValueError(f"{out} exists and was not made by penny; choose another --out or move it away")
+    folder = outputs.run_folder(out, run)
+    outputs.may_write(model, out, folder, config.data.text)
     walk_check = Walk(checkpoint)
     tokenizer = load_tokenizer(model)
-    folder = run or out.with_name(out.name + ".run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:

@@ -147,6 +147,8 @@ def _config(child: Walk, layout: Layout) -> dict[str, Any]:
         for slot, block in child.blocks.items()
     ]
     config = families.config_of(child.checkpoint.config, {block.slot: block.shape for block in blocks})
+    config.pop("torch_dtype", None)  # the key's older name
+    config["dtype"] = "bfloat16"  # as `_packed` writes it, whatever the parent's type was
     groups: dict[Stored, list[str]] = {}
     for block in blocks:
         for name, weight in block.tensors().items():

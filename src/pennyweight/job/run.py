@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import torch
 
 from pennyweight import report
+from pennyweight.disk import places
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.job import checks as verify
 from pennyweight.job.children import build, heal, measure_unhealed
 from pennyweight.job.gather import gather_stats, score_choices
 from pennyweight.job.job import Job
+from pennyweight.job.outputs import intact
 from pennyweight.job.pack import pack
 from pennyweight.job.plan import plan
 from pennyweight.job.reporting import card, facts
@@ -61,7 +62,7 @@ def run_job(job: Job) -> dict[str, Any]:
         job.store.put("healed", healed)
     candidate = folders / "candidate"
     child = Walk(Checkpoint(Path(healed)), dtype=job.dtype)
-    if job.store.get("packed") is None or not candidate.exists():
+    if not intact(candidate, job.store, job.listen):
         calibration = torch.from_numpy(job.text.calibration.ids[:, :-1])
         stage(
             "pack",
@@ -75,19 +76,17 @@ def run_job(job: Job) -> dict[str, Any]:
                 listen=job.listen,
             ),
         )
-        job.store.put("packed", True)
+        job.store.put("packed", places.hashes(candidate))
     if job.store.get("verified") is None:
         job.store.put("verified", stage("verify", lambda: verify_child(job, layout, chosen, Path(healed), candidate)))
     verified = job.store.get("verified")
     checks = [verify.Check(**check) for check in verified["checks"]]
     if any(check.failed for check in checks):
-        rejected = job.out.with_name(job.out.name + ".rejected")
-        shutil.rmtree(rejected, ignore_errors=True)
-        shutil.copytree(candidate, rejected)
+        places.publish(places.beside(job.out)["rejected"], candidate, job.store.get("packed"), {})
         raise verify.VerificationFailed(checks)
     with waiting(job.listen, "report"):  # solves for the margins of the budget too; not timed, it tells the times
         told = facts(job, chosen, verified, timings)
-        report.write(told, candidate, job.out)
+        report.write(told, candidate, job.store.get("packed"), job.out)
     return told
 
 

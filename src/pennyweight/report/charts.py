@@ -61,7 +61,7 @@ class _Scale:
         self.axis, self.start, self.end = axis, start, end
         self.log = axis.log and min(values) > 0
         low, high = (self._flat(value) for value in (min(values), max(values)))
-        air = 0.08 * (high - low) or 0.5
+        air = 0.08 * (high - low) or max(0.5, 1e-3 * abs(high))
         self.low, self.high = low - air, high + air
 
     def _flat(self, value: float) -> float:
