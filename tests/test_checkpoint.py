@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -22,7 +23,7 @@ from pennyweight.disk.checkpoint import (
     read_header,
     safetensors_bytes,
 )
-from pennyweight.disk.writer import Writer, write_atomic
+from pennyweight.disk.writer import Writer, accompanying, write_atomic
 
 CONFIG = {"model_type": "llama", "hidden_size": 63}
 DTYPES = [getattr(torch, name) for name in checkpoint._TORCH.values()]
@@ -133,22 +134,31 @@ def test_a_view_of_a_larger_tensor_is_written_as_what_it_shows(tmp_path):
     assert_holds(write(tmp_path / "model", tensors), {name: tensor.detach() for name, tensor in tensors.items()})
 
 
-def test_tokenizer_files_and_extra_json_come_along(tmp_path, model):
-    (model / "tokenizer.json").write_text("{}")
-    (model / "generation_config.json").write_text("{}")
-    (model / "notes.txt").write_text("not copied")
+def test_what_belongs_to_a_model_comes_along_and_nothing_that_can_be_run(tmp_path, model, tokenizer_file):
+    shutil.copyfile(tokenizer_file, model / "tokenizer.json")
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    (model / "additional_chat_templates").mkdir()
+    belongs = {
+        *("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json"),
+        *("chat_template.jinja", "additional_chat_templates/rag.jinja", "generation_config.json"),
+        *("LICENSE", "LICENCE.md", "NOTICE.txt", "USE_POLICY.md"),
+    }
+    for name in belongs - {"tokenizer.json"}:
+        (model / name).write_text("{}")
+    for name in ("notes.txt", "tokenizer.py", "tokenization_own.py", "license.py", "pytorch_model.bin", "vocab.pkl"):
+        (model / name).write_text("not copied")
+    (model / "additional_chat_templates" / "run.py").write_text("not copied")
     writer = Writer(tmp_path / "child")
     writer.add("weight", torch.zeros(1))
     child = writer.finish(CONFIG, like=model, files={"penny.json": {"score": 0.5}})
-    assert sorted(path.name for path in child.iterdir()) == [
-        "checksums.json",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "penny.json",
-        "tokenizer.json",
-    ]
+    ours = {"checksums.json", "config.json", "model.safetensors", "penny.json"}
+    found = {path.relative_to(child).as_posix() for path in child.rglob("*") if path.is_file()}
+    assert found == ours | belongs
     assert json.loads((child / "penny.json").read_text()) == {"score": 0.5}
+    (model / "NOTICE.txt").unlink()
+    os.mkfifo(model / "NOTICE.txt")
+    with pytest.raises(ValueError, match=r"NOTICE\.txt is not an ordinary file"):
+        accompanying(model)
 
 
 # ------------------------------------------------------------------------------------------------- whole or absent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,10 @@ def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder:
     for name, tensor in model.state_dict().items():
         if name in names:
             writer.add(name, tensor.to(torch.bfloat16))
-    writer.finish({**model.config.to_dict(), "dtype": "bfloat16"})
+    files = {}
+    if model.generation_config is not None:
+        files["generation_config.json"] = json.loads(model.generation_config.to_json_string())
+    writer.finish({**model.config.to_dict(), "dtype": "bfloat16"}, files=files)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -4,25 +4,59 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pennyweight.disk.checkpoint import CHECKSUMS, checksum
+from pennyweight.disk.reading import size_of
+from pennyweight.disk.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-_COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-)
+_VERSIONED = re.compile(r"tokenizer\..+\.json|tokenizer\.model.*|tekken\.json|tiktoken\.model")
+"""What transformers looks for beside the names that a tokenizer's class gives."""
+_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy)([._-].*)?", re.IGNORECASE)
+_CODE = re.compile(r".*\.(py|so|bin|pt|pth|pkl|pickle|safetensors|gguf)", re.IGNORECASE)
+
+
+def accompanying(folder: Path) -> list[str]:
+    """Names of the files that belong to a model beside its config and weights: all that transformers reads for its
+    tokenizer, its chat templates and its way of generating, and its licences; nothing that can be run.
+
+    Raises ValueError if the folder's tokenizer cannot be loaded or one of its files is not an ordinary file.
+    """
+    from transformers import tokenization_utils_base as base
+    from transformers.utils import FEATURE_EXTRACTOR_NAME, GENERATION_CONFIG_NAME, PROCESSOR_NAME, hub
+
+    names = {
+        base.ADDED_TOKENS_FILE,
+        base.SPECIAL_TOKENS_MAP_FILE,
+        base.TOKENIZER_CONFIG_FILE,
+        base.FULL_TOKENIZER_FILE,
+        hub.CHAT_TEMPLATE_FILE,
+        hub.LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+        GENERATION_CONFIG_NAME,
+        PROCESSOR_NAME,
+        FEATURE_EXTRACTOR_NAME,
+        *load_tokenizer(folder).vocab_files_names.values(),
+    }
+    found = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if not path.is_dir()
+        and (path.name in names or _VERSIONED.fullmatch(path.name) or _LICENCE.fullmatch(path.name))
+    ]
+    found += [
+        f"{hub.CHAT_TEMPLATE_DIR}/{path.name}" for path in sorted((folder / hub.CHAT_TEMPLATE_DIR).glob("*.jinja"))
+    ]
+    found = [name for name in found if not _CODE.fullmatch(name)]
+    for name in found:
+        size_of(folder / name)
+    return found
 
 
 class Writer:
@@ -60,7 +94,7 @@ class Writer:
     def finish(
         self, config: Mapping[str, Any], *, like: Path | None = None, files: Mapping[str, Any] | None = None
     ) -> Path:
-        """Write config.json, the index, JSON `files`, and tokenizer files copied from folder `like`; then rename."""
+        """Write config.json, the index, JSON `files`, and what is `accompanying` in folder `like`; then rename."""
         if self.pending:
             self._flush()
         count = len(self.shards)
@@ -74,19 +108,24 @@ class Writer:
             )
         for i, name in enumerate(names):
             (self.partial / f"shard-{i}").replace(self.partial / name)
-        for pattern in _COPIED if like else ():
-            for source in like.glob(pattern):  # type: ignore[union-attr]
-                if source.is_file():
-                    shutil.copyfile(source, self.partial / source.name)
+        for name in [] if like is None else accompanying(like):
+            copy = self.partial / name
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(like / name, copy)  # type: ignore[operator]
         for name, content in (files or {}).items():
             _write_json(self.partial / name, content)
         _write_json(self.partial / CHECKSUMS, self.checksums)
         _write_json(self.partial / "config.json", config)
-        for path in self.partial.iterdir():
-            path.chmod(0o644)  # safetensors writes files that only their owner can read
-            _sync(path)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.partial.replace(self.folder)
+        for path in self.partial.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors writes files that only their owner can read
+                _sync(path)
+        old = self.folder.with_name(self.folder.name + ".replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.folder.exists():
+            self.folder.rename(old)  # two renames: a kill between them leaves both, never neither
+        self.partial.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
         return self.folder
 
 
