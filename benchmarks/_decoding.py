@@ -39,8 +39,8 @@ def sparse(name: str, share: float) -> Path:
     import torch
 
     from pennyweight.disk.checkpoint import Checkpoint
-    from pennyweight.job.job import compute_dtype
     from pennyweight.job.pack import pack
+    from pennyweight.live.load import compute_dtype
     from pennyweight.live.walk import Walk
     from pennyweight.model.choices import Choice
     from pennyweight.model.slots import Slot

@@ -103,7 +103,8 @@ def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder:
 
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder made by `fit`, or of any supported model: heterogeneous layers built, packed
-    matrices dequantised to bfloat16. Raises ValueError if the folder is not complete."""
+    matrices dequantised, in bfloat16 where the processor has it, else float32. Raises ValueError if the folder is not
+    complete."""
     from pennyweight.disk.tokenizer import load_tokenizer
     from pennyweight.live.load import load_model
 

@@ -16,15 +16,17 @@ def evaluate(
     model: Model,
     against: Annotated[Path | None, typer.Option(help="The parent: adds KL and agreement.")] = None,
     text: Annotated[str, typer.Option(help='"builtin" or a text file or folder.')] = "builtin",
-    rows: Annotated[int, typer.Option(help="Rows to measure.")] = 32,
-    context_tokens: int = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to measure.")] = 32,
+    context_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row; by default 512, or what the models take.")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="lm_eval tasks or their YAML files, comma-separated (extra: eval).")
     ] = None,
     task_file: Annotated[
         list[Path] | None, typer.Option(help="Local multiple-choice or completion files (.jsonl, .jsonl.gz).")
     ] = None,
-    task_items: Annotated[int, typer.Option(help="Items per task file.")] = 200,
+    task_items: Annotated[int, typer.Option(min=1, help="Items per task file.")] = 200,
     as_json: Json = False,
 ) -> None:
     """Bits per byte, perplexity, agreement with the parent, tasks."""
@@ -33,18 +35,26 @@ def evaluate(
         from dataclasses import asdict
 
         from pennyweight import texts
+        from pennyweight.disk.checkpoint import Checkpoint
         from pennyweight.disk.tokenizer import load_tokenizer
         from pennyweight.evals import agree, loss
         from pennyweight.live.load import load_model
         from pennyweight.runs.events import waiting
         from pennyweight.runs.progress import Terminal
 
+        for folder in (model, against):
+            if folder is not None:
+                Checkpoint(folder)  # says in one line what is wrong with it, or what is meant instead
         with Terminal() as listen:
             with waiting(listen, "load model"):
                 child, tokenizer = load_model(model), load_tokenizer(model)
+            longest = child.config.max_position_embeddings
+            if (context_tokens or 0) > longest:
+                raise ValueError(f"--context-tokens {context_tokens}: {model} takes up to {longest} tokens")
             with waiting(listen, "text"):
                 documents = texts.stdlib(held_out=True) if text == "builtin" else texts.from_path(Path(text))
-                measured = texts.rows(documents, tokenizer, context_tokens).take(rows)
+                measured = texts.rows(documents, tokenizer, context_tokens or min(512, longest)).take(rows)
+                measured.hold_within(child.config.vocab_size)
             found = loss.loss(child, measured, listen=listen)
             result: dict[str, Any] = {
                 "bits_per_byte": found.bits_per_byte,
@@ -73,7 +83,7 @@ def evaluate(
 @app.command()
 def check(
     model: Model,
-    tokens: Annotated[int, typer.Option(help="Greedy tokens to compare.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 16,
     as_json: Json = False,
 ) -> None:
     """Open a finished folder: sizes, slots, equal greedy tokens in transformers and layer by layer, and the engine."""

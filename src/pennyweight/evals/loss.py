@@ -6,6 +6,7 @@ Bits per byte compares models whatever their tokenizer: total nats / ln 2 / UTF-
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,23 +40,34 @@ def nats_per_target(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return flat.view(targets.shape)
 
 
+def by_row(model: Any, rows: Rows) -> Iterator[torch.Tensor]:
+    """Float32 logits (scored, vocab) of the scored tokens of each row, one row at a time: those of a batch would be the
+    largest thing in memory, and on a slow machine nobody would hear for minutes how far it is.
+
+    `model`: a transformers causal LM, or one that is read layer by layer and reads all rows at once before the first
+    (`Streamed.by_row`).
+    """
+    ids, scored = torch.from_numpy(rows.ids[:, :-1]), torch.from_numpy(rows.scored)
+    if hasattr(model, "by_row"):
+        logits = model.by_row(ids)
+    else:
+        logits = (model(row[None], use_cache=False).logits[0] for row in ids)
+    return (each[wanted].float() for each, wanted in zip(logits, scored, strict=True))
+
+
 @torch.no_grad()
-def loss(model: Any, rows: Rows, *, batch_size: int = 8, listen: Listener | None = None, stage: str = "loss") -> Loss:
-    """Run a transformers causal LM over rows. Separators are read but not counted. `stage`: what it is called to who
-    listens.
+def loss(model: Any, rows: Rows, *, listen: Listener | None = None, stage: str = "loss") -> Loss:
+    """Run a causal LM over rows. Separators are read but not counted. `stage`: what it is called to who listens.
 
     Rows are independent: no state goes from one to the next, so early tokens of a row see little context.
     """
     listen = listen or Silent()
+    found = by_row(model, rows)
     listen.begin(stage, total=len(rows.ids), unit="rows")
-    nats, tokens, nbytes = 0.0, 0, 0
-    for start in range(0, len(rows.ids), batch_size):
-        ids = torch.from_numpy(rows.ids[start : start + batch_size])
-        scored = torch.from_numpy(rows.scored[start : start + batch_size])
-        per_target = nats_per_target(model(ids[:, :-1], use_cache=False).logits, ids[:, 1:])
-        nats += float(per_target[scored].double().sum())
-        tokens += int(scored.sum())
-        nbytes += int(rows.nbytes[start : start + batch_size].sum())
-        listen.advance(start + len(ids))
+    nats = 0.0
+    for row, logits in enumerate(found):
+        targets = torch.from_numpy(rows.ids[row, 1:][rows.scored[row]])
+        nats += float(nats_per_target(logits, targets).double().sum())
+        listen.advance(row + 1)
     listen.end()
-    return Loss(nats, tokens, nbytes)
+    return Loss(nats, int(rows.scored.sum()), int(rows.nbytes.sum()))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
-from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
+from pennyweight.disk.checkpoint import Checkpoint, read_config, safetensors_bytes
+from pennyweight.disk.reading import json_file
+from pennyweight.disk.tokenizer import load_tokenizer
+from pennyweight.evals.agree import Agreement
 from pennyweight.live.load import load_model
 from pennyweight.live.magnitudes import DENSE_TOKENS
 from pennyweight.live.walk import Walk
@@ -61,16 +64,22 @@ def generate(
     model: Any, ids: torch.Tensor, tokens: int, *, on_token: Callable[[int], None] | None = None
 ) -> torch.Tensor:
     """Greedy continuation through transformers' generate and its KV cache. (rows, tokens). `on_token` hears how many
-    tokens of each row are done."""
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=0,
-        streamer=None if on_token is None else _Counter(on_token),
-    )
+    tokens of each row are done.
+
+    Always the likeliest token, whatever the model's own generation_config says of ends and penalties: what is compared
+    with it is an argmax."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0),
+            streamer=None if on_token is None else _Counter(on_token),
+        )
+    finally:
+        model.generation_config = own
     return out[:, ids.shape[1] :]
 
 
@@ -117,6 +126,67 @@ def check_reload(folder: Path, memory_child: Any, prompts: torch.Tensor, tokens:
     return Check("greedy tokens after reloading in transformers", same == expected.numel(), expected.numel(), same)
 
 
+_PROBE = (
+    "It costs 3.50 €, not £12,000.\n\n\tif x != None:\n        return [x*y for x in y]\r\n  naïve café cafe\u0301 ﬁ Ⅷ "
+    "日本語 한국어 עברית العربية हिन्दी 👩\u200d👩\u200d👧 🇩🇪 \u00a0\u200b\ufeff\u2028 𝔘𝔫𝔦 <s></s> <|x|>"
+)
+"""Ordinary text and odd: what tokenizers normalise, split or take for tokens in different ways."""
+
+
+def check_tokenizer(parent: Path, child: Path) -> Check:
+    """Both folders' tokenizers, as transformers loads them, and the ids that end an answer are the same: vocabulary,
+    special tokens, templates, and what a text becomes that is odd and holds every added token."""
+    wanted, found = _words(parent), _words(child)
+    differ = [name for name, value in wanted.items() if found[name] != value]
+    said = f"another {', another '.join(differ)}" if differ else "the same"
+    return Check("tokenizer as the parent's", not differ, "the same", said)
+
+
+def _words(folder: Path) -> dict[str, Any]:
+    """What makes two tokenizers one, by what it is called."""
+    tokenizer = load_tokenizer(folder)
+    added = {str(id): repr(token) for id, token in tokenizer.added_tokens_decoder.items()}
+    probe = _PROBE + "".join(f" a{token}{token} b" for token in tokenizer.get_added_vocab())
+    generation = folder / "generation_config.json"
+    return {
+        "vocabulary": (len(tokenizer), tokenizer.get_vocab()),
+        "set of added tokens": added,
+        "set of special tokens": (tokenizer.special_tokens_map, tokenizer.all_special_ids),
+        "chat template": tokenizer.chat_template,
+        "text of a probe": [tokenizer(probe, add_special_tokens=own)["input_ids"] for own in (True, False)],
+        "generation_config.json": json_file(generation, dict[str, Any]) if generation.exists() else None,
+        "end in config.json": [read_config(folder).get(f"{name}_token_id") for name in ("bos", "eos", "pad")],
+    }
+
+
+_KL_NEAR = 0.5
+_KL_GROWTH, _KL_SLACK = 3.0, 0.1
+
+
+def check_follows(agreement: Agreement, unhealed: float) -> list[Check]:
+    """Whether a child follows its parent, as transformers loads it, at all, and as it did before it was written.
+    `unhealed`: KL in nats per token of the same choices in memory, on the scored text.
+
+    No fixed number would do: a child of 20 % of the bytes may lose a nat, and a wrong model of a text full of blank
+    lines still has the first choice in common at 9 % of the tokens. So both limits are measured in the same run.
+
+    Blind: no distribution that is the same for every token is nearer to the parent than the parent's own mean, 3 nats
+    and more away from a language model. Another's head, shuffled layers or noise for weights are confident of something
+    else and further away; a child at any budget that leaves something of the parent is nearer. (Where the parent itself
+    hardly looks at the context, as random weights do, 0.5 nats are near enough.)
+
+    Grown: between the choices in memory and the folder lie building, healing, packing, writing and loading. Healing
+    and GPTQ make KL smaller; rounding to 16 bits adds little, and held-out text is another text. What has grown to more
+    than three times as much and 0.1 nats is not what was chosen. That finds a wrong model of random weights, too.
+    """
+    kl, found = agreement.kl, round(agreement.kl, 4)
+    blind, grown = max(agreement.blind_kl, _KL_NEAR), _KL_GROWTH * unhealed + _KL_SLACK
+    return [
+        Check("nearer to the parent than any guess without context, KL", kl < blind, f"below {blind:.4f}", found),
+        Check("KL to the parent as before healing and packing", kl <= grown, f"at most {grown:.4f}", found),
+    ]
+
+
 _ENGINE_ERROR = {"16 bits": 1e-3, "packed": 0.05}
 """Relative (2-norm). Before packed matrices activations are rounded to 8 bits: 1 % or so; a mistake is far off."""
 
@@ -144,22 +214,45 @@ def check_engine(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> Check
     return Check(name, error <= limit, f"at most {limit}", round(error, 6))
 
 
-def check_folder(folder: Path, tokens: int, *, listen: Listener | None = None) -> list[Check]:
-    """What can be checked of a finished folder alone: its slots against penny.json, equal greedy tokens from
-    transformers and from the layer-by-layer walk, both in float32, and the same logits in the native engine."""
+class _Parent(BaseModel):
+    config: dict[str, Any]
+
+
+class _Card(BaseModel):
+    """What `check_folder` reads of penny.json."""
+
+    layout: dict[str, dict[str, dict[str, Any]]]
+    parent: _Parent
+
+
+def _promised(path: Path) -> Shapes:
+    """The shapes that penny.json promises. Raises ValueError if it says nothing that a child could be."""
     from pennyweight import families
-    from pennyweight.disk.checkpoint import read_config
-    from pennyweight.live.streamed import Streamed
     from pennyweight.variants import layout_from_json, reshape_all
 
+    card = json_file(path, _Card)
+    try:
+        shapes, layout = families.shapes(card.parent.config), layout_from_json(card.layout)
+        unknown = [str(slot) for slot in layout if slot not in shapes]
+        if unknown:
+            raise ValueError(f"the parent has no {unknown[0]}")
+        return reshape_all(shapes, layout)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as err:
+        raise ValueError(f"{path} does not describe a child: {type(err).__name__}: {err}") from err
+
+
+def check_folder(folder: Path, tokens: int, *, listen: Listener | None = None) -> list[Check]:
+    """What can be checked of a finished folder alone: its slots against penny.json (folders of other makers have none),
+    equal greedy tokens from transformers and from the layer-by-layer walk, both in float32, and the same logits in the
+    native engine. Raises ValueError or FileNotFoundError for what is not a model folder."""
+    from pennyweight.live.streamed import Streamed
+
     listen = listen or Silent()
-    card = json.loads((folder / "penny.json").read_text()) if (folder / "penny.json").is_file() else None
+    walk = Walk(Checkpoint(folder))
     checks = []
-    if card is not None:
-        parent = card["parent"]["config"]
-        layout = layout_from_json(card["layout"])
+    if (folder / "penny.json").exists():
         with waiting(listen, "slots"):
-            checks.append(check_shapes(folder, reshape_all(families.shapes(parent), layout)))
+            checks.append(check_shapes(folder, _promised(folder / "penny.json")))
     vocabulary = read_config(folder)["vocab_size"]
     ids = torch.arange(24).mul(7919).remainder(vocabulary).view(1, -1)
     with waiting(listen, "load model"):
@@ -167,7 +260,6 @@ def check_folder(folder: Path, tokens: int, *, listen: Listener | None = None) -
     listen.begin("greedy tokens", total=tokens, unit="tokens")
     generated = generate(model, ids, tokens, on_token=listen.advance)
     listen.end()
-    walk = Walk(Checkpoint(folder))
     whole = torch.cat([ids, generated], dim=1)
     listen.begin("layer by layer", total=walk.layers, unit="layers")
     logits = Streamed(walk, on_layer=listen.advance)(whole).logits

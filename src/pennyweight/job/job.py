@@ -16,6 +16,7 @@ from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.disk.tokenizer import load_tokenizer
 from pennyweight.job import outputs
 from pennyweight.job import text as _text
+from pennyweight.live.load import compute_dtype
 from pennyweight.live.walk import Walk
 from pennyweight.model.blocks import Block
 from pennyweight.model.demand import Budget, Workload
@@ -134,11 +135,3 @@ def open_job(
     job = Job(model, out, config, where, listen, checkpoint, Store(folder, identity), tokenizer)
     assert walk_check.shapes == job.shapes
     return job
-
-
-def compute_dtype(wanted: str) -> torch.dtype:
-    """bfloat16 arithmetic where the processor has it, else float32."""
-    if wanted == "auto":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        wanted = "bfloat16" if fast else "float32"
-    return torch.bfloat16 if wanted == "bfloat16" else torch.float32

@@ -17,6 +17,7 @@ from pennyweight.job.gather import gather_stats, score_choices
 from pennyweight.job.job import Job
 from pennyweight.job.outputs import intact
 from pennyweight.job.pack import pack
+from pennyweight.job.parent import hold_parent
 from pennyweight.job.plan import plan
 from pennyweight.job.reporting import card, facts
 from pennyweight.job.solve import solve_all
@@ -46,6 +47,8 @@ def run_job(job: Job) -> dict[str, Any]:
 
     if job.store.get("plan") is None:
         job.store.put("plan", stage("plan", lambda: plan(job)))
+    if job.store.get("parent") is None:
+        job.store.put("parent", stage("parent", lambda: hold_parent(job)).to_json())
     stage("stats", lambda: gather_stats(job))
     stage("score", lambda: score_choices(job))
     if job.store.get("chosen") is None:

@@ -13,7 +13,7 @@ from pennyweight import texts
 from pennyweight.config import FitConfig
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.heal.schedule import JUDGES
-from pennyweight.live.load import load_model
+from pennyweight.live.load import compute_dtype, load_model
 from pennyweight.runs.events import Listener, waiting
 from pennyweight.runs.store import Store
 
@@ -75,7 +75,7 @@ def _sampled(
 
     if store.get("sampled") is None:
         count = config.data.sampled_rows
-        parent = load_model(checkpoint.folder)
+        parent = load_model(checkpoint.folder, dtype=compute_dtype(config.compute))
         drawn = sample.rows(parent, tokenizer, count, context, seed=config.seed, listen=listen)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(drawn).items()}
         store.put_tensors("sampled", tensors)

@@ -15,7 +15,7 @@ from pennyweight.evals.loss import loss
 from pennyweight.job import checks as verify
 from pennyweight.job import packed
 from pennyweight.job.job import Job
-from pennyweight.live.load import load_model
+from pennyweight.live.load import load_model, load_stock
 from pennyweight.live.streamed import Streamed
 from pennyweight.live.walk import Walk
 from pennyweight.model.choices import Choice
@@ -30,48 +30,41 @@ def verify_child(
     """Checks, then what was measured beside them, as data. What goes wrong on the way is raised: only a promise that is
     not kept is an answer."""
     whole, listen, rows = job.fits_whole, job.listen, job.text.held_out
-    listen.begin("verify", total=3 + whole + (job.budget.weight_bytes is not None), unit="checks")
-    predicted = chosen["solutions"][0]["predicted"]
-    checks = verify.check_bytes(candidate, job.budget.weight_bytes, predicted["file_bytes"])
-    shapes = reshape_all(job.shapes, layout)
-    checks.append(verify.check_shapes(candidate, shapes))
-    listen.advance(len(checks))
+    limit, predicted = job.budget.weight_bytes, chosen["solutions"][0]["predicted"]["file_bytes"]
+    listen.begin("verify", total=4 + whole + (limit is not None), unit="checks")
+    alone = [
+        *verify.check_bytes(candidate, limit, predicted),
+        verify.check_shapes(candidate, reshape_all(job.shapes, layout)),
+        verify.check_tokenizer(job.model, candidate),
+    ]
+    listen.advance(len(alone))
     prompts = torch.from_numpy(rows.ids[: min(4, len(rows.ids)), :32])
     if whole:
         made = Walk(Checkpoint(healed))
         memory_child = packed.whole(load_model(healed, dtype=torch.float32), made, job.store, layout)
-        checks.append(verify.check_reload(candidate, memory_child, prompts, 32))
+        opened = [verify.check_reload(candidate, memory_child, prompts, 32)]
         del memory_child
-    else:
-        short = prompts[:1]
-        expected = Streamed(Walk(Checkpoint(candidate)))(short).logits.argmax(dim=-1)
-        again = Streamed(packed.Packed(Walk(Checkpoint(healed)), job.store, layout))(short).logits.argmax(dim=-1)
-        same = int((expected == again).sum())
-        checks.append(
-            verify.Check(
-                "next tokens of the written folder, walked layer by layer",
-                same == expected.numel(),
-                expected.numel(),
-                same,
-            )
-        )
-    listen.advance(len(checks))
-
-    def model(folder: Path) -> Any:
-        return load_model(folder, dtype=torch.float32) if whole else Streamed(Walk(Checkpoint(folder), dtype=job.dtype))
-
-    parent, child = model(job.model), model(candidate)
-    if whole:
+        listen.advance(len(alone) + 1)
+        parent, child = load_stock(job.model), load_model(candidate, dtype=torch.float32)
         with torch.no_grad():
-            checks.append(verify.check_engine(candidate, prompts[0], child(prompts[:1]).logits[0].float()))
-        listen.advance(len(checks))
+            opened.append(verify.check_engine(candidate, prompts[0], child(prompts[:1]).logits[0].float()))
+    else:
+        opened = [_check_walk(job, layout, healed, candidate, prompts[:1])]
+        parent, child = (_streamed(folder, job) for folder in (job.model, candidate))
+    listen.advance(len(alone) + len(opened))
     listen.end()
-    batch = 8 if whole else len(rows.ids)
+    for name, model in () if whole else (("parent", parent), ("child", child)):
+        listen.begin(f"read {name}", total=model.walk.layers, unit="layers")
+        model.read(torch.from_numpy(rows.ids[:, :-1]))
+        listen.end()
     quality = {
-        "parent": asdict(loss(parent, rows, batch_size=batch, listen=listen, stage="loss of parent")),
-        "child": asdict(loss(child, rows, batch_size=batch, listen=listen, stage="loss of child")),
-        "agreement": asdict(agree(parent, child, rows, batch_size=batch, listen=listen)),
+        "parent": asdict(loss(parent, rows, listen=listen, stage="loss of parent")),
+        "child": asdict(loss(child, rows, listen=listen, stage="loss of child")),
     }
+    agreement = agree(parent, child, rows, listen=listen)
+    quality["agreement"] = asdict(agreement)
+    follows = verify.check_follows(agreement, job.store.get("unhealed")["kl"])
+    checks = [verify.Check(**job.store.get("parent")), *alone, *follows, *opened]
     samples = {}
     if whole:
         texts_of = lambda m: [job.tokenizer.decode(row) for row in verify.generate(m, prompts[:, :24], 48)]  # noqa: E731
@@ -90,6 +83,20 @@ def verify_child(
         "speed": speed,
         "speed_how": how,
     }
+
+
+def _check_walk(
+    job: Job, layout: Mapping[Slot, Choice], healed: Path, candidate: Path, ids: torch.Tensor
+) -> verify.Check:
+    """The written folder gives the next tokens that the run folder's packed tensors give, both walked."""
+    expected = Streamed(packed.Packed(Walk(Checkpoint(healed)), job.store, layout))(ids).logits.argmax(dim=-1)
+    same = int((Streamed(Walk(Checkpoint(candidate)))(ids).logits.argmax(dim=-1) == expected).sum())
+    name = "next tokens of the written folder, walked layer by layer"
+    return verify.Check(name, same == expected.numel(), expected.numel(), same)
+
+
+def _streamed(folder: Path, job: Job) -> Streamed:
+    return Streamed(Walk(Checkpoint(folder), dtype=job.dtype), on_layer=job.listen.advance)
 
 
 def _speed(job: Job, candidate: Path) -> tuple[dict[str, Any] | None, str]:

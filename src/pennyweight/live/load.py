@@ -18,13 +18,23 @@ STOCK = packed_int.CONFIG_FORMAT
 """The one format that transformers reads itself."""
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The whole model of a folder, ordinary or heterogeneous, packed matrices dequantised, as a transformers model.
+def compute_dtype(wanted: str = "auto") -> torch.dtype:
+    """What models compute in: bfloat16 where the processor has it, else float32, several times as fast there."""
+    if wanted == "auto":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        wanted = "bfloat16" if fast else "float32"
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
+    """The whole model of a folder, ordinary or heterogeneous, packed matrices dequantised, as a transformers model, in
+    `dtype` or else what `compute_dtype` picks.
 
     Raises ValueError if tensors are missing from the folder or the model has no place for some of them.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    dtype = compute_dtype() if dtype is None else dtype
     config = AutoConfig.from_pretrained(folder)
     if (getattr(config, "quantization_config", None) or {}).get("format", STOCK) != STOCK:
         return _load_own(folder, config, dtype)
@@ -38,6 +48,30 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
     wrong = {kind: sorted(info.get(kind) or ())[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise ValueError(f"{folder} does not fit the model its config describes: {wrong}")
+    return model.eval()
+
+
+def load_stock(folder: Path, *, layers: int | None = None) -> Any:
+    """What transformers by itself loads from a folder, in float32; with `layers`, of the first ones only. Nothing of
+    ours decides what is loaded, except where layers differ: those are beyond transformers alone.
+
+    Raises ValueError if transformers cannot load it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, **options)
+        if layers is not None:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
+        with installed() if config.is_heterogeneous else contextlib.nullcontext(), _quiet_progress():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=torch.float32, use_safetensors=True, **options
+            )
+    except Exception as err:  # whatever transformers stumbles over
+        raise ValueError(f"transformers cannot load {folder}: {' '.join(str(err).split())[:300]}") from err
     return model.eval()
 
 
