@@ -31,7 +31,7 @@ from pennyweight.disk.writer import write_atomic
 from pennyweight.evals.loss import loss
 from pennyweight.heal import loop
 from pennyweight.runs.events import Listener
-from pennyweight.runs.lock import LOCK, Lock
+from pennyweight.runs.lock import Lock
 
 END_OF_TEXT = "<|endoftext|>"
 # Words with one leading blank, single digits, punctuation, line ends, runs of blanks: prose and code alike.
@@ -83,7 +83,7 @@ def train(recipe: Recipe, *, books: Path, out: Path, listen: Listener, checkpoin
     another recipe's run, Held if another process works on it.
     """
     places.apart(out, "--out", {"the books": books})
-    places.begun(out, "run.json", {LOCK})
+    places.begun(out, "run.json")
     documents = read_documents(recipe, books)
     with Lock(out):
         return _train(recipe, documents, out, listen, checkpoint_s)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pennyweight.disk import places
 from pennyweight.disk.checkpoint import CHECKSUMS
-from pennyweight.runs.lock import LOCK
 
 LIVE = "parent"
 """A live model is written here in its run folder, and read from there."""
@@ -43,4 +42,4 @@ def may_write(model: Path, out: Path, run: Path, text: str) -> None:
 def is_run_folder(run: Path) -> None:
     """Raises ValueError for what is no run folder. One that holds no more than a live model is."""
     written = (run / LIVE / CHECKSUMS).exists()
-    places.begun(run, "run.sqlite", {LOCK, *((LIVE, f"{LIVE}.replaced") if written else (f"{LIVE}.partial",))})
+    places.begun(run, "run.sqlite", {LIVE, f"{LIVE}.replaced"} if written else {f"{LIVE}.partial"})

@@ -21,9 +21,6 @@ from pennyweight.runs.space import FULL
 
 _MOST_BYTES = 4096
 
-LOCK = "lock"
-"""The file of a folder's lock."""
-
 
 class _Holder(BaseModel):
     """What a lock file says of the process that holds it."""
@@ -48,7 +45,7 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         """Makes the folder if it is not there. Raises Held at once if somebody else holds it, RuntimeError if the
         folder cannot be made or locked."""
-        path = folder / LOCK
+        path = folder / "lock"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
