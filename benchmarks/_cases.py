@@ -102,7 +102,7 @@ def forked(run: Callable[[], None], *, stdin: bytes = b"", seconds: float = 60) 
                 sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 resource.setrlimit(
-                    resource.RLIMIT_DATA, (base + 12 * 2**30,) * 2
+                    resource.RLIMIT_DATA, (base + 12 * 2**30, base + 12 * 2**30)
                 )  # this machine goes on whatever comes
                 run()
                 code = 0

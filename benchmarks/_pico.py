@@ -136,7 +136,7 @@ def gguf(
                 weights = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, columns)
         kind = library.GGMLQuantizationType.F32 if weights.ndim == 1 else library.GGMLQuantizationType.F16
         stored = weights if weights.ndim == 1 else weights.astype(np.float16)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored, raw_dtype=kind)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")) or name, stored, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
