@@ -21,9 +21,9 @@ import _pico
 SLOW_SECONDS = 5.0
 _WORDS = """
     model prompt messages max_tokens max_completion_tokens temperature top_p top_k min_p n seed stop stream
-    stream_options presence_penalty frequency_penalty response_format repetition_penalty stop_token_ids ignore_eos min_tokens tools
-    tool_choice logprobs top_logprobs logit_bias echo suffix best_of user metadata chat_template_kwargs repeat_penalty
-    n_predict guided_json grammar role content
+    stream_options presence_penalty frequency_penalty response_format repetition_penalty stop_token_ids
+    ignore_eos min_tokens tools tool_choice logprobs top_logprobs logit_bias echo suffix best_of user metadata
+    chat_template_kwargs repeat_penalty n_predict guided_json grammar role content
 """
 _KEYS = tuple(_WORDS.split())
 
