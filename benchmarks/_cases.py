@@ -53,12 +53,11 @@ class Said:
 
 
 def prepare() -> None:
-    """Import what commands need. Nothing here may start threads: forked children would miss them."""
+    """Import what commands need. Nothing here may start threads, nor say how many torch has: forked children would miss
+    them."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
+    import torch  # noqa: F401
     import transformers  # noqa: F401
-
-    torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     import pennyweight.cli

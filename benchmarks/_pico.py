@@ -114,6 +114,7 @@ def gguf(
     tokens = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = {**tokens["model"]["vocab"], **{a["content"]: a["id"] for a in tokens["added_tokens"]}}
     words = sorted(vocabulary, key=vocabulary.__getitem__)
+    words += ["ab"]  # for the one merge
     words += [f"<pad{i}>" for i in range(config["vocab_size"] - len(words))]
     kinds = [(types or {}).get(w, 3 if w in SPECIAL else 1) for w in words]
     writer.add_tokenizer_model("gpt2")

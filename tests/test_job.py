@@ -384,6 +384,16 @@ def test_another_budget_is_solved_from_the_scores_there_are(again, tmp_path):
     assert digests(out) == digests(tmp_path / "new" / "out")
 
 
+def test_another_budget_is_quantised_anew_where_only_bits_change(pico, text, tmp_path):
+    model = pico("qwen3")
+    wanted = config(text, axes=("bits",), heal={"local_tokens": 0, "whole_tokens": 0}, budget={"weights": "60%"})
+    run(model, tmp_path / "out", wanted)
+    other = merged(wanted, {"budget": {"weights": "40%"}})
+    run(model, tmp_path / "out", other)
+    run(model, tmp_path / "new" / "out", other)
+    assert digests(tmp_path / "out") == digests(tmp_path / "new" / "out")
+
+
 def test_what_comes_out_the_same_is_not_built_again(again):
     """Another sweep: solved anew, written anew (penny.json tells the config); nothing healed or quantised again."""
     model, out, wanted = again

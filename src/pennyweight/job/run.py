@@ -117,7 +117,7 @@ class _Run:
     @cached_property
     def _structure(self) -> dict[str, Any]:
         """What the child in 16 bits is made from."""
-        return {"layout": layout_to_json({slot: structural(choice) for slot, choice in self.layout.items()})}
+        return {"structure": layout_to_json({slot: structural(choice) for slot, choice in self.layout.items()})}
 
     @cached_property
     def _healing(self) -> dict[str, Any]:
