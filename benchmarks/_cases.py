@@ -55,11 +55,12 @@ class Said:
 def prepare() -> None:
     """Import what commands need. Nothing here may start threads, nor say how many torch has: forked children would miss
     them."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch  # noqa: F401
+    import torch
     import transformers  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
+    # A run folder remembers it, and commands that are started, not forked, have to agree.
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     import pennyweight.cli
     import pennyweight.job.run
     import pennyweight.runtime.engine

@@ -786,9 +786,7 @@ def database_rows(here: Path) -> None:
     thesis = here / "thesis.txt"
     thesis.write_text("years of work")
     with contextlib.closing(sqlite3.connect(here / "out.run" / "run.sqlite")) as database, database:
-        (table,) = [
-            r[0] for r in database.execute("select name from sqlite_master where type='table' and name='results'")
-        ]
+        (table,) = [r[0] for r in database.execute("select name from sqlite_master where type='table' and name='kept'")]
         outside = json.dumps({"file": "../../thesis.txt"})
         database.execute(f"update {table} set value = ? where value like '%\"file\"%'", (outside,))
     shutil.rmtree(here / "out")
