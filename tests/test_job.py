@@ -422,6 +422,18 @@ def test_slots_that_stay_as_they_were_are_not_healed_again(again):
     assert done == total == len(known) > 0 and stages.began["heal model"][0] == 0
 
 
+def test_blocks_that_are_healed_and_not_the_model_are_healed_once(pico, text, tmp_path):
+    began = []
+
+    class Began(Silent):
+        def begin(self, stage, **kwargs):
+            began.append(stage)
+
+    heal = {"local_tokens": 512, "whole_tokens": 0}
+    run(pico("qwen3"), tmp_path / "out", config(text, heal=heal, budget={"weights": "26%"}), Began())
+    assert [began.count(stage) for stage in ("build", "heal blocks", "heal model")] == [1, 1, 0]
+
+
 def test_more_axes_score_only_what_is_new(again):
     model, out, wanted = again
     stages = Stages()

@@ -127,6 +127,17 @@ def test_dropping_two_names_of_one_file_deletes_it(folder, store):
     store.drop("hidden/")  # nothing left: no error
 
 
+def test_dropping_a_key_leaves_those_that_only_begin_like_it(folder, store):
+    store.put_bytes("pack/hidden-1", b"one")
+    store.put_all({"pack/hidden-10": 10, "pack/hidden": 0})
+    store.drop("pack/hidden-1")
+    store.drop("pack/hidden-2")  # never there: no error
+    assert store.keys("pack/") == ["pack/hidden", "pack/hidden-10"]
+    assert files(folder) == set()
+    assert not store.made_from("parts", {"of": 1}, "pack/hidden")
+    assert store.keys("pack/") == ["pack/hidden-10"]
+
+
 # ------------------------------------------------------------------------------------------------------- identity
 
 

@@ -86,7 +86,7 @@ class Lock:
 def _holder(path: Path) -> str:
     try:
         return str(reading.json_file(path, _Holder, most_bytes=_MOST_BYTES))
-    except ValueError:  # it has the lock and has not said so yet
+    except (OSError, ValueError):  # it has not said so yet, or is gone by now
         return "another process"
 
 

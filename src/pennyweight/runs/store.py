@@ -176,19 +176,20 @@ class Store:
         return kept["folder"]
 
     def made_from(self, stage: str, inputs: Mapping[str, Any], *results: str) -> bool:
-        """Say what a stage is made from. If its `results` (keys that begin so) were made from something else they are
+        """Say what a stage is made from. If its `results` (as `drop` takes them) were made from something else they are
         dropped, and the answer is False; what stands on them has what they are made from among its own inputs."""
         wanted = json.loads(json.dumps(inputs))
         if self.get(f"inputs/{stage}") == wanted:
             return True
-        for prefix in results:
-            self.drop(prefix)
+        for result in results:
+            self.drop(result)
         self.put(f"inputs/{stage}", wanted)
         return False
 
-    def drop(self, prefix: str) -> None:
-        """Forget results, and delete files that nothing else names."""
-        for key in self.keys(prefix):
+    def drop(self, key: str) -> None:
+        """Forget the result under `key`, or all under keys that begin with it if it ends in a slash; files that
+        nothing else names are deleted."""
+        for key in self.keys(key) if key.endswith("/") else [key]:
             value = self._value(key)
             self._rows("delete from kept where key = ?", key)
             self._delete_unless_named(value)
