@@ -7,6 +7,7 @@ import asyncio.selector_events
 import copy
 import errno
 import json
+import re
 import socket
 import threading
 import time
@@ -28,6 +29,7 @@ from pennyweight.runtime.sample import Sampling
 from pennyweight.serve.app import create_app
 from pennyweight.serve.connections import Server, room
 from pennyweight.serve.guard import Limits
+from pennyweight.serve.protocol import Chat, Completion
 from pennyweight.serve.worker import Worker
 
 STARTED: dict[str, Server] = {}  # by address
@@ -538,6 +540,19 @@ def test_there_are_as_many_connections_as_descriptors_allow(monkeypatch):
     assert room() >= 4
     monkeypatch.setattr("resource.getrlimit", lambda _: (2**20, 2**20))
     assert room() == 1024
+
+
+def test_the_api_is_described_by_the_schema_that_is_read(address):
+    described = httpx.get(f"{address}/openapi.json").json()
+    schemas = described["components"]["schemas"]
+    for path, name, kind in (("/v1/completions", "Completion", Completion), ("/v1/chat/completions", "Chat", Chat)):
+        body = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert body == {"$ref": f"#/components/schemas/{name}"}
+        assert schemas[name]["properties"].keys() == kind.model_fields.keys()
+        assert schemas[name]["additionalProperties"] is False
+    referred = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(described)))
+    assert {"Message", "StreamOptions"} <= referred <= schemas.keys()
+    assert httpx.get(f"{address}/docs").status_code == httpx.get(f"{address}/redoc").status_code == 404
 
 
 def test_models_health_metrics_page(address, client, model):

@@ -186,10 +186,10 @@ class Store:
         self.put(f"inputs/{stage}", wanted)
         return False
 
-    def drop(self, key: str) -> None:
-        """Forget the result under `key`, or all under keys that begin with it if it ends in a slash; files that
+    def drop(self, name: str) -> None:
+        """Forget the result under a key, or all under keys that begin with `name` if it ends in a slash; files that
         nothing else names are deleted."""
-        for key in self.keys(key) if key.endswith("/") else [key]:
+        for key in self.keys(name) if name.endswith("/") else [name]:
             value = self._value(key)
             self._rows("delete from kept where key = ?", key)
             self._delete_unless_named(value)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import resources
+from functools import cache
+from importlib import metadata, resources
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
@@ -34,8 +36,9 @@ def create_app(model: Model, worker: Worker, limits: Limits | None = None) -> Fa
         yield
         await asyncio.to_thread(worker.stop)
 
-    app = FastAPI(title="pennyweight", lifespan=lifespan, openapi_url=None)
-
+    # No pages about the API: FastAPI's load scripts from elsewhere.
+    app = FastAPI(title="pennyweight", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.openapi = cache(lambda: _openapi(app))
     app.state.close = server.close
     app.add_middleware(Guard, limits=server.limits, busy=lambda: worker.pending > 0)
 
@@ -89,3 +92,14 @@ def create_app(model: Model, worker: Worker, limits: Limits | None = None) -> Fa
         return HTMLResponse((resources.files("pennyweight.serve") / "chat.html").read_text(encoding="utf-8"))
 
     return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The description at /openapi.json. Bodies are read off the event loop, so FastAPI does not know what they hold."""
+    found = get_openapi(title=app.title, version=metadata.version("pennyweight"), routes=app.routes)
+    for path, kind in (("/v1/chat/completions", Chat), ("/v1/completions", Completion)):
+        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        found["components"]["schemas"] |= schema.pop("$defs", {}) | {kind.__name__: schema}
+        body = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+        found["paths"][path]["post"]["requestBody"] = {"required": True, "content": body}
+    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from pennyweight.serve.guard import Limits, invalid, unsupported
 
@@ -70,6 +70,9 @@ _ALSO: dict[str, str] = {"repeat_penalty": "repetition_penalty", "n_predict": "m
 """What llama.cpp and Ollama call the same things."""
 _INSTEAD: dict[str, str] = dict.fromkeys(("presence_penalty", "frequency_penalty"), "; repetition_penalty is")
 _AS_MANY_AS_FIT = 2**31 - 1
+_ONE_OR_SEVERAL = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_IDS = {"type": "array", "items": {"type": "integer"}}
+_PROMPT = {"anyOf": [*_ONE_OR_SEVERAL["anyOf"], _IDS, {"type": "array", "items": _IDS}]}
 
 
 class _Closed(BaseModel):
@@ -90,7 +93,7 @@ class Ask(_Closed):
     top_p: float | None = Field(None, ge=0, le=1)
     n: int = Field(1, ge=1, le=8)
     seed: int | None = None
-    stop: list[str] = []
+    stop: Annotated[list[str], WithJsonSchema(_ONE_OR_SEVERAL)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     top_k: int | None = Field(None, ge=0)
@@ -124,7 +127,7 @@ class Chat(Ask):
 
 
 class Completion(Ask):
-    prompt: Any
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT)]
 
     @property
     def most(self) -> int | None:
