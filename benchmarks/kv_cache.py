@@ -6,7 +6,7 @@ biases of several hundred on a few channels of its keys, which plain 8-bit float
 SmolLM2-135M has none. How far float16 is from float32 says how much of it is noise: products round activations to
 8 bits, which turns any difference of last bits into small jumps.
 
-Speed is one token after a text of 8192: engines with either cache take turns.
+Speed is the 8192nd token of a text: engines with either cache take turns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pennyweight.texts import rows, stdlib
 SCRIPT = "kv_cache"
 MODELS = ("qwen-coder", "smollm2")
 CACHES: tuple[str, ...] = ("float16", "int8", "float32")
-LENGTH = 8192  # of the text behind which decoding is timed
+LENGTH = 8191  # of the text behind which decoding is timed: with that token a context of 8192
 CHUNK = 128  # tokens whose logits are held at once
 KL, SAME = 0.02, 0.97  # bars
 

@@ -25,7 +25,7 @@ from pennyweight.runtime.model import Model
 from pennyweight.runtime.sample import sampling_of
 from pennyweight.runtime.words import Words
 from pennyweight.serve.guard import Limits, Refused, busy, invalid, stopping
-from pennyweight.serve.protocol import A, Ask, Chat, plain, prompts, read
+from pennyweight.serve.protocol import LARGE_BYTES, A, Ask, Chat, plain, prompts, read
 from pennyweight.serve.worker import Full, Stopping, Worker
 
 PATIENCE = 5.0
@@ -129,6 +129,7 @@ class Answers:
         self._most = worker.most_waiting + worker.batch.places  # requests at once, in whatever state
         self._preparing = 0
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="penny-prepare")
+        self._large = asyncio.Lock()  # one of them at a time; small ones pass by
 
     async def close(self) -> None:
         """Take no more requests; answers get a while to end, and whoever waits then is told."""
@@ -156,7 +157,8 @@ class Answers:
         self._preparing += 1
         try:  # in a thread: it may take seconds, and meanwhile others want to hear something
             loop = asyncio.get_running_loop()
-            ask, asked = await loop.run_in_executor(self._threads, self._prepare, kind, body)
+            async with self._large if len(body) > LARGE_BYTES else contextlib.nullcontext():
+                ask, asked = await loop.run_in_executor(self._threads, self._prepare, kind, body)
         finally:
             self._preparing -= 1
         made: list[Answer] = []

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import resource
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,9 @@ REFUSAL_SECONDS = 0.5
 """That the answer to what is no HTTP takes while others are served."""
 AGAIN_SECONDS = 0.5
 """Until connections are taken again when no file descriptor was left for one."""
+SWITCH_SECONDS = 0.001
+"""After which a thread that computes lets another one have its turn. The event loop asks for one several times in
+every round, and would wait Python's 5 ms each time while bodies are read."""
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -130,6 +135,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets=[])
+        gc.collect()
+        gc.freeze()  # a collection that looks at all of torch's modules again keeps everybody waiting a quarter second
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._listening.setblocking(False)
         self._accepting = asyncio.create_task(self._accept(room()))
         self._accepting.add_done_callback(self._ended)
@@ -142,6 +150,7 @@ class Server(uvicorn.Server):
                 await self._accepting
         self._listening.close()
         await super().shutdown(sockets)
+        gc.unfreeze()
 
     async def _accept(self, most: int) -> None:
         """Take connections as long as there is room, which those make that have asked nothing for a while."""

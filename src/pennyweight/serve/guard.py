@@ -22,7 +22,8 @@ class Limits:
     of this machine for itself, in lower case; 0.0.0.0 and :: add every address at which it is reached. `body_bytes`: of
     a request, whose bytes may be `silence` seconds apart and which takes `body_seconds` in all. `most_tokens`: of an
     answer. `stops`, `stop_characters`: stop strings and their length. `refusal_seconds`: what a refusal takes while
-    others are being answered, so that who asks in a loop for what is not done takes little time from them."""
+    others are being answered, or `refusal_share` times what it took to find out, if that is more, so that who asks in a
+    loop for what is not done takes little time from them."""
 
     key: str | None = None
     hosts: frozenset[str] = frozenset()
@@ -33,6 +34,7 @@ class Limits:
     stops: int = 4
     stop_characters: int = 256
     refusal_seconds: float = 0.5
+    refusal_share: float = 4.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for a key that would let everybody in."""
@@ -103,14 +105,19 @@ class Guard:
         """`busy`: whether anybody is being answered."""
         self.app, self.limits, self.busy = app, limits, busy
         self._key = None if limits.key is None else limits.key.encode(errors="surrogateescape")
+        self._line = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+
         async def unhurried(message: Message) -> None:
             if message.get("status", 0) in _REFUSALS and self.busy():
-                await asyncio.sleep(self.limits.refusal_seconds)
+                took = loop.time() - began
+                await asyncio.sleep(max(self.limits.refusal_seconds, self.limits.refusal_share * took))
             await send(message)
 
         try:
@@ -118,7 +125,9 @@ class Guard:
             if not scope["path"].startswith("/v1/"):
                 return await self.app(scope, receive, unhurried)
             self._check_key(scope)
+            await self._turn()
             body = await self._body(scope, receive)
+            began = loop.time()
         except Refused as err:
             return await err.response()(scope, receive, unhurried)
         whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
@@ -131,6 +140,12 @@ class Guard:
             return first
 
         return None if body is None else await self.app(scope, again, unhurried)
+
+    async def _turn(self) -> None:
+        """Requests begin one by one, a round of the event loop each: what takes no time (/health, tokens of answers)
+        does not wait until all of forty that came together have begun."""
+        async with self._line:
+            await asyncio.sleep(0)
 
     def _check_names(self, scope: Scope) -> None:
         address = (scope.get("server") or ("", None))[0]

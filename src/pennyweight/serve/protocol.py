@@ -7,10 +7,11 @@ switch off what is not done here are absent, and a few keys do not concern the a
 
 from __future__ import annotations
 
-import json
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic_core import from_json
 
 from pennyweight.serve.guard import Limits, invalid, unsupported
 
@@ -70,6 +71,10 @@ _ALSO: dict[str, str] = {"repeat_penalty": "repetition_penalty", "n_predict": "m
 """What llama.cpp and Ollama call the same things."""
 _INSTEAD: dict[str, str] = dict.fromkeys(("presence_penalty", "frequency_penalty"), "; repetition_penalty is")
 _AS_MANY_AS_FIT = 2**31 - 1
+LARGE_BYTES = 2**16
+"""Of a body that takes a while to read."""
+_VALUES_OF_A_TOKEN, _OTHER_VALUES = 4, 4096
+_TEXT_OR_COMMA = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|,', re.DOTALL)
 _ONE_OR_SEVERAL = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _IDS = {"type": "array", "items": {"type": "integer"}}
 _PROMPT = {"anyOf": [*_ONE_OR_SEVERAL["anyOf"], _IDS, {"type": "array", "items": _IDS}]}
@@ -140,9 +145,11 @@ A = TypeVar("A", Chat, Completion)
 def read(kind: type[A], body: bytes, limits: Limits, context: int) -> A:
     """A request. `context`: tokens a text may have. Raises Refused for what makes no sense or is not done, in little
     time: long lists are counted before anyone looks into them."""
+    if len(body) > LARGE_BYTES:
+        _count(body, _VALUES_OF_A_TOKEN * context + _OTHER_VALUES)
     try:
-        given = json.loads(body)
-    except (ValueError, RecursionError) as err:
+        given = from_json(body, allow_inf_nan=False)
+    except ValueError as err:
         raise invalid(f"the body is not JSON: {err}") from err
     if not isinstance(given, dict):
         raise invalid("the body is not a JSON object")
@@ -169,6 +176,15 @@ def read(kind: type[A], body: bytes, limits: Limits, context: int) -> A:
         raise (
             unsupported(where) if first["type"] == "extra_forbidden" else invalid(f"{where}: {first['msg']}", where)
         ) from err
+
+
+def _count(body: bytes, most: int) -> None:
+    """Refuse a body of more than `most` values: a message has a few for each of its tokens at most. The parser keeps
+    all threads waiting until it has made every one of a million objects; here they take turns, and a body that is
+    mostly text passes in a moment."""
+    for number, _ in enumerate(_TEXT_OR_COMMA.finditer(body)):  # of a value there is one of each at most
+        if number == 2 * most:
+            raise invalid(f"the body holds more than {most} values", code="too_many_values")
 
 
 def _off(name: str, value: Any, given: dict[str, Any]) -> bool:
