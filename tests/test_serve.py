@@ -404,7 +404,8 @@ def test_large_bodies_are_read_one_at_a_time_and_small_ones_pass(model, monkeypa
 
 
 def test_a_server_leaves_collections_little_to_look_at(model):
-    with serving(model):
+    with serving(model) as (address, _):
+        assert httpx.get(f"{address}/health").status_code == 200
         assert gc.get_freeze_count() > 10_000
         assert sys.getswitchinterval() <= 0.001
 
