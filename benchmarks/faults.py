@@ -2,7 +2,8 @@
 generated inputs for every reader and for the server.
 
 A case states what is right. It runs in a process of its own: a hang, a crash or too much memory fails it alone.
-`--only WORDS` runs the cases whose row contains them. `--inputs` says how many generated inputs there are.
+`--only WORDS` runs the cases whose row contains them and nothing else, `--no-cases` the generated inputs alone;
+`--inputs` says how many there are.
 """
 
 from __future__ import annotations
@@ -1248,12 +1249,13 @@ def main() -> int:
     parser = _bench.parser(__doc__)
     parser.add_argument("--only", default="", help="cases whose row contains this")
     parser.add_argument("--inputs", type=int, default=None, help="generated inputs (default 100000, quick 2000)")
+    parser.add_argument("--no-cases", action="store_true", help="generated inputs alone")
     options = parser.parse_args()
     os.environ["PENNY_CACHE"] = str(_bench.work_folder("faults"))  # nobody's measurements are read or written
     _cases.prepare()
     wrong: dict[str, str] = {}
     count = 0
-    for row, problem in _cases.run_all(options.only):
+    for row, problem in () if options.no_cases else _cases.run_all(options.only):
         count += 1
         print(
             f"{'ok   ' if problem is None else 'WRONG'} {row}" + (f"\n      {problem}" if problem else ""), flush=True

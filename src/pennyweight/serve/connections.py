@@ -40,6 +40,8 @@ REFUSAL_SECONDS = 0.5
 """That the answer to what is no HTTP takes while others are served."""
 AGAIN_SECONDS = 0.5
 """Until connections are taken again when no file descriptor was left for one."""
+TOGETHER = 16
+"""Connections that are taken in one round of the event loop."""
 SWITCH_SECONDS = 0.001
 """After which a thread that computes lets another one have its turn. The event loop asks for one several times in
 every round, and would wait Python's 5 ms each time while bodies are read."""
@@ -132,6 +134,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._listening, self._closing = listening, app.state.close
         self._accepting: asyncio.Task[None] | None = None
+        self._joining: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets=[])
@@ -157,7 +160,8 @@ class Server(uvicorn.Server):
         loop, told = asyncio.get_running_loop(), float("-inf")
         connections: set[Any] = self.server_state.connections
         while True:
-            if len(connections) >= most:
+            taking = len(connections) + len(self._joining)
+            if taking >= most:
                 idle = [one for one in connections if one.asks_nothing and loop.time() - one.since > IDLE_SECONDS]
                 if idle:
                     min(idle, key=lambda one: one.since).transport.abort()
@@ -175,13 +179,16 @@ class Server(uvicorn.Server):
                     logging.getLogger("uvicorn.error").error("no new connections for now: %s", err.strerror)
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
-            line = [taken, *self._waiting(most - len(connections) - 1)]
-            made = [loop.connect_accepted_socket(self._protocol, one) for one in line]
-            for one, found in zip(line, await asyncio.gather(*made, return_exceptions=True), strict=True):
-                if isinstance(found, OSError):  # it has gone already
-                    one.close()
-                elif isinstance(found, BaseException):
-                    raise found
+            for one in [taken, *self._waiting(min(TOGETHER, most - taking) - 1)]:
+                joining = asyncio.create_task(self._join(one))  # others are taken meanwhile
+                self._joining.add(joining)
+                joining.add_done_callback(self._joining.discard)
+
+    async def _join(self, taken: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, taken)
+        except OSError:  # it has gone already
+            taken.close()
 
     def _waiting(self, most: int) -> Iterator[socket.socket]:
         """Who else is in line: a round of the event loop for each would be slow. Why there is no next one, the next
