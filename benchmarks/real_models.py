@@ -78,6 +78,9 @@ def folder(name: str) -> Path | None:
     staged = out.with_suffix(".partial")
     shutil.rmtree(staged, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+    model.hf_quantizer = None  # it would have the file's 4 bits be the folder's
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.save_pretrained(staged)
     model.generation_config.save_pretrained(staged)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(staged)

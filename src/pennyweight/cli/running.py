@@ -30,7 +30,11 @@ class EngineOptions:
         bool, typer.Option("--force-threads", help="Start so many threads even where there are fewer processors.")
     ] = False
     cache: Annotated[
-        str, typer.Option(help="How keys and values are kept: float16, int8 (half the memory) or float32.")
+        str,
+        typer.Option(
+            help="How keys and values are kept: float16, float32, or int8: half the memory, for a KL of 0.001 to 0.004 "
+            "nats a token where it was measured."
+        ),
     ] = "float16"
     kernels: Annotated[
         str, typer.Option(help='An instruction set by name (avx512, avx2, neon, scalar), or "best".')
