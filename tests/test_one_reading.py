@@ -182,6 +182,18 @@ def with_a_head(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, to
     return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] * factor}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_file_leaves_open_comes_in_one_order(pico, family):
+    """Of sets Python makes another order in every process, and children's config.json would be other bytes each time."""
+    said = json.loads((pico(family) / "config.json").read_text())
+    module = families.of(family)
+    bare = {key: said[key] for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    read = families.resolved(bare)
+    assert read["rms_norm_eps"] > 0
+    wanted = dict.fromkeys((*families._decoder.KEYS, *module.KEYS))
+    assert [key for key in read if key not in bare] == [key for key in wanted if key not in bare]
+
+
 def test_a_head_that_is_tied_and_yet_another_is_used_as_transformers_uses_it(pico, tmp_path):
     tied = pico("qwen2")
     folder = edited(tied, tmp_path, tensors=lambda kept: with_a_head(kept, -2.0))

@@ -44,7 +44,7 @@ class Resolved(dict[str, Any]):
 
     def __init__(self, said: Config, where: str = "config.json") -> None:
         self.said, self.where = said, where
-        self.keys_read = frozenset((*_decoder.KEYS, *of(said["model_type"]).KEYS))
+        self.keys_read = tuple(dict.fromkeys((*_decoder.KEYS, *of(said["model_type"]).KEYS)))
         left_open = _decoder.left_open(said, self.keys_read)
         super().__init__((key, value) for key, value in said.items() if key not in left_open)
         if (layers := said.get("per_layer_config")) is not None:
@@ -57,7 +57,8 @@ class Resolved(dict[str, Any]):
         if key not in self.keys_read:
             raise KeyError(key)
         made = transformers_config(self).to_dict()
-        self.update({each: made.get(each) for each in self.keys_read - self.keys()})
+        # In one order: what is written into a child's config.json has the same bytes every time.
+        self.update({each: made.get(each) for each in self.keys_read if each not in self.keys()})
         return self[key]
 
     def get(self, key: str, default: Any = None) -> Any:
