@@ -184,7 +184,7 @@ def with_a_head(tensors: dict[str, torch.Tensor], factor: float) -> dict[str, to
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_file_leaves_open_comes_in_one_order(pico, family):
-    """Of sets Python makes another order in every process, and children's config.json would be other bytes each time."""
+    """Of sets Python makes another order in every process, and children would have other bytes each time."""
     said = json.loads((pico(family) / "config.json").read_text())
     module = families.of(family)
     bare = {key: said[key] for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")}
