@@ -108,7 +108,8 @@ def server(count: int) -> dict[str, Any]:
 
                 any_values()
                 schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
-                operations = [found.ok() for found in schema.get_all_operations()]
+                found: list[Any] = list(schema.get_all_operations())
+                operations = [one.ok() for one in found]
                 for operation in operations:
 
                     @settings(max_examples=max(1, count // 3 // len(operations)), **kept)

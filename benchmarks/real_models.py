@@ -19,6 +19,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pennyweight.prices.measure import cache_folder
 
@@ -77,7 +78,7 @@ def folder(name: str) -> Path | None:
     print(f"making {out}", flush=True)
     staged = out.with_suffix(".partial")
     shutil.rmtree(staged, ignore_errors=True)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
     model.hf_quantizer = None  # it would have the file's 4 bits be the folder's
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
