@@ -2,33 +2,38 @@
 
 Channel i of the gated MLP contributes C_i = mean_t |x_ti| * ||down[:, i]||, x being the gated activation (Puzzle,
 arXiv:2411.19146). Widths are nested: the channels of a narrower FFN are a subset of every wider one's.
+
+slice: gate, up and down are cut, as Puzzle begins. fitted: ours: down_proj is fitted in least squares to what the
+whole block gave on the calibration text; that costs a solve in the kept channels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pennyweight.model.shapes import GatedMLP, Shape
+from pennyweight.variants._least_squares import without
 
 if TYPE_CHECKING:
     from pennyweight.judge.stats import SlotStats
     from pennyweight.live.parts import Parts
 
 PLACE = 11
-STATS = ("activation_mean_abs",)
+STATS = ("activation_mean_abs", "inner_moment")
 ALIGN = 128  # widths are multiples of this where the parent allows, so that every int4 group size fits
 SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Intermediate size to keep."""
+    """Intermediate size to keep, and how down_proj is made."""
 
     width: int
+    init: Literal["fitted", "slice"] = "fitted"
 
     def __str__(self) -> str:
-        return f"ffn {self.width}"
+        return f"ffn {self.width}" + (" slice" if self.init == "slice" else "")
 
 
 def options(shape: Shape) -> list[Spec]:
@@ -58,7 +63,7 @@ def ranking(down_weight, activation_mean_abs):
 
 
 def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
-    """Slice gate, up (rows) and down (columns) to the kept channels, in their original order."""
+    """Cut gate and up (rows) and down (columns) to the kept channels, in their original order."""
     from pennyweight.live.parts import set_linear
 
     down = parts.matrix("down_proj")
@@ -67,6 +72,9 @@ def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
         set_linear(
             linear, linear.weight.detach()[kept], linear.bias.detach()[kept] if linear.bias is not None else None
         )
-    set_linear(down, down.weight.detach()[:, kept], down.bias)
+    weight = down.weight.detach()
+    set_linear(
+        down, weight[:, kept] if spec.init == "slice" else without(weight, stats["inner_moment"], kept), down.bias
+    )
     parts.block.intermediate_size = spec.width
     return parts.having(reshape(parts.shape, spec))

@@ -2,7 +2,8 @@
 
 mean: the K and V projections of neighbouring heads are averaged (as GQA conversion does).
 best: the heads whose queries put most energy through o_proj stay as they are; the query heads of the removed ones are
-attached to the kept ones and their o_proj columns set to zero, where training may revive them.
+attached to the kept ones and their o_proj columns set to zero, where training may revive them. Ours: the columns of the
+heads that stay are fitted in least squares to what all of them gave.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pennyweight.model.shapes import Attention, Shape
+from pennyweight.variants._least_squares import without
 
 if TYPE_CHECKING:
     from pennyweight.judge.stats import SlotStats
@@ -52,6 +54,8 @@ def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
     if spec.heads < shape.num_kv_heads:
         _mean(parts, spec.heads) if spec.init == "mean" else _best(parts, spec.heads, stats["inner_moment"])
     parts.block.num_key_value_groups = shape.num_heads // spec.heads
+    if hasattr(parts.block, "num_key_value_heads"):  # by which what comes out of a joined matrix is taken apart
+        parts.block.num_key_value_heads = spec.heads
     return parts.having(reshape(shape, spec))
 
 
@@ -104,8 +108,12 @@ def _best(parts: Parts, heads: int, inner_moment: Any) -> None:
         silent += range(len(order), len(order) + len(adopted))
         order += adopted
     _regroup(parts, ("q_proj",), shape.num_heads, lambda own: own[order])
-    columns = o.weight.detach().view(shape.hidden_size, shape.num_heads, shape.head_dim)[:, order].clone()
-    columns[:, silent] = 0
+    heads_of = torch.arange(shape.inner_size).view(shape.num_heads, shape.head_dim)
+    speaking = [place for place in range(len(order)) if place not in silent]
+    staying = heads_of[[order[place] for place in speaking]].flatten()
+    columns = torch.zeros(shape.hidden_size, shape.num_heads, shape.head_dim)
+    fitted = without(o.weight.detach(), inner_moment, staying)
+    columns[:, speaking] = fitted.view(shape.hidden_size, len(speaking), shape.head_dim)
     set_linear(o, columns.flatten(1), o.bias)
 
 

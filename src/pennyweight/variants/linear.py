@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pennyweight.model.shapes import Attention, Dense, GatedMLP, Shape
+from pennyweight.variants._least_squares import solve
 
 if TYPE_CHECKING:
     from pennyweight.judge.stats import SlotStats
@@ -53,16 +54,9 @@ def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
     return parts
 
 
-def _fitted(stats: SlotStats, *, damping: float = 1e-4) -> Any:
-    """The matrix A (hidden, hidden) that best maps the slot's normed input x to its output y in least squares.
-
-    A = E[y x^T] (E[x x^T] + damping * mean diagonal)^-1, in float64.
-    """
-    import torch
-
-    moment, cross = stats["input_moment"].double(), stats["cross_moment"].double()
-    damped = moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-    return torch.linalg.solve(damped, cross.T).T.float()
+def _fitted(stats: SlotStats) -> Any:
+    """The matrix (hidden, hidden) that best maps the slot's normed input to its output in least squares."""
+    return solve(stats["cross_moment"], stats["input_moment"])
 
 
 def _product(parts: Parts) -> Any:
