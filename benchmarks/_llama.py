@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,18 @@ class Worker:
     def write(self, tokens: int) -> list[float]:
         """Seconds of each of so many greedy tokens."""
         return self._ask({"write": tokens})["seconds"]
+
+    def greedy(self, prompt: list[int], tokens: int) -> list[int]:
+        """So many greedy tokens behind a prompt."""
+        self.prompt(prompt)
+        return self._ask({"write": tokens})["tokens"]
+
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """(tokens, vocabulary) float32 behind every token of a text."""
+        with tempfile.TemporaryDirectory() as folder:
+            to = Path(folder) / "logits.npy"
+            self._ask({"logits": tokens, "to": str(to)})
+            return np.load(to)
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -33,14 +33,19 @@ def main() -> None:
         elif "prompt" in asked:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
             answer = {"seconds": [_decode(context, asked["prompt"])]}
+        elif "logits" in asked:
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+            _logits(context, asked["logits"], vocabulary, asked["to"])
+            answer = {}
         else:
-            seconds = []
+            seconds, tokens = [], []
             for _ in range(asked["write"]):
                 logits = llama_cpp.llama_get_logits_ith(context, -1)
                 at = ctypes.addressof(logits.contents)
                 token = _largest((ctypes.c_float * vocabulary).from_address(at))
                 seconds.append(_decode(context, [token]))
-            answer = {"seconds": seconds}
+                tokens.append(token)
+            answer = {"seconds": seconds, "tokens": tokens}
         print(json.dumps(answer), flush=True)
 
 
@@ -52,6 +57,21 @@ def _decode(context, tokens: list) -> float:
         raise SystemExit("llama_decode failed")
     llama_cpp.llama_synchronize(context)
     return time.perf_counter() - started
+
+
+def _logits(context, tokens: list, vocabulary: int, to: str) -> None:
+    """Write the logits behind every token to a .npy file."""
+    import numpy as np
+
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, 1
+    if llama_cpp.llama_decode(context, batch):
+        raise SystemExit("llama_decode failed")
+    rows = [llama_cpp.llama_get_logits_ith(context, i) for i in range(len(tokens))]
+    np.save(to, [np.ctypeslib.as_array(row, (vocabulary,)).copy() for row in rows])
+    llama_cpp.llama_batch_free(batch)
 
 
 def _largest(values) -> int:

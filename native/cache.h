@@ -85,7 +85,7 @@ struct Cached {
     int head_dim = 0, value_dim = 0;
     int blocks = 0;
     int first = 0, last = 0;
-    float scale = 1;
+    float scale = 1, cap = 0;  // of scores; a cap above 0: cap tanh(score / cap)
     float* scratch = nullptr;  // kScratch floats
 
     static int padded(int value_dim) { return round_up(value_dim, kBlock); }

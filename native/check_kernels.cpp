@@ -251,6 +251,12 @@ void check_floats(const Kernels& k, std::mt19937& random) {
         scalar.add(a.data(), y.data(), n);
         k.add(b.data(), y.data(), n);
         expect_near(name + " add", b, a, 0);
+        for (float bound : {0.0f, 0.5f, 30.0f}) {
+            b = x;
+            k.cap(b.data(), 0.25f, bound, n);
+            for (int i = 0; i < n; i++) a[i] = bound > 0 ? bound * std::tanh(double(x[i]) / 4 / bound) : x[i] / 4;
+            expect_near(name + " cap", b, a, 1e-6 * std::max(1.0f, bound));
+        }
         std::vector<std::uint16_t> halves(n), others(n);
         scalar.to_half(x.data(), n, halves.data());
         k.to_half(x.data(), n, others.data());
@@ -374,6 +380,7 @@ void check_attend(const Kernels& k, std::mt19937& random) {
                 for (int count : {1, 3, 4, 6, 9})
                     for (bool sinks : {false, true}) {
                         const int blocks = 4, places = blocks * Cached::kBlock;  // a ring
+                        const float cap = count % 3 ? 0 : 1.5f;
                         Kept keys(cache, head_dim, blocks, true), values(cache, Cached::padded(value_dim), blocks, false);
                         std::vector<std::vector<float>> key(last), value(last);
                         for (int p = first; p < last; p++) {
@@ -384,7 +391,7 @@ void check_attend(const Kernels& k, std::mt19937& random) {
                         }
                         std::vector<float> scratch(Cached::kScratch, kNaN);
                         Cached a{keys.bytes.data(), values.bytes.data(), cache, head_dim, value_dim, blocks, first, last, 0.05f,
-                                 scratch.data()};
+                                 cap, scratch.data()};
                         std::vector<std::vector<float>> queries;
                         std::vector<const float*> query;
                         std::vector<float> found(count * value_dim, kNaN), wanted(count * value_dim), sink(count, 0.7f);
@@ -398,7 +405,7 @@ void check_attend(const Kernels& k, std::mt19937& random) {
                             for (int p = first; p < last; p++) {
                                 double dot = 0;
                                 for (int d = 0; d < head_dim; d++) dot += double(queries[m][d]) * key[p][d];
-                                const double weight = std::exp(0.05f * dot);
+                                const double weight = std::exp(cap > 0 ? cap * std::tanh(0.05f * dot / cap) : 0.05f * dot);
                                 total += weight;
                                 for (int d = 0; d < value_dim; d++) mixed[d] += weight * value[p][d];
                             }
@@ -440,7 +447,7 @@ void check_attend_to_nan(const Kernels& k) {
                 values.put(p, std::vector<float>(dim, 1.0f));
             }
             std::vector<float> scratch(Cached::kScratch), query(dim, 1.0f), out(dim * count);
-            Cached a{keys.bytes.data(), values.bytes.data(), cache, dim, dim, 2, 3, 32, 1.0f, scratch.data()};
+            Cached a{keys.bytes.data(), values.bytes.data(), cache, dim, dim, 2, 3, 32, 1.0f, 0, scratch.data()};
             const float* queries[] = {query.data(), query.data(), query.data()};
             float* outs[] = {&out[0], &out[dim], &out[2 * dim]};
             Share share[count];

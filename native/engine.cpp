@@ -152,7 +152,7 @@ void Engine::run(int t) {
     for (int i = 0; i < int(model_.blocks().size()); i++) {
         const Block& block = *model_.blocks()[i];
         block.run(step_, t, i);
-        step_.add(t, block.hidden, block.norms.after);  // hidden += block(hidden)
+        step_.add(t, block.hidden, block.norms.after, block.norms.residual);  // hidden += block(hidden)
     }
     if (wanted_.empty()) return;
     const int wanted = int(wanted_.size());
@@ -162,6 +162,10 @@ void Engine::run(int t) {
         step_.products.multiply(t, model_.head, input, wanted, logits_, model_.head.out(), &wanted_);
         pool_->barrier();
     });
+    if (model_.divisor == 1 && !model_.cap) return;
+    const int width = model_.head.out();
+    for (int r = t; r < wanted; r += threads())
+        step_.kernels.cap(logits_ + std::size_t(r) * width, 1 / model_.divisor, model_.cap, width);
 }
 
 }  // namespace pennyweight

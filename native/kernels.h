@@ -54,6 +54,9 @@ struct Kernels {
     // x += y
     void (*add)(float* x, const float* y, int n) = nullptr;
 
+    // x = x scale; then, with a bound above 0, bound tanh(x / bound).
+    void (*cap)(float* x, float scale, float bound, int n) = nullptr;
+
     // x as float16, nearest even.
     void (*to_half)(const float* x, int n, std::uint16_t* out) = nullptr;
 

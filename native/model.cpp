@@ -4,8 +4,10 @@
 
 namespace pennyweight {
 
-Model::Model(std::shared_ptr<const Embedding> embedding, Norm norm, Linear head, int context)
-    : embedding(std::move(embedding)), norm(std::move(norm)), head(std::move(head)), context(context) {
+Model::Model(std::shared_ptr<const Embedding> embedding, Norm norm, Linear head, int context, float divisor, float cap)
+    : embedding(std::move(embedding)), norm(std::move(norm)), head(std::move(head)), context(context), divisor(divisor),
+      cap(cap) {
+    if (!(divisor > 0) || !(cap >= 0)) misfit("logits over " + std::to_string(divisor) + ", at most " + std::to_string(cap));
     if (context < 1 || context > kMostContext) misfit("a context of " + std::to_string(context));
     expect_shape("the head", this->head, this->embedding->vocabulary(), this->embedding->hidden());
     if (!this->norm.empty()) expect_values("the last norm", this->norm.weight, this->embedding->hidden());

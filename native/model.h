@@ -11,7 +11,8 @@ public:
     static constexpr int kMostContext = 1 << 30;  // so that numbers of positions can be rounded up
 
     // For sequences of up to `context` tokens. Throws std::invalid_argument if parts do not fit, as `add` does.
-    Model(std::shared_ptr<const Embedding> embedding, Norm norm, Linear head, int context);
+    // Logits are products over `divisor`; with a `cap` above 0 they become cap tanh(logit / cap).
+    Model(std::shared_ptr<const Embedding> embedding, Norm norm, Linear head, int context, float divisor = 1, float cap = 0);
     void add(std::shared_ptr<const Block> block);
 
     std::vector<const Linear*> linears() const;  // of all blocks, then the head
@@ -26,6 +27,7 @@ public:
     const Norm norm;  // before the head
     const Linear head;
     const int context;
+    const float divisor, cap;
     const std::vector<std::shared_ptr<const Block>>& blocks() const { return blocks_; }
 
 private:

@@ -108,6 +108,22 @@ void add(float* x, const float* y, int n) {
         store_some<V>(V::add(load_some<V>(x + i, n - i), load_some<V>(y + i, n - i)), x + i, n - i);
 }
 
+// 1 - 2 / (1 + e^2x), within 1e-7
+template <class V>
+inline V tangent(V x) {
+    const V one = V::broadcast(1.0f);
+    return V::sub(one, V::div(V::broadcast(2.0f), V::add(one, exponential<V>(V::add(x, x)))));
+}
+
+template <class V>
+void cap(float* x, float scale, float bound, int n) {
+    const V by = V::broadcast(bound > 0 ? scale / bound : scale), most = V::broadcast(bound);
+    for (int i = 0; i < n; i += V::kWidth) {
+        const V v = V::mul(load_some<V>(x + i, n - i), by);
+        store_some<V>(bound > 0 ? V::mul(most, tangent<V>(v)) : v, x + i, n - i);
+    }
+}
+
 template <class V>
 void to_half(const float* x, int n, std::uint16_t* out) {
     int i = 0;
@@ -247,6 +263,16 @@ void attend_block(const Cached& a, const float* const* query, Share* share, floa
             for (int lane = 0; lane < kLanes; lane++) most[m] = V::max(most[m], V::load(to + lane * V::kWidth));
         }
     }
+    if (a.cap > 0)
+        for (int m = 0; m < kQueries; m++) {
+            cap<V>(a.scratch + m * stride, 1, a.cap, stride);
+            most[m] = V::broadcast(-INFINITY);
+            for (int b = first; b < last; b++) {
+                float* at = a.scratch + m * stride + (b - first) * Cached::kBlock;
+                if (b == first || b == last - 1) cut(b, at, -INFINITY);
+                for (int lane = 0; lane < kLanes; lane++) most[m] = V::max(most[m], V::load(at + lane * V::kWidth));
+            }
+        }
     const int padded = Cached::padded(a.value_dim);
     const auto values_of = [&](int b) { return a.values + b % a.blocks * Cached::block_bytes(kCache, padded); };
     float total[kQueries];
@@ -328,6 +354,7 @@ constexpr Kernels with_lanes(Kernels table) {
     table.gate[int(Activation::relu2)] = gate<V, Activation::relu2>;
     table.gate[int(Activation::clamped)] = gate<V, Activation::clamped>;
     table.add = add<V>;
+    table.cap = cap<V>;
     table.to_half = to_half<V>;
     table.attend = attend<V>;
     return table;

@@ -81,6 +81,7 @@ def _make(model_type: str, changes: dict[str, Any], tokenizer_file: Path, folder
         "max_position_embeddings": 256,
         "bos_token_id": 0,
         "eos_token_id": 0,
+        "pad_token_id": None,
         **FAMILIES[model_type],
         **changes,
     }

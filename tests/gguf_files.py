@@ -15,9 +15,27 @@ import gguf
 import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType as Type
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pennyweight.disk.checkpoint import Checkpoint
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "no_rope_layer_interval": 4}),
+    "glm4": ("glm4", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 24}),
+    "gemma3": (
+        "gemma3_text",
+        {"query_pre_attn_scalar": 24, "num_hidden_layers": 7, "layer_types": None, "final_logit_softcapping": 3.0},
+    ),
+}
+"""Of architectures whose files do not say everything: model_type, and what the config of a pico model says as llama.cpp
+takes it for granted. Others are called as in transformers."""
+
+
+def parent_of(arch: str, pico: Callable[..., Path]) -> Path:
+    """The pico model of an architecture."""
+    model_type, changes = MODELS.get(arch, (arch, {}))
+    return pico(model_type, **changes)
 
 
 def quantise(weights: np.ndarray, kind: Type) -> np.ndarray:
@@ -78,15 +96,15 @@ def convert(
     `more` may change the writer before it writes.
     """
     out.mkdir(exist_ok=True)
-    checkpoint = Checkpoint(folder)
-    config, arch = checkpoint.config, checkpoint.config["model_type"]
+    config = Checkpoint(folder).config
+    arch = {"gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer = gguf.GGUFWriter(out / "model.gguf", arch)
     describe(writer, folder, config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
     same: dict[str, torch.Tensor] = {}
-    for name in checkpoint.entries:
-        weights = checkpoint.read(name).float().numpy()
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        weights = tensor.float().numpy()
         if weights.ndim == 1:
             chosen, stored = Type.F32, weights
         else:
@@ -94,7 +112,9 @@ def convert(
             stored = quantise(weights, chosen)
         value = weights if chosen == Type.F32 else gguf.quants.dequantize(stored, chosen)
         same[name] = torch.from_numpy(np.ascontiguousarray(value.reshape(weights.shape)))
-        if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            stored = stored + 1
+        if arch in ("llama", "smollm3", "granite") and (".q_proj." in name or ".k_proj." in name):
             count = heads if ".q_proj." in name else kv_heads
             stored = interleaved(stored, count)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(stored), raw_dtype=chosen)
@@ -118,10 +138,25 @@ def describe(writer: Any, folder: Path, config: Mapping[str, Any]) -> None:
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    for key, add in (
+        ("attention_multiplier", writer.add_attention_scale),
+        ("embedding_multiplier", writer.add_embedding_scale),
+        ("residual_multiplier", writer.add_residual_scale),
+        ("logits_scaling", writer.add_logit_scale),
+        ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
+        ("final_logit_softcapping", writer.add_final_logit_softcapping),
+        ("sliding_window", writer.add_sliding_window),
+    ):
+        if config.get(key):
+            add(config[key])
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
+    if share := rope.get("partial_rotary_factor"):
+        width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        writer.add_rope_dimension_count(int(share * width))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     merges = [" ".join(merge) for merge in tokenizer["model"]["merges"]]

@@ -22,11 +22,15 @@ def computed(layer: Layer, slot: Slot, hidden: torch.Tensor) -> torch.Tensor:
     x = entering(layer, slot, hidden)
     if slot.kind != "mixer":
         return block(x)
-    positions = layer._walk.positions(hidden.shape[1])
-    return block(hidden_states=x, attention_mask=None, past_key_values=None, **positions)[0]
+    return block(hidden_states=x, past_key_values=None, **layer.places(hidden.shape[1]))[0]
+
+
+def gate(mlp: Any) -> Any:
+    """The function of an MLP's gate, whatever transformers calls it there."""
+    return mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
 
 
 def after(layer: Layer, slot: Slot, hidden: torch.Tensor) -> torch.Tensor:
     """The residual stream behind the slot."""
     post_norm, out = layer.parts[slot].norm("post_norm"), computed(layer, slot, hidden)
-    return hidden + (out if post_norm is None else post_norm(out))
+    return hidden + layer.parts[slot].place.residual * (out if post_norm is None else post_norm(out))

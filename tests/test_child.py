@@ -91,14 +91,14 @@ def test_a_parent_that_the_walk_reads_otherwise_than_transformers_is_refused(pic
     mistakes = {
         "head": lambda at: at.setattr(Walk, "logits_slot", Slot("embed")),
         "windows": lambda at: at.setattr(patch, "dress", lambda *_: None),
-        "positions": lambda at: at.setattr(Walk, "positions", other_positions),
+        "positions": lambda at: at.setattr(Walk, "places", other_places),
         "epsilon": lambda at: at.setattr(Walk, "norm", other_norm),
     }
-    positions, norm = Walk.positions, Walk.norm
+    places, norm = Walk.places, Walk.norm
 
-    def other_positions(self, tokens):
-        cos, sin = positions(self, tokens + 1)["position_embeddings"]
-        return {**positions(self, tokens), "position_embeddings": (cos[:, 1:] * 1.01, sin[:, 1:])}
+    def other_places(self, tokens, *of):
+        cos, sin = places(self, tokens + 1, *of)["position_embeddings"]
+        return {**places(self, tokens, *of), "position_embeddings": (cos[:, 1:] * 1.01, sin[:, 1:])}
 
     def other_norm(self):
         made: Any = norm(self)

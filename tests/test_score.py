@@ -102,7 +102,7 @@ def test_cached_states_give_what_a_full_forward_gives(run):
         final = walk.norm()(hidden)
         if slot == Slot("head"):
             apply(head, choice, SlotStats({}))
-        return final, head.root(final)[mask].double().log_softmax(dim=-1)
+        return final, walk.finished(head.root(final))[mask].double().log_softmax(dim=-1)
 
     parent_state, parent = whole(Slot("embed"), PARENT)
     for slot in map(Slot.parse, ("embed", "0.mixer", "1.ffn", "head")):

@@ -14,6 +14,7 @@ from pennyweight.model.slots import Slot
 from pennyweight.runs import scratch
 from pennyweight.variants import linear
 from tests.conftest import FAMILIES
+from tests.live import gate
 
 
 @pytest.fixture(params=FAMILIES)
@@ -53,10 +54,11 @@ def test_moments_are_means_over_tokens(folder, tmp_path):
     layer = walk.layer(1)
     mixer, ffn = (layer.parts[Slot(kind, 1)] for kind in ("mixer", "ffn"))
     x = hidden if mixer.norm("norm") is None else mixer.norm("norm")(hidden)
-    attended = mixer.block(hidden_states=x, attention_mask=None, **walk.positions(33))[0]
-    middle = hidden + (attended if mixer.norm("post_norm") is None else mixer.norm("post_norm")(attended))
+    attended = mixer.block(hidden_states=x, **layer.places(33))[0]
+    added = attended if mixer.norm("post_norm") is None else mixer.norm("post_norm")(attended)
+    middle = hidden + mixer.place.residual * added
     z = middle if ffn.norm("norm") is None else ffn.norm("norm")(middle)
-    inner = ffn.block.act_fn(ffn.block.gate_proj(z)) * ffn.block.up_proj(z)
+    inner = gate(ffn.block)(ffn.matrix("gate_proj")(z)) * ffn.matrix("up_proj")(z)
     y = ffn.block.down_proj(inner)
 
     def mean_product(a, b):

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +19,9 @@ from pennyweight.model.choices import Choice
 from pennyweight.model.shapes import Attention, GatedMLP
 from pennyweight.model.slots import Slot
 from pennyweight.variants import apply, bits, choice_from_json, ffn_width, kv_heads, linear, noop, window
+from pennyweight.variants._least_squares import solve, without
 from tests.conftest import FAMILIES
-from tests.live import after, computed, entering
+from tests.live import after, computed, entering, gate
 
 AXES = kinds.names("variants")
 STRUCTURAL = [axis for axis in AXES if axis != "bits"]
@@ -48,11 +50,17 @@ class Bench:
     def of(self, kind: str) -> SlotStats:
         return of_slot(self.stats, kind)
 
+    def uncorrelated(self, kind: str) -> SlotStats:
+        """The same, but no channel of the inner activation says anything of another one."""
+        own = self.of(kind)
+        own["inner_moment"] = torch.eye(len(own["inner_moment"]))
+        return own
+
     @torch.no_grad()
-    def run(self, kind: str, choice: Choice):
+    def run(self, kind: str, choice: Choice, stats: SlotStats | None = None):
         """(parts after the choice, what the block then computes)."""
         layer = self.walk.layer(0)
-        parts = apply(layer.parts[SLOTS[kind]], choice, self.of(kind))
+        parts = apply(layer.parts[SLOTS[kind]], choice, self.of(kind) if stats is None else stats)
         layer.parts[SLOTS[kind]] = parts
         return parts, computed(layer, SLOTS[kind], self.entering[kind])
 
@@ -83,9 +91,8 @@ def test_every_option_makes_the_shape_it_says_and_costs_what_it_holds(bench):
         assert torch.isfinite(out).all()
         held = {name: tuple(m.weight.shape) for name, m in parts.matrices().items()}
         assert held == {w.name: w.shape for w in parts.shape.weights() if len(w.shape) == 2}, (kind, spec)
-        parameters = sum(p.numel() for m in (parts.block,) for p in m.parameters())
-        norm = 0 if axis == "noop" else shape.hidden_size
-        assert parameters + norm == sum(w.parameters for w in parts.shape.weights()), (kind, spec)
+        parameters = sum(p.numel() for m in parts.modules().values() for p in m.parameters())
+        assert parameters == sum(w.parameters for w in parts.shape.weights()), (kind, spec)
         assert parts.shape.nbytes <= shape.nbytes
 
 
@@ -121,17 +128,70 @@ def test_widths_are_nested_and_keep_the_largest_contributions(bench):
     assert all(narrow < wide for wide, narrow in itertools.pairwise(kept))
 
 
-def test_ffn_width_computes_the_kept_channels(bench):
+@pytest.mark.parametrize("init", ["slice", "fitted"])
+def test_ffn_width_computes_the_kept_channels(bench, init):
+    """Fitted as well, where those that go are not to be guessed from those that stay."""
     layer = bench.walk.layer(0)
     mlp = layer.parts[FFN].block
     kept = ffn_width.ranking(mlp.down_proj.weight, bench.of("ffn")["activation_mean_abs"])[:48]
     with torch.no_grad():
         x = entering(layer, FFN, bench.entering["ffn"])
-        inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        inner = gate(mlp)(layer.parts[FFN].matrix("gate_proj")(x)) * layer.parts[FFN].matrix("up_proj")(x)
         mask = torch.zeros(inner.shape[-1]).index_fill(0, kept, 1.0)
         expected = mlp.down_proj(inner * mask)
-    _, found = bench.run("ffn", Choice((("ffn_width", ffn_width.Spec(48)),)))
+    _, found = bench.run("ffn", Choice((("ffn_width", ffn_width.Spec(48, init)),)), bench.uncorrelated("ffn"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_left_of_a_matrix_is_fitted_to_all_of_it(bench):
+    """Beside what stays, nothing that lowers the error on the calibration text further; what numpy finds, too."""
+    with torch.no_grad():
+        _, target = bench.run("ffn", Choice())
+        errors = {}
+        for init in ("slice", "fitted"):
+            parts, found = bench.run("ffn", Choice((("ffn_width", ffn_width.Spec(24, init)),)))
+            errors[init] = (found - target).square().mean()
+        layer = bench.walk.layer(0)
+        x = entering(layer, FFN, bench.entering["ffn"]).flatten(0, 1)
+        inner = parts.block.act_fn(parts.matrix("gate_proj")(x)) * parts.matrix("up_proj")(x)
+        bias = parts.matrix("down_proj").bias
+        wanted = (target if bias is None else target - bias).flatten(0, 1).double()
+        best = np.linalg.lstsq(inner.double().numpy(), wanted.numpy(), rcond=None)[0]
+        least = (inner.double() @ torch.from_numpy(best) - wanted).square().mean()
+    assert errors["fitted"] < 0.98 * errors["slice"]
+    assert least <= errors["fitted"] < 1.002 * least
+
+
+def test_heads_that_stay_are_fitted_to_all(bench):
+    _, target = bench.run("mixer", Choice())
+    errors = []
+    for stats in (bench.of("mixer"), bench.uncorrelated("mixer")):
+        stats_energy = bench.of("mixer")["inner_moment"]
+        choice = Choice((("kv_heads", kv_heads.Spec(bench.shapes["mixer"].num_kv_heads // 2, "best")),))
+        if stats["inner_moment"] is not stats_energy:
+            stats["inner_moment"] = stats["inner_moment"] * stats_energy.diagonal().mean()
+        errors.append((bench.run("mixer", choice, stats)[1] - target).square().mean())
+    assert errors[0] < errors[1]
+
+
+def test_directions_that_the_text_does_not_know_stay_as_they_were():
+    draw = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 12, generator=draw)  # five tokens say nothing of most of the 8 channels that stay
+    weight, kept = torch.randn(3, 12, generator=draw), torch.arange(8)
+    moment = z.T @ z / 5
+    found = without(weight, moment, kept)
+    known = torch.linalg.svd(z[:, :8])[2][:5]  # directions among the kept channels that occur
+    unknown = torch.eye(8) - known.T @ known
+    torch.testing.assert_close(found @ unknown, weight[:, :8] @ unknown, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(z[:, :8] @ found.T, z @ weight.T, rtol=1e-2, atol=1e-2)  # and fits what it knows
+
+
+def test_a_solve_that_rounding_breaks_is_damped_and_nonsense_is_refused():
+    moment = torch.tensor([[1.0, 1.1], [1.1, 1.0]])  # not a moment: one eigenvalue is negative
+    assert torch.isfinite(solve(torch.ones(3, 2), moment)).all()
+    assert torch.equal(solve(torch.ones(3, 2), torch.zeros(2, 2), toward=torch.ones(3, 2)), torch.ones(3, 2))
+    with pytest.raises(ValueError, match="not finite"):
+        solve(torch.ones(3, 2), moment * torch.nan)
 
 
 def test_fewer_kv_heads_by_mean_are_the_means(bench):
@@ -139,7 +199,7 @@ def test_fewer_kv_heads_by_mean_are_the_means(bench):
     assert isinstance(shape, Attention)
     before = bench.walk.layer(0).parts[MIXER].matrix("k_proj").weight.view(shape.num_kv_heads, shape.head_dim, -1)
     parts, _ = bench.run("mixer", Choice((("kv_heads", kv_heads.Spec(1, "mean")),)))
-    torch.testing.assert_close(parts.block.k_proj.weight, before.mean(dim=0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(parts.matrix("k_proj").weight, before.mean(dim=0), rtol=1e-6, atol=1e-7)
 
 
 def test_best_kv_heads_keep_the_attention_of_the_kept_heads(bench):
@@ -151,7 +211,8 @@ def test_best_kv_heads_keep_the_attention_of_the_kept_heads(bench):
     o = layer.parts[MIXER].matrix("o_proj")
     if shape.qk_norm == "all heads":
         pytest.skip("queries and keys are normed over the heads that are left: the child is near, not equal")
-    energy = kv_heads.group_energy(o.weight, bench.of("mixer")["inner_moment"], shape)
+    stats = bench.uncorrelated("mixer")
+    energy = kv_heads.group_energy(o.weight, stats["inner_moment"], shape)
     kept = energy.argsort(descending=True)[:heads]
     width = shape.num_heads // shape.num_kv_heads * shape.head_dim
     mask = torch.zeros(shape.num_kv_heads, width)
@@ -159,7 +220,7 @@ def test_best_kv_heads_keep_the_attention_of_the_kept_heads(bench):
     with torch.no_grad():
         o.weight.mul_(mask.flatten())
         expected = computed(layer, MIXER, bench.hidden)
-    _, found = bench.run("mixer", Choice((("kv_heads", kv_heads.Spec(heads, "best")),)))
+    _, found = bench.run("mixer", Choice((("kv_heads", kv_heads.Spec(heads, "best")),)), stats)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -167,11 +228,13 @@ def test_best_kv_heads_keep_the_attention_of_the_kept_heads(bench):
 def test_window_equals_a_hand_made_mask(bench, tokens):
     """Key j is seen from i iff 0 <= i - j < tokens: the current token is one of them."""
     layer = bench.walk.layer(0)
+    tokens = min(tokens, layer.parts[MIXER].shape.window or tokens)
     i = torch.arange(48)
     seen = (i[:, None] >= i[None]) & (i[:, None] - i[None] < tokens)
     with torch.no_grad():
-        normed, positions = entering(layer, MIXER, bench.hidden), bench.walk.positions(48)
-        expected = layer.parts[MIXER].block(normed, attention_mask=seen[None, None], **positions)[0]
+        mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
+        normed, where = entering(layer, MIXER, bench.hidden), {**layer.places(48), "attention_mask": mask}
+        expected = layer.parts[MIXER].block(normed, **where)[0]
     _, found = bench.run("mixer", Choice((("window", window.Spec(tokens)),)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 

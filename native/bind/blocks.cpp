@@ -14,8 +14,8 @@ using Vector = std::optional<In<float, 1>>;
 
 Norm norm_of(const Vector& weight, float epsilon) { return {weight ? values(*weight) : std::vector<float>(), epsilon}; }
 
-Block::Norms norms_of(const Vector& before, const Vector& after, float epsilon) {
-    return {norm_of(before, epsilon), norm_of(after, epsilon)};
+Block::Norms norms_of(const Vector& before, const Vector& after, float epsilon, float residual) {
+    return {norm_of(before, epsilon), norm_of(after, epsilon), residual};
 }
 
 void extend(Rotary& rotary, In<float, 2> cosine, In<float, 2> sine) {
@@ -65,48 +65,51 @@ void bind_blocks(nb::module_& module) {
             },
             "table"_a, "scale"_a = 1.0f);
 
-    // `norm` is of what comes in, `norm_after` of what a block computes, before that is added.
+    // `norm` is of what comes in, `norm_after` of what a block computes, before that is added; `residual` multiplies it.
     nb::class_<Block>(module, "Block", "hidden += block(hidden)");
     nb::class_<Dense, Block>(module, "Dense", "One matrix.")
         .def(
             "__init__",
-            [](Dense* self, const Linear& matrix, const Vector& norm, const Vector& norm_after, float epsilon) {
-                new (self) Dense(norms_of(norm, norm_after, epsilon), matrix);
-            },
-            "matrix"_a, nb::kw_only(), "norm"_a = nb::none(), "norm_after"_a = nb::none(), "epsilon"_a = 1e-5f);
+            [](Dense* self, const Linear& matrix, const Vector& norm, const Vector& norm_after, float epsilon,
+               float residual) { new (self) Dense(norms_of(norm, norm_after, epsilon, residual), matrix); },
+            "matrix"_a, nb::kw_only(), "norm"_a = nb::none(), "norm_after"_a = nb::none(), "epsilon"_a = 1e-5f,
+            "residual"_a = 1.0f);
     nb::class_<Gated, Block>(module, "Gated", "down (activation(gate x) * up x); gate_up: rows of gate, then of up.")
         .def(
             "__init__",
             [](Gated* self, const Linear& gate_up, const Linear& down, Activation activation, const Vector& norm,
-               const Vector& norm_after, float epsilon) {
-                new (self) Gated(norms_of(norm, norm_after, epsilon), gate_up, down, activation);
+               const Vector& norm_after, float epsilon, float residual) {
+                new (self) Gated(norms_of(norm, norm_after, epsilon, residual), gate_up, down, activation);
             },
             "gate_up"_a, "down"_a, nb::kw_only(), "activation"_a = Activation::silu, "norm"_a = nb::none(),
-            "norm_after"_a = nb::none(), "epsilon"_a = 1e-5f);
+            "norm_after"_a = nb::none(), "epsilon"_a = 1e-5f, "residual"_a = 1.0f);
     nb::class_<Attention, Block>(module, "Attention", "Keys and values of `heads` on `kv_heads`; see blocks/attention.h.")
         .def(
             "__init__",
             [](Attention* self, const Linear& qkv, const Linear& o, int heads, int kv_heads, int head_dim,
-               std::optional<int> value_dim, std::int64_t window, std::optional<float> scale, Cache cache,
-               std::shared_ptr<Rotary> rotary, const Vector& q_norm, const Vector& k_norm, const Vector& sinks,
-               const Vector& norm, const Vector& norm_after, float epsilon) {
-                new (self) Attention(norms_of(norm, norm_after, epsilon),
+               std::optional<int> value_dim, std::int64_t window, std::optional<float> scale, float cap,
+               Cache cache, std::shared_ptr<Rotary> rotary, bool neighbours, const Vector& q_norm, const Vector& k_norm,
+               const Vector& sinks, const Vector& norm, const Vector& norm_after, float epsilon, float residual) {
+                new (self) Attention(norms_of(norm, norm_after, epsilon, residual),
                                      {qkv, o, heads, kv_heads, head_dim, value_dim.value_or(head_dim), window,
-                                      scale.value_or(1.0f / std::sqrt(float(head_dim))), cache, rotary,
+                                      scale.value_or(1.0f / std::sqrt(float(head_dim))), cap, cache, rotary, neighbours,
                                       norm_of(q_norm, epsilon), norm_of(k_norm, epsilon),
                                       sinks ? values(*sinks) : std::vector<float>()});
             },
             "qkv"_a, "o"_a, nb::kw_only(), "heads"_a, "kv_heads"_a, "head_dim"_a, "value_dim"_a = nb::none(),
-            "window"_a = 0, "scale"_a = nb::none(), "cache"_a = Cache::float16, "rotary"_a = nb::none(),
-            "q_norm"_a = nb::none(), "k_norm"_a = nb::none(), "sinks"_a = nb::none(), "norm"_a = nb::none(),
-            "norm_after"_a = nb::none(), "epsilon"_a = 1e-5f);
+            "window"_a = 0, "scale"_a = nb::none(), "cap"_a = 0.0f, "cache"_a = Cache::float16, "rotary"_a = nb::none(),
+            "neighbours"_a = false, "q_norm"_a = nb::none(), "k_norm"_a = nb::none(), "sinks"_a = nb::none(), "norm"_a = nb::none(),
+            "norm_after"_a = nb::none(), "epsilon"_a = 1e-5f, "residual"_a = 1.0f);
 
     nb::class_<Model>(module, "Model", "Blocks between an embedding and a head, for sequences of up to `context` tokens.")
         .def(
             "__init__",
             [](Model* self, std::shared_ptr<Embedding> embedding, const Linear& head, int context, const Vector& norm,
-               float epsilon) { new (self) Model(given(embedding), norm_of(norm, epsilon), head, context); },
-            "embedding"_a, "head"_a, "context"_a, nb::kw_only(), "norm"_a = nb::none(), "epsilon"_a = 1e-5f)
+               float epsilon, float divisor, float cap) {
+                new (self) Model(given(embedding), norm_of(norm, epsilon), head, context, divisor, cap);
+            },
+            "embedding"_a, "head"_a, "context"_a, nb::kw_only(), "norm"_a = nb::none(), "epsilon"_a = 1e-5f,
+            "divisor"_a = 1.0f, "cap"_a = 0.0f)
         .def("add", [](Model& m, std::shared_ptr<Block> block) { m.add(given(std::move(block))); }, "block"_a)
         .def_prop_ro("vocabulary", [](const Model& m) { return m.embedding->vocabulary(); })
         .def_ro("context", &Model::context)

@@ -105,7 +105,7 @@ public:
     Cached look(int head, int first, int last, float* scratch) const {
         const std::size_t positions = std::size_t(head) * blocks_ * kBlock;
         return {keys_.data() + positions * key_bytes(of_), values_.data() + positions * value_bytes(of_), of_.cache,
-                of_.head_dim, of_.value_dim, blocks_, first, last, of_.scale, scratch};
+                of_.head_dim, of_.value_dim, blocks_, first, last, of_.scale, of_.cap, scratch};
     }
 
 private:
@@ -115,12 +115,22 @@ private:
     int oldest_ = 0;  // positions from here to the sequence's length are there
 };
 
+// Rotary embedding of one head: pairs (2 i, 2 i + 1), in place.
+void rotate_neighbours(float* head, const float* cosine, const float* sine, int half) {
+    for (int i = 0; i < half; i++) {
+        const float a = head[2 * i], b = head[2 * i + 1];
+        head[2 * i] = a * cosine[i] - b * sine[i];
+        head[2 * i + 1] = a * sine[i] + b * cosine[i];
+    }
+}
+
 int segments(const Step& step) { return (step.longest - 1) / Cached::kSegment + 1; }
 
 }  // namespace
 
 Attention::Attention(Norms given, Parts parts) : Block(std::move(given), parts.o), parts_(std::move(parts)) {
-    const auto& [qkv, o, heads, kv_heads, head_dim, value_dim, window, scale, cache, rotary, q_norm, k_norm, sinks] = parts_;
+    const auto& [qkv, o, heads, kv_heads, head_dim, value_dim, window, scale, cap, cache, rotary, neighbours, q_norm, k_norm,
+                 sinks] = parts_;
     if (kv_heads < 1 || heads < 1 || heads % kv_heads || heads / kv_heads > kMaxQueries)
         misfit(std::to_string(heads) + " heads on " + std::to_string(kv_heads) + " key-value heads; a whole number of them, up to " +
                std::to_string(kMaxQueries) + ", share one");
@@ -130,6 +140,7 @@ Attention::Attention(Norms given, Parts parts) : Block(std::move(given), parts.o
         misfit("rotary tables of " + std::to_string(rotary->positions) + " x " + std::to_string(rotary->half) + " for heads of " +
                std::to_string(head_dim));
     if (window < 0) misfit("a window of " + std::to_string(window));
+    if (!(cap >= 0)) misfit("scores of at most " + std::to_string(cap));
     const std::int64_t many = heads, few = kv_heads;
     expect_shape("q, k and v", qkv, (many + few) * head_dim + few * value_dim, hidden);
     expect_shape("o", o, hidden, many * value_dim);
@@ -200,11 +211,12 @@ void Attention::mix(Step& step, int t, int number) const {
     const auto row = [&](int task) -> const Row& { return step.rows[task / kv_heads]; };
     const auto kept = [&](int task) -> KeysValues& { return step.state<KeysValues>(number, task / kv_heads); };
     const auto query = [&](int task) { return step.at(step.wide, task / kv_heads) + task % kv_heads * per_group * dim; };
+    const auto turn_pairs = parts_.neighbours ? rotate_neighbours : step.kernels.rotate;
     const auto rotate = [&](float* head, const Norm& norm, int position) {
         if (int(norm.weight.size()) == dim) step.kernels.rms_norm(head, norm.weight.data(), norm.epsilon, dim, head);
         if (const Rotary* tables = parts_.rotary.get()) {
             const std::size_t at = std::size_t(position) * tables->half;
-            step.kernels.rotate(head, tables->cosine.data() + at, tables->sine.data() + at, tables->half);
+            turn_pairs(head, tables->cosine.data() + at, tables->sine.data() + at, tables->half);
         }
         if (parts_.cache == Cache::int8) spread(head, dim);
     };

@@ -22,9 +22,10 @@ public:
         int heads = 0, kv_heads = 0;
         int head_dim = 0, value_dim = 0;  // of queries and keys, and of values
         std::int64_t window = 0;          // positions seen, the current one included; 0: all
-        float scale = 1;                  // of scores
+        float scale = 1, cap = 0;         // of scores; a cap above 0: cap tanh(score / cap)
         Cache cache = Cache::float16;
         std::shared_ptr<const Rotary> rotary;  // null: none
+        bool neighbours = false;               // it turns each channel with the next, not halves with each other
         Norm q_norm, k_norm;  // as long as a head: of each; as all heads: of all together, before they are rotated
         std::vector<float> sinks;  // logits that take part and have no value, one per head
     };

@@ -12,14 +12,21 @@ void Step::times(int t, const Linear& linear, const Buffer& from, Buffer& to, co
     timed(t, spent.products, [&] { products.multiply(t, linear, input, count, to.floats(), stride); });
 }
 
-void Step::add(int t, int width, const Norm& norm) {
+void Step::add(int t, int width, const Norm& norm, float factor) {
+    const auto multiply = [&](float* x, int n) {
+        for (int i = 0; factor != 1 && i < n; i++) x[i] *= factor;
+    };
     if (norm.empty()) {  // the same rows as `multiply` gave this thread, so that no barrier is needed in between
         const auto [first, last] = share_of_rows(width, t, pool.threads());
-        for (int r = 0; r < count && first < last; r++) kernels.add(at(hidden, r) + first, at(out, r) + first, last - first);
+        for (int r = 0; r < count && first < last; r++) {
+            multiply(at(out, r) + first, last - first);
+            kernels.add(at(hidden, r) + first, at(out, r) + first, last - first);
+        }
     } else {
         meet(t, spent.products);
         for (int r = t; r < count; r += pool.threads()) {
             kernels.rms_norm(at(out, r), norm.weight.data(), norm.epsilon, width, at(out, r));
+            multiply(at(out, r), width);
             kernels.add(at(hidden, r), at(out, r), width);
         }
     }

@@ -60,8 +60,8 @@ struct Step {
     void meet(int t, double& category) {
         timed(t, category, [&] { pool.barrier(); });
     }
-    // hidden += normed out, of which this thread has written its share_of_rows.
-    void add(int t, int width, const Norm& norm);
+    // hidden += factor * normed out, of which this thread has written its share_of_rows.
+    void add(int t, int width, const Norm& norm, float factor);
 
     template <class Body>
     static void timed(int t, double& category, Body&& body) {
@@ -77,6 +77,7 @@ class Block {
 public:
     struct Norms {
         Norm before, after;  // of what comes in; of what it computes, before that is added
+        float residual = 1;  // multiplies what is added
     };
 
     // `last` makes the rows that are added. Constructors throw std::invalid_argument if their parts do not fit.

@@ -93,11 +93,9 @@ def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder:
     """The live model as a folder; the same weights give the same bytes, so a repeated call finds its run again."""
     import torch
 
-    names = set(dict(model.named_parameters(remove_duplicate=True)))
-    writer = Writer(folder)
-    for name, tensor in model.state_dict().items():
-        if name in names:
-            writer.add(name, tensor.to(torch.bfloat16))
+    writer = Writer(folder, joins=families.joined(model.config.to_dict()))
+    for name, parameter in model.named_parameters():
+        writer.add(name, parameter.detach().to(torch.bfloat16))
     files = {}
     if model.generation_config is not None:
         files["generation_config.json"] = json.loads(model.generation_config.to_json_string())

@@ -53,7 +53,7 @@ _Layers = Annotated[int, Field(ge=1, le=2**10)]
 _Heads = Annotated[int, Field(ge=1, le=2**10)]
 _Positive = Annotated[float, Field(gt=1e-30, lt=1e30)]
 _Word = Annotated[str, Field(max_length=60)]
-_One = Annotated[float, Field(ge=1, le=1)]
+_Part = Annotated[float, Field(gt=0, le=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -76,10 +76,17 @@ class _Rotary(_Said):
     high_freq_factor: _Positive | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    partial_rotary_factor: _One | None = None  # transformers' layers of our families know no other
+    partial_rotary_factor: _Part | None = None
     truncate: bool | None = None
     short_factor: list[_Positive] | None = None
     long_factor: list[_Positive] | None = None
+
+
+class _Rotaries(_Rotary):
+    """Of a model, or of each kind of its layers."""
+
+    full_attention: _Rotary | None = None
+    sliding_attention: _Rotary | None = None
 
 
 class _Sparsity(_Said):
@@ -134,6 +141,7 @@ class _Config(_Said):
     num_key_value_heads: Annotated[int, Field(ge=0, le=2**10)] | None = None
     head_dim: Annotated[int, Field(ge=1, le=2**14)] | None = None
     hidden_act: _Word | None = None
+    hidden_activation: _Word | None = None
     rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=families.MOST_POSITIONS)] | None = None
     tie_word_embeddings: bool | None = None
@@ -142,13 +150,25 @@ class _Config(_Said):
     use_sliding_window: bool | None = None
     sliding_window: Annotated[int, Field(ge=1)] | None = None
     max_window_layers: int | None = None
+    sliding_window_pattern: _Layers | None = None
     layer_types: Annotated[list[str], Field(max_length=2**10)] | None = None
     num_local_experts: _Size | None = None
     num_experts_per_tok: _Size | None = None
     rope_theta: _Positive | None = None
-    rope_parameters: _Rotary | None = None
+    rope_local_base_freq: _Positive | None = None
+    rope_parameters: _Rotaries | None = None
     rope_scaling: _Rotary | None = None
-    partial_rotary_factor: _One | None = None
+    partial_rotary_factor: _Part | None = None
+    no_rope_layers: Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(max_length=2**10)] | None = None
+    no_rope_layer_interval: _Layers | None = None
+    embedding_multiplier: _Positive | None = None
+    attention_multiplier: _Positive | None = None
+    residual_multiplier: _Positive | None = None
+    logits_scaling: _Positive | None = None
+    query_pre_attn_scalar: _Positive | None = None
+    attn_logit_softcapping: _Positive | None = None
+    final_logit_softcapping: _Positive | None = None
+    use_bidirectional_attention: bool | None = None
     original_max_position_embeddings: _Size | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     torch_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
@@ -325,6 +345,8 @@ class Checkpoint:
             self.entries |= entries
         if missing := sorted(set(promised) - self.entries.keys()):
             raise ValueError(f"{folder / INDEX} names {missing[0]}, which no file has ({len(missing)} missing)")
+        self._made: dict[str, torch.Tensor] = {}
+        self._take_apart()
         checksums = folder / CHECKSUMS
         self._checksums = reading.json_file(checksums, _Checksums, most_bytes=_MAX_INDEX) if checksums.exists() else {}
         self.notes = tuple(self._notes())
@@ -334,6 +356,46 @@ class Checkpoint:
             self.notes += (
                 f"{folder}: config.json ties the head to the embedding; the files hold another, which is used",
             )
+
+    def _take_apart(self) -> None:
+        """Make of every tensor that holds several matrices, one's rows under another's, the tensors of these: rows
+        follow each other in the file. Raises ValueError where there are not as many rows as config.json says."""
+        if not (joined := families.joined(self.config)):
+            return
+        rows = {
+            name.removesuffix(".weight"): weight.shape[0]
+            for block in families.blocks(self.config).values()
+            for name, weight in block.tensors().items()
+        }
+        for whole, parts in joined.items():
+            if any(part not in rows for part in parts):  # a block that is gone
+                continue
+            for name in formats.tensors_of(f"{whole}.weight") & self.entries.keys():
+                entry = self.entries.pop(name)
+                self._take_one_apart(name, entry, {part + name.removeprefix(whole): rows[part] for part in parts})
+
+    def _take_one_apart(self, name: str, entry: Entry, parts: dict[str, int]) -> None:
+        import torch
+
+        count = sum(parts.values())
+        shape = read_entry(name, entry).tolist() if name.endswith(".weight_shape") and entry.nbytes <= _SMALL else None
+        if (shape or entry.shape or (0,))[0] != count:
+            promised = (count, *(shape or entry.shape)[1:])
+            raise ValueError(
+                f"{self.folder}: {name} has shape {tuple(shape or entry.shape)}; config.json promises shape {promised}"
+            )
+        first = 0
+        for part, rows in parts.items():
+            self.entries[part] = entry
+            if shape is not None:
+                self._made[part] = torch.tensor([rows, *shape[1:]], dtype=torch.int64)
+            else:
+                each = entry.nbytes // count
+                start = entry.start + first * each
+                self.entries[part] = Entry(
+                    entry.file, entry.dtype, (rows, *entry.shape[1:]), start, start + rows * each
+                )
+            first += rows
 
     def _notes(self) -> Iterable[str]:
         read = {file.name for file in self.files}
@@ -359,7 +421,7 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """One tensor, as stored. Raises ValueError if the model has no such tensor, its file ends too early, or its
         bytes are not those that were written."""
-        tensor = read_entry(name, self._entry(name))
+        tensor = self._made[name] if name in self._made else read_entry(name, self._entry(name))
         self._hold_against_checksum(name, tensor)
         return tensor
 

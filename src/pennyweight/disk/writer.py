@@ -7,10 +7,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pennyweight import formats
 from pennyweight.disk.checkpoint import CHECKSUMS, checksum
 from pennyweight.disk.reading import size_of
 from pennyweight.disk.tokenizer import load_tokenizer
@@ -61,10 +62,17 @@ def accompanying(folder: Path) -> list[str]:
 
 
 class Writer:
-    """Writes a model folder shard by shard; `finish` makes it appear. Tensors are kept until a shard is full."""
+    """Writes a model folder shard by shard; `finish` makes it appear. Tensors are kept until a shard is full.
 
-    def __init__(self, folder: Path, *, shard_bytes: int = 2**28) -> None:
+    `joins`: modules that hold several matrices on disk, and these (families.joined), whose parts may be put one's rows
+    under another's. Checksums are of the parts."""
+
+    def __init__(
+        self, folder: Path, *, joins: Mapping[str, Sequence[str]] | None = None, shard_bytes: int = 2**28
+    ) -> None:
         self.folder = folder
+        self._joins = {part: (whole, tuple(parts)) for whole, parts in (joins or {}).items() for part in parts}
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self.partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
@@ -75,6 +83,19 @@ class Writer:
         self.total = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        self.checksums[name] = checksum(tensor.detach().contiguous())
+        module, _, suffix = name.rpartition(".")
+        if module not in self._joins:
+            self._add(name, tensor)
+            return
+        whole, parts = self._joins[module]
+        waiting = self._waiting.setdefault(f"{whole}.{suffix}", {})
+        waiting[module] = tensor.detach()
+        if len(waiting) == len(parts):
+            del self._waiting[f"{whole}.{suffix}"]
+            self._add(f"{whole}.{suffix}", formats.joined([{suffix: waiting[part]} for part in parts])[suffix])
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
         nbytes = tensor.numel() * tensor.element_size()
         if (
             self.pending
@@ -82,7 +103,6 @@ class Writer:
         ):
             self._flush()
         self.pending[name] = tensor.detach().contiguous()
-        self.checksums[name] = checksum(self.pending[name])
         self.total += nbytes
 
     def _flush(self) -> None:
@@ -96,6 +116,7 @@ class Writer:
         self, config: Mapping[str, Any], *, like: Path | None = None, files: Mapping[str, Any] | None = None
     ) -> Path:
         """Write config.json, the index, JSON `files`, and what is `accompanying` in folder `like`; then rename."""
+        assert not self._waiting, f"parts of {sorted(self._waiting)} were not written"
         if self.pending:
             self._flush()
         count = len(self.shards)

@@ -8,7 +8,12 @@ A family is one file of facts:
     PICO               what the config of a small model for tests says beside its sizes
     mixer, ffn         the shape of one layer's block, from (resolved config, layer)
     NORMS              where blocks are normed, if not before (model/shapes.py)
+    NORM_OFFSET        what transformers adds to the weights of norms as they are on disk; 0 if it says nothing
     NAMES              names of tensors that are not Llama's, by kind of slot and weight
+    JOINS              modules that hold several matrices on disk, by kind of slot: the names of these in order
+    PARTIAL            True if a share of a head's channels may turn with the position
+    embed, head        what differs of the embedding's and the head's shape, from the resolved config
+    residual           what blocks are multiplied by before they join the residual stream, from the resolved config
 
 The rest, which all of them share so far, is in `_decoder`. No key has a default here: what a file leaves open is what
 transformers' own config class makes of it (`resolved`).
@@ -18,7 +23,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -31,6 +35,7 @@ from pennyweight.model.slots import Slot
 
 Config = Mapping[str, Any]
 MOST_POSITIONS = _decoder.MOST_POSITIONS
+BY_LAYER = _decoder.BY_LAYER
 
 
 class Resolved(dict[str, Any]):
@@ -86,14 +91,13 @@ def transformers_config(config: Resolved) -> Any:
     layers we build, look at: others could replace any of its attributes.
 
     Raises ValueError for what transformers refuses."""
-    family, said = of(config["model_type"]), config.said
-    name = family.MODEL_TYPES[0]
-    made = getattr(
-        importlib.import_module(f"transformers.models.{name}.configuration_{name}"), f"{family.PREFIX}Config"
-    )
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    said = config.said
+    made = CONFIG_MAPPING[said["model_type"]]
     known = {field.name for field in dataclasses.fields(made)}
     given = {key: value for key, value in said.items() if key in known}
-    given |= {key: said[key] for key in _decoder.BESIDE - known if said.get(key) is not None}
+    given |= {key: said[key] for key in _decoder.BESIDE.union(config.keys_read) - known if said.get(key) is not None}
     if "sliding_window" in said.keys() - known:
         given["sliding_window"] = None  # a stray one would still shorten transformers' KV cache
     try:
@@ -107,7 +111,7 @@ def config_of(config: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
     """The config of a model that has these shapes, made of its parent's: what the parent's file says plus what
     changed. Raises ValueError for shapes that the family cannot express."""
     found = resolved(config)
-    return _decoder.config_of(found, found.said, shapes)
+    return _decoder.config_of(of(found["model_type"]), found, found.said, shapes)
 
 
 def blocks(config: Config) -> dict[Slot, Block]:
@@ -118,8 +122,13 @@ def blocks(config: Config) -> dict[Slot, Block]:
 
 def tied(config: Config) -> tuple[str, str]:
     """The names of the head and of the embedding that it may be tied to."""
-    embedding, _, head = _decoder.ends(resolved(config))
+    embedding, _, head = _decoder.ends(of(config["model_type"]), resolved(config))
     return head.tensor("head"), embedding.tensor("embedding")
+
+
+def joined(config: Config) -> dict[str, tuple[str, ...]]:
+    """Modules that hold several matrices on disk, one's rows under another's, and the modules that these are."""
+    return _decoder.joined(of(config["model_type"]), resolved(config))
 
 
 def shapes(config: Config) -> dict[Slot, Shape]:

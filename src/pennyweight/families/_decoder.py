@@ -5,6 +5,7 @@ A family file says only what differs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from types import ModuleType
@@ -52,6 +53,9 @@ older names among them."""
 MOST_POSITIONS = 2**24
 """Of a context. No sequence is longer, so a window that is not shorter is none."""
 
+BY_LAYER = ("layer_types", "no_rope_layers", "per_layer_config")
+"""Keys that say something of every layer by its number."""
+
 KINDS_OF_LAYER = {"full_attention", "sliding_attention"}
 
 PATHS: dict[Kind, str] = {"mixer": "self_attn", "ffn": "mlp"}
@@ -87,9 +91,14 @@ _NAMES: dict[Kind, Mapping[str, str]] = {"mixer": _ATTENTION, "ffn": _MLP}
 def blocks(family: ModuleType, config: Config) -> dict[Slot, Block]:
     """Embedding, the layers' blocks, last norm and head. Raises ValueError for a config that lacks what it needs."""
     hidden = need(config, "hidden_size")
-    embedding, norm, head = ends(config)
+    embedding, norm, head = ends(family, config)
+    _check_rotary(family, config)
     found = [embedding]
     norms: Norms = getattr(family, "NORMS", "before")
+    facts = {
+        "norm_offset": getattr(family, "NORM_OFFSET", 0.0),
+        "residual": getattr(family, "residual", lambda config: 1.0)(config),
+    }
     for layer in range(need(config, "num_hidden_layers")):
         gone, linear = (set(at(config, layer, key) or ()) for key in ("skip", "replace_with_linear"))
         unknown = (gone | linear) - set(WORDS.values())
@@ -107,22 +116,47 @@ def blocks(family: ModuleType, config: Config) -> dict[Slot, Block]:
             else:
                 shape = replace(getattr(family, kind)(config, layer), norms=norms)
             names = {**_NAMES[kind], **getattr(family, "NAMES", {}).get(kind, {})}
+            joins = getattr(family, "JOINS", {}).get(kind, {})
+            names |= {part: f"{module}.{part}.weight" for module, parts in joins.items() for part in parts}
             names.pop({"before": "post_norm", "after": "norm"}.get(norms, ""), None)  # what a live layer has not
-            found.append(Block(Slot(kind, layer), shape, f"model.layers.{layer}.", path, names))
+            found.append(Block(Slot(kind, layer), shape, f"model.layers.{layer}.", path, names, **facts, joins=joins))
     found += [norm, head]
     return {block.slot: block for block in found}
 
 
-def ends(config: Config) -> tuple[Block, Block, Block]:
+def ends(family: ModuleType, config: Config) -> tuple[Block, Block, Block]:
     """Embedding, last norm and head."""
     hidden, vocab, tied = need(config, "hidden_size"), need(config, "vocab_size"), bool(config["tie_word_embeddings"])
-    embedding = Embedding(vocab_size=vocab, hidden_size=hidden, tied=tied)
-    head = Head(vocab_size=vocab, hidden_size=hidden, tied=tied)
+    own = {kind: getattr(family, kind, lambda config: {})(config) for kind in ("embed", "head")}
+    embedding = Embedding(vocab_size=vocab, hidden_size=hidden, tied=tied, **own["embed"])
+    head = Head(vocab_size=vocab, hidden_size=hidden, tied=tied, **own["head"])
+    norm, offset = Norm(hidden_size=hidden), getattr(family, "NORM_OFFSET", 0.0)
     return (
         Block(Slot("embed"), embedding, "model.embed_tokens.", "", {"embedding": "weight"}),
-        Block(Slot("norm"), Norm(hidden_size=hidden), "model.norm.", "", {"norm": "weight"}),
+        Block(Slot("norm"), norm, "model.norm.", "", {"norm": "weight"}, norm_offset=offset),
         Block(Slot("head"), head, "lm_head.", "", {"head": "weight"}),
     )
+
+
+def joined(family: ModuleType, config: Config) -> dict[str, tuple[str, ...]]:
+    """Modules that hold several matrices on disk, and how these are called everywhere else, in order."""
+    return {
+        f"model.layers.{layer}.{module}": tuple(f"model.layers.{layer}.{module}.{part}" for part in parts)
+        for layer in range(need(config, "num_hidden_layers"))
+        for joins in getattr(family, "JOINS", {}).values()
+        for module, parts in joins.items()
+    }
+
+
+def _check_rotary(family: ModuleType, config: Config) -> None:
+    """Raises ValueError for a share of channels to turn that transformers' layers of the family would not look at."""
+    said = [config, *(config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))]
+    shares = {part.get("partial_rotary_factor") for part in said} - {None, 1}
+    if shares and not getattr(family, "PARTIAL", False):
+        raise ValueError(
+            f"{where(config)}: a partial_rotary_factor of {shares.pop()}; all channels of a "
+            f"{config.get('model_type')} model turn with the position"
+        )
 
 
 def left_open(said: Config, keys: Collection[str]) -> set[str]:
@@ -178,6 +212,14 @@ def sliding(config: Config, layer: int) -> int | None:
     return config["sliding_window"] if kind == "sliding_attention" else None
 
 
+def refuse_both_ways(config: Config) -> None:
+    """Raises ValueError for attention that also looks at what comes after a token: nothing could be written with it."""
+    if config["use_bidirectional_attention"]:
+        raise ValueError(
+            f"{where(config)}: use_bidirectional_attention is on; attention to earlier tokens alone is run"
+        )
+
+
 def attention(config: Config, layer: int, *, window: int | None = None, **differs: Any) -> Attention:
     """`window`: the family's own, which an override replaces. Raises ValueError for heads that do not fit."""
     hidden, heads = need(config, "hidden_size"), need(config, "num_attention_heads")
@@ -200,11 +242,12 @@ def attention(config: Config, layer: int, *, window: int | None = None, **differ
     )
 
 
-def gated_mlp(config: Config, layer: int, **differs: Any) -> GatedMLP:
+def gated_mlp(config: Config, layer: int, *, act: str = "hidden_act", **differs: Any) -> GatedMLP:
+    """`act`: the key that names the gate's function."""
     return GatedMLP(
         hidden_size=need(config, "hidden_size"),
         intermediate_size=need(config, "intermediate_size", layer),
-        activation=config["hidden_act"],
+        activation=config[act],
         sparsity=_sparsity(config, layer, "ffn"),
         **differs,
     )
@@ -216,7 +259,7 @@ def _sparsity(config: Config, layer: int, kind: Kind) -> Sparsity | None:
     return None if said is None else Sparsity(**said)
 
 
-def config_of(config: Config, said: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
+def config_of(family: ModuleType, config: Config, said: Config, shapes: Mapping[Slot, Shape]) -> dict[str, Any]:
     """The inverse of reading shapes: the config of a model that has these, in the words of the parent's file, `said`,
     where nothing changed. Bits are not part of it.
 
@@ -231,7 +274,6 @@ def config_of(config: Config, said: Config, shapes: Mapping[Slot, Shape]) -> dic
         for shape in here.values():
             if isinstance(shape, Attention):
                 entry["num_key_value_heads"] = shape.num_kv_heads
-                entry["sliding_window"] = shape.window
             if isinstance(shape, GatedMLP):
                 entry["intermediate_size"] = shape.intermediate_size
         # A block that is gone has size 0: transformers without our patch, which would ignore `skip` and fill the
@@ -253,13 +295,21 @@ def config_of(config: Config, said: Config, shapes: Mapping[Slot, Shape]) -> dic
         values = {entry[key] for entry in entries if entry.get(key)}
         if len(values) == 1 and (value := values.pop()) != before:
             out[key] = value
-    slides = config.get("sliding_window") is not None and "sliding_attention" in (config.get("layer_types") or ())
-    if slides or any(entry.get("sliding_window") is not None for entry in entries):
-        # Our windows narrow the mask of full attention layers; the parent's entries way of sliding is switched off.
+    mixers = [shapes[Slot("mixer", layer)] for layer in layers]
+    usual = _windows(family, config)
+    wanted = {i: shape.window for i, shape in enumerate(mixers) if isinstance(shape, Attention)}
+    changed = {layer: window for layer, window in wanted.items() if window != usual[layer]}
+    if changed and not any(usual):  # our windows narrow the mask of full attention layers
         out["layer_types"] = ["full_attention"] * len(entries)
         out["sliding_window"] = None
         if "use_sliding_window" in out:
             out["use_sliding_window"] = False
+    elif config.get("sliding_window") in changed.values():
+        # transformers forgets what a layer says in the words of the whole model. So these become words that no layer
+        # has, a mask a little wider, which every layer's own window narrows.
+        out["sliding_window"], changed = config["sliding_window"] + 1, wanted
+    for layer, window in changed.items():
+        entries[layer]["sliding_window"] = window
     if any("replace_with_linear" in entry for entry in entries):
         out["replace_with_linear"] = []
     if any("sparsity" in entry for entry in entries):
@@ -275,8 +325,14 @@ def config_of(config: Config, said: Config, shapes: Mapping[Slot, Shape]) -> dic
     return out
 
 
+def _windows(family: ModuleType, config: Config) -> list[int | None]:
+    """The windows of the layers where none has one of its own."""
+    plain: Any = copy.copy(config)
+    plain.pop("per_layer_config", None)
+    return [family.mixer(plain, layer).window for layer in range(config["num_hidden_layers"])]
+
+
 def _differing(own: list[dict[str, Any]], shared: Config) -> list[dict[str, Any]]:
     """Of every layer's keys those that are not the model's."""
-    always = ("skip", "replace_with_linear")
-    shared = {**shared, "sliding_window": None}  # where one means anything, layer_types says which layers slide
+    always = ("skip", "replace_with_linear", "sliding_window")
     return [{k: v for k, v in entry.items() if k in always or v != shared.get(k)} for entry in own]

@@ -203,12 +203,13 @@ def joined(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Te
     """Matrices that are kept by rows in one way, as one: each one's rows below those before."""
     import torch
 
-    first, rows = matrices[0], sum(int(parts["weight_shape"][0]) for parts in matrices)
-    shape = torch.tensor([rows, *first["weight_shape"].tolist()[1:]], dtype=first["weight_shape"].dtype)
-    return {
-        suffix: shape if suffix == "weight_shape" else torch.cat([parts[suffix] for parts in matrices])
-        for suffix in first
-    }
+    def together(suffix: str) -> torch.Tensor:
+        found = [parts[suffix] for parts in matrices]
+        if suffix != "weight_shape":
+            return torch.cat(found)
+        return torch.tensor([sum(int(shape[0]) for shape in found), *found[0].tolist()[1:]], dtype=found[0].dtype)
+
+    return {suffix: together(suffix) for suffix in matrices[0]}
 
 
 def refuse_damage(name: str, tensor: torch.Tensor) -> None:

@@ -56,7 +56,8 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
 @torch.no_grad()
 def build(job: Job, layout: Mapping[Slot, Choice], folder: Path) -> Path:
     """Write the child in 16 bits: every slot's structural choice applied, matrices not yet quantised."""
-    walk, writer = job.walk, Writer(folder)
+    walk = job.walk
+    writer = Writer(folder, joins=families.joined(job.checkpoint.config))
     shapes = {**job.shapes}
 
     def add(slot: Slot) -> None:
@@ -127,7 +128,7 @@ def _heal_local(job: Job, changed: Mapping[Slot, Choice], ids: torch.Tensor, bui
     )
     replaced = {name: tensor for tensors in new.values() for name, tensor in tensors.items()}
     with waiting(job.listen, "write child"):
-        writer = Writer(folder)
+        writer = Writer(folder, joins=families.joined(child.checkpoint.config))
         for name in child.checkpoint.entries:
             writer.add(name, replaced[name] if name in replaced else child.checkpoint.read(name))
         return writer.finish(child.checkpoint.config, like=built)
@@ -156,9 +157,9 @@ def _heal_whole(job: Job, ids: torch.Tensor, built: Path, folder: Path) -> Path:
         listen=job.listen,
     )
     checkpoint = Checkpoint(built)
-    state = child.state_dict()
+    state = dict(child.named_parameters(remove_duplicate=False))
     with waiting(job.listen, "write child"):
-        writer = Writer(folder)
+        writer = Writer(folder, joins=families.joined(checkpoint.config))
         for name in checkpoint.entries:
-            writer.add(name, state[name].bfloat16())
+            writer.add(name, state[name].detach().bfloat16())
         return writer.finish(checkpoint.config, like=built)

@@ -20,6 +20,7 @@ from pennyweight.live import magnitudes
 from pennyweight.live.load import STOCK
 from pennyweight.live.parts import Parts, set_linear
 from pennyweight.live.walk import Layer, Walk, autocast
+from pennyweight.model.blocks import Block
 from pennyweight.model.choices import PARENT, Layout
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16, Stored
@@ -70,7 +71,7 @@ def pack(
         if child.logits_slot == Slot("head"):
             tensors |= _packed(child.head(), layout, SlotStats({}, codes=codes), leave=False)
         store.put_tensors("pack/head", tensors)
-    writer = Writer(out)
+    writer = Writer(out, joins=_joins(child, _blocks(child, layout)))
     for key in ("pack/embed", *(f"pack/{index}" for index in range(child.layers)), "pack/head"):
         for name, tensor in store.tensors(key).items():
             writer.add(name, tensor)
@@ -83,7 +84,7 @@ def _entering(child: Walk, index: int, store: Store, calibration: torch.Tensor) 
     """What enters a layer (rows, tokens, hidden_size): what the layer before left, or the packed embedding's rows."""
     if index:
         return store.tensors(f"pack/hidden-{index}")["hidden"]
-    return Packed(child, store, layout={}).matrix(Slot("embed"))[calibration].float()
+    return Packed(child, store, layout={}).embed(calibration)
 
 
 def _pack_layer(layer: Layer, layout: Layout, hidden: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -143,20 +144,40 @@ def _packed(parts: Parts, layout: Layout, stats: SlotStats, *, leave: bool = Tru
     return tensors
 
 
-def _config(child: Walk, layout: Layout) -> dict[str, Any]:
-    """The child's config with one compressed-tensors group per way of storing."""
-    blocks = [
+def _blocks(child: Walk, layout: Layout) -> list[Block]:
+    """The slots as they are stored."""
+    return [
         block.having(variants.reshape(block.shape, variants.unstructural(layout.get(slot, PARENT))))
         for slot, block in child.blocks.items()
     ]
+
+
+def _joins(child: Walk, blocks: list[Block]) -> dict[str, tuple[str, ...]]:
+    """The matrices that lie on disk as one: those that stock transformers reads, which knows no others."""
+    read = {
+        name.removesuffix(".weight")
+        for block in blocks
+        for name, weight in block.tensors().items()
+        if weight.stored == BFLOAT16 or formats.of(weight.stored).CONFIG_FORMAT == STOCK
+    }
+    return {whole: parts for whole, parts in families.joined(child.checkpoint.config).items() if read >= set(parts)}
+
+
+def _config(child: Walk, layout: Layout) -> dict[str, Any]:
+    """The child's config with one compressed-tensors group per way of storing."""
+    blocks = _blocks(child, layout)
     config = families.config_of(child.checkpoint.config, {block.slot: block.shape for block in blocks})
     config.pop("torch_dtype", None)  # the key's older name
     config["dtype"] = "bfloat16"  # as `_packed` writes it, whatever the parent's type was
     groups: dict[Stored, list[str]] = {}
+    wholes = {part: whole for whole, parts in _joins(child, blocks).items() for part in parts}
     for block in blocks:
         for name, weight in block.tensors().items():
             if weight.is_matrix and weight.stored != BFLOAT16:
-                groups.setdefault(weight.stored, []).append(name.removesuffix(".weight"))
+                module = name.removesuffix(".weight")
+                targets = groups.setdefault(weight.stored, [])
+                if (target := wholes.get(module, module)) not in targets:
+                    targets.append(target)
     if groups:
         others = sorted({formats.of(stored).CONFIG_FORMAT for stored in groups} - {STOCK})
         config["quantization_config"] = {

@@ -372,14 +372,14 @@ def _logit_sums(
             continue
         block = slice(number * tokens, (number + 1) * tokens)
         states, wanted = flat_parent[block], flat_targets[block, None]
-        logits = float_logits(states, head.weight)
-        p = logits.softmax(dim=-1)
+        products = float_logits(states, head.weight)
+        p = walk.finished(products).softmax(dim=-1)
         for row, child in todo:
             if row.own is None:
                 difference = head(child[block] - states).float()
             else:
-                difference = float_logits(child[block], row.own.weight).sub_(logits)
-            kl, lm = divergence(p, difference, wanted)
+                difference = float_logits(child[block], row.own.weight).sub_(products)
+            kl, lm = divergence(p, walk.change_of_logits(products, difference), wanted)
             _, kl_before, lm_before = sums[row.of]
             sums[row.of] = [number + 1, kl_before + float(kl.double().sum()), lm_before + float(lm.double().sum())]
             executor.tick(passes / blocks)

@@ -85,10 +85,13 @@ def replace_block(parts: Parts, shape: Noop | Dense) -> Parts:
 def set_window(attention: nn.Module, window: int) -> None:
     """Let queries of this attention see only keys with 0 <= i - j < window, the current token included.
 
-    Works by narrowing the mask the layer is given, so the KV cache of transformers keeps all keys; a runtime that
-    keeps only the last `window` of them computes the same.
+    The narrower of two windows counts. Works by narrowing the mask the layer is given, so the KV cache of transformers
+    keeps what it would; a runtime that keeps only the last `window` keys computes the same.
     """
-    attention.window = window  # type: ignore[assignment]
+    narrowed = getattr(attention, "window", None)
+    attention.window = window if narrowed is None else min(narrowed, window)  # type: ignore[assignment]
+    if narrowed is not None:
+        return
     attention.register_forward_pre_hook(_narrow_mask, with_kwargs=True)
 
 
@@ -97,12 +100,16 @@ def _narrow_mask(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = kwargs.get("past_key_values")
-    past = cache.get_seq_length(attention.layer_idx) if cache is not None else 0
-    tokens = hidden.shape[1]
+    tokens, past, first = hidden.shape[1], 0, 0
     mask = kwargs.get("attention_mask")
-    keys = mask.shape[-1] if mask is not None else past + tokens  # a static cache is longer than what it holds
+    keys = tokens
+    if cache is not None:  # one that slides keeps the last keys only, and a static one has more than it holds
+        past = cache.get_seq_length(attention.layer_idx)
+        keys, first = cache.get_mask_sizes(tokens, attention.layer_idx)
+    if mask is not None:  # made for another layer, perhaps, whose cache keeps more
+        mask = mask[..., max(0, mask.shape[-1] - keys) :]
     query = torch.arange(past, past + tokens, device=hidden.device).unsqueeze(1)
-    key = torch.arange(keys, device=hidden.device).unsqueeze(0)
+    key = torch.arange(first, first + keys, device=hidden.device).unsqueeze(0)
     seen = (key <= query) & (query - key < attention.window)
     if mask is None:
         mask = seen[None, None]

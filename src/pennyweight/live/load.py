@@ -13,8 +13,9 @@ from pennyweight import families, formats
 from pennyweight.disk import reading
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.formats import packed_int
+from pennyweight.live.joined import take_apart
 from pennyweight.live.patch import installed
-from pennyweight.live.walk import Walk
+from pennyweight.live.walk import Walk, attention_of
 
 STOCK = packed_int.CONFIG_FORMAT
 """The one format that transformers reads itself."""
@@ -52,7 +53,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
                 folder,
                 config=config,
                 dtype=dtype,
-                attn_implementation="sdpa",
+                attn_implementation=attention_of(walk.family),
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -65,6 +66,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
     wrong = {kind: sorted(info.get(kind) or ())[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise ValueError(f"{folder} does not fit the model its config describes: {wrong}")
+    take_apart(model, walk.blocks.values(), whole=True)
     return model.eval()
 
 
@@ -101,7 +103,10 @@ def _load_own(walk: Walk, config: Any, dtype: torch.dtype) -> Any:
         )
     del config.quantization_config
     with installed():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention_of(walk.family)
+        )
+    take_apart(model, walk.blocks.values(), whole=True)
     checkpoint = walk.checkpoint
     names = {name for block in walk.blocks.values() for name in block.tensors()}
     state = {name: formats.unpack(formats.read(name, checkpoint.entries, checkpoint.read)).to(dtype) for name in names}

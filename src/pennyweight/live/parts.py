@@ -73,8 +73,11 @@ class Parts:
 
     def reading(self, activation: str) -> tuple[Any, list[Any]]:
         """The module that is given `input` or `inner` whole, and the matrices that multiply it."""
-        readers = [self.matrix(name) for name in self.shape.readers(activation)]
-        return (self.block if activation == "input" else readers[0]), readers
+        return self.reader(activation), [self.matrix(name) for name in self.shape.readers(activation)]
+
+    def reader(self, activation: str) -> Any:
+        """The module that is given `input` or `inner` whole."""
+        return self.block if activation == "input" else self.matrix(self.shape.readers(activation)[0])
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """(name on disk, parameter) of every weight of the shape."""

@@ -95,6 +95,7 @@ def _build_layer(original: Any, layer: Any, config: Any, layer_idx: int) -> None
     if not getattr(config, "is_heterogeneous", False):
         original(layer, config, layer_idx)
         return
+    config.allow_global_per_layer_attribute_access = True  # whole models look at the window that masks begin with
     own = config.per_layer_config[layer_idx]
     # Blocks that are about to be replaced have size 0 on disk; build them as small as transformers can.
     own.num_key_value_heads = own.num_key_value_heads or own.num_attention_heads
@@ -112,9 +113,9 @@ def dress(layer: nn.Module, blocks: Iterable[Block]) -> None:
         if isinstance(shape, Noop | Dense):
             replace_block(parts, shape)
         if shape.sparsity is not None:
-            for activation, share in (("input", shape.sparsity.entering), ("inner", shape.sparsity.inner)):
-                module, readers = parts.reading(activation)
-                magnitudes.leave_out(module, readers[0].in_features, share, weighted=shape.sparsity.weighted)
+            own, weighted = shape.sparsity, shape.sparsity.weighted
+            magnitudes.leave_out(parts.reader("input"), shape.hidden_size, own.entering, weighted=weighted)
+            magnitudes.leave_out(parts.reader("inner"), shape.inner_size, own.inner, weighted=weighted)
         if shape.window is not None:
             set_window(parts.block, shape.window)
 

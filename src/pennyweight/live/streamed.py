@@ -43,7 +43,7 @@ class Streamed:
             self.read(ids)
         assert self._kept is not None
         norm, matrix = self.walk.norm(), self.walk.matrix(self.walk.logits_slot)
-        return (float_logits(norm(row), matrix) for row in self._kept[1])
+        return (self.walk.finished(float_logits(norm(row), matrix)) for row in self._kept[1])
 
     def _states(self, ids: torch.Tensor) -> torch.Tensor:
         hidden = self.walk.embed(ids)

@@ -20,6 +20,7 @@ from torch import nn
 from pennyweight import families, formats
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.live import patch
+from pennyweight.live.joined import take_apart
 from pennyweight.live.parts import Parts
 from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
@@ -37,10 +38,16 @@ class Layer:
 
     def run(self, hidden: torch.Tensor, *, together: int | None = None) -> torch.Tensor:
         """(rows, tokens, hidden_size) through the layer, causal, no cache; at most `together` rows at a time."""
-        positions = self._walk.positions(hidden.shape[1])
+        where = self.places(hidden.shape[1])
         parts = hidden.split(together or len(hidden))
-        found = [self.module(rows, attention_mask=None, use_cache=False, **positions) for rows in parts]
+        found = [self.module(rows, use_cache=False, **where) for rows in parts]
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def places(self, tokens: int) -> dict[str, Any]:
+        """The arguments of a decoder layer that say where rows of so many tokens, from position 0 on, stand."""
+        mixer: Any = self.parts[Slot("mixer", self.index)].shape
+        rotary = getattr(mixer, "rotary", None)
+        return self._walk.places(tokens, rotary.of) if rotary else self._walk.places(tokens, turning=False)
 
     def fork(self, slot: Slot) -> Layer:
         """The layer with copies of one slot's modules; others are shared."""
@@ -74,7 +81,7 @@ class Walk:
         self.shapes: dict[Slot, Shape] = {slot: block.shape for slot, block in self.blocks.items()}
         self.dtype = dtype
         self.config = families.transformers_config(checkpoint.config)
-        self.config._attn_implementation = "sdpa"
+        self.config._attn_implementation = attention_of(self.family)
         left = set(checkpoint.entries)
         for block in self.blocks.values():
             for name, weight in block.tensors().items():
@@ -128,10 +135,16 @@ class Walk:
     def _said_bits(self, module: str) -> int | None:
         """What quantization_config says of a module, by its name or as one of all."""
         groups = (self.checkpoint.config.get("quantization_config") or {}).get("config_groups", {}).values()
+        names = {module, self._whole.get(module, module), "Linear"}
         for group in groups:
-            if {module, "Linear"} & set(group["targets"]):
+            if names & set(group["targets"]):
                 return group["weights"]["num_bits"]
         return None
+
+    @cached_property
+    def _whole(self) -> dict[str, str]:
+        """The module on disk of every one that is a part of it."""
+        return {part: whole for whole, parts in families.joined(self.checkpoint.config).items() for part in parts}
 
     def stored(self, slot: Slot) -> set[Stored]:
         """How the slot's matrices lie on disk."""
@@ -161,6 +174,7 @@ class Walk:
             module = _made(self.checkpoint.config, "DecoderLayer", self.config, index)
         if not self.config.is_heterogeneous:
             patch.dress(module, blocks.values())  # a window of the family's own, which a mask would bring along
+        take_apart(module, blocks.values())
         weights = {
             block.names[weight.name]: self._read(name)
             for block in blocks.values()
@@ -177,11 +191,33 @@ class Walk:
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Hidden states (rows, tokens, hidden_size) float32 that enter the first layer. Their matrix stays in no more
         bits than on disk: float32 would double the largest of all."""
-        return self.matrix(Slot("embed"))[ids].to(self.dtype).float()
+        return scaled(self.matrix(Slot("embed"))[ids].to(self.dtype), self._embedding.scale).float()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 logits of the states that leave the last layer."""
-        return float_logits(self.norm()(hidden), self.matrix(self.logits_slot))
+        return self.finished(float_logits(self.norm()(hidden), self.matrix(self.logits_slot)))
+
+    def finished(self, products: torch.Tensor) -> torch.Tensor:
+        """Logits of the products of the last states with the matrix of the logits."""
+        logits = products if self._head.divisor == 1 else products / self._head.divisor
+        return logits if self._head.cap is None else self._head.cap * torch.tanh(logits / self._head.cap)
+
+    def change_of_logits(self, products: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """finished(products + change) - finished(products), to the precision that `change` itself has: tanh x - tanh y
+        = tanh(x - y) (1 - tanh x tanh y)."""
+        change = change if self._head.divisor == 1 else change / self._head.divisor
+        if self._head.cap is None:
+            return change
+        before, change = products / (self._head.divisor * self._head.cap), change / self._head.cap
+        return self._head.cap * torch.tanh(change) * (1 - torch.tanh(before) * torch.tanh(before + change))
+
+    @property
+    def _embedding(self) -> Any:
+        return self.shapes[Slot("embed")]
+
+    @property
+    def _head(self) -> Any:
+        return self.shapes[Slot("head")]
 
     def matrix(self, slot: Slot) -> torch.Tensor:
         """The one tensor of the embedding, last norm or head, as on disk."""
@@ -190,7 +226,8 @@ class Walk:
 
     def embedding(self) -> Parts:
         """The embedding as a module."""
-        module = nn.Embedding.from_pretrained(self.matrix(Slot("embed")).to(self.dtype), freeze=True)
+        module = _Embedding.from_pretrained(self.matrix(Slot("embed")).to(self.dtype), freeze=True)
+        module.scale = self._embedding.scale
         return Parts(module, self.blocks[Slot("embed")])
 
     def norm(self) -> nn.Module:
@@ -206,26 +243,61 @@ class Walk:
         head.weight = nn.Parameter(weight, requires_grad=False)
         return Parts(head, self.blocks[self.logits_slot])
 
-    @cached_property
-    def _rotary(self) -> Any:
-        return rotary_embedding(self.checkpoint.config)
-
     @functools.lru_cache(maxsize=4)  # noqa: B019  a walk lives as long as whoever asks it
-    def positions(self, tokens: int) -> dict[str, Any]:
-        """The position arguments every decoder layer takes, for rows that start at position 0."""
-        ids = torch.arange(tokens).unsqueeze(0)
-        probe = torch.zeros(1, dtype=torch.float32)
-        return {"position_ids": ids, "position_embeddings": self._rotary(probe, ids)}
+    def places(self, tokens: int, of: str | None = None, *, turning: bool = True) -> dict[str, Any]:
+        """The arguments that tell a decoder layer where its rows stand, from position 0 on. `of`: the kind of layer
+        whose rotary tables they are, where there are several; not `turning`: a layer that looks at none."""
+        ids, probe = torch.arange(tokens).unsqueeze(0), torch.zeros(1, dtype=torch.float32)
+        mask = None
+        if self.config._attn_implementation == "eager":  # which is not causal by itself
+            mask = torch.full((1, 1, tokens, tokens), torch.finfo(torch.float32).min).triu(1)
+        turned = RotaryEmbedding(self.checkpoint.config, of)(probe, ids) if turning else None
+        return {"position_ids": ids, "position_embeddings": turned, "attention_mask": mask}
 
 
-def rotary_embedding(config: Mapping[str, Any]) -> Any:
-    """transformers' module that gives (cosines, sines) of positions, for a config.json of a supported family. Raises
-    ValueError for rope parameters that it cannot compute with."""
-    found = families.resolved(config)
-    rotary = _made(found, "RotaryEmbedding", config=families.transformers_config(found))
-    if not bool(torch.isfinite(rotary.inv_freq).all()):
-        raise ValueError(f"{found.where}: its rope parameters give frequencies that are no numbers")
-    return rotary
+class RotaryEmbedding:
+    """transformers' (cosines, sines) of positions, for a config.json of a supported family; of one kind of layer, where
+    a model's kinds differ in that. Raises ValueError for rope parameters that it cannot compute with."""
+
+    def __init__(self, config: Mapping[str, Any], of: str | None = None) -> None:
+        found = families.resolved(config)
+        made = families.transformers_config(found)
+        if of is not None:
+            made.layer_types = [of] * made.num_hidden_layers
+        self._module = _made(found, "RotaryEmbedding", config=made)
+        self._frequencies = "inv_freq" if of is None else f"{of}_inv_freq"
+        self._more = {} if of is None else {"layer_type": of}
+        kinds = self._module.rope_type
+        self.rope_type: str = kinds if of is None else kinds[of]
+        if not bool(torch.isfinite(getattr(self._module, self._frequencies)).all()):
+            raise ValueError(f"{found.where}: its rope parameters give frequencies that are no numbers")
+
+    def divide(self, by: torch.Tensor) -> None:
+        """Make frequencies so many times lower."""
+        setattr(self._module, self._frequencies, getattr(self._module, self._frequencies) / by)
+
+    def __call__(self, like: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._module(like, positions, **self._more)
+
+
+class _Embedding(nn.Embedding):
+    """A row for every token, times `scale`."""
+
+    scale = 1.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return scaled(super().forward(input), self.scale)
+
+
+def scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
+    """Rows of an embedding as they enter the first layer."""
+    return rows if scale == 1 else rows * scale
+
+
+def attention_of(family: ModuleType) -> str:
+    """Which of transformers' implementations of attention computes a family's: sdpa, unless it cannot."""
+    base = getattr(importlib.import_module(family.MODULE), f"{family.PREFIX}PreTrainedModel")
+    return "sdpa" if base._supports_sdpa else "eager"
 
 
 def _made(read: families.Resolved, part: str, *arguments: Any, **named: Any) -> Any:

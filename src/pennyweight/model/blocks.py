@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pennyweight.model.shapes import Shape, Weight
 from pennyweight.model.slots import Slot
@@ -15,7 +15,10 @@ class Block:
 
     prefix: of all its names in a checkpoint, that of its layer where it is in one. path: its module below that ("" is
     the module of the prefix itself). names: below the prefix, the tensor of every weight that may come to stand here.
-    A norm's module, or a matrix's, is named as its tensor is, without the last part.
+    A norm's module, or a matrix's, is named as its tensor is, without the last part. norm_offset: what the weights of
+    norms lack on disk. residual: what the block computes is multiplied by it before it joins the residual stream.
+    joins: modules below the prefix that hold several matrices, one's rows under another's, on disk and in stock
+    transformers. Such a matrix is named as a part of that module, `qkv_proj.q_proj`, everywhere else.
     """
 
     slot: Slot
@@ -23,6 +26,9 @@ class Block:
     prefix: str
     path: str
     names: Mapping[str, str]
+    norm_offset: float = 0.0
+    residual: float = 1.0
+    joins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def having(self, shape: Shape) -> Block:
         """The same place with another shape."""

@@ -23,6 +23,16 @@ Norms = Literal["before", "after", "both"]
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """How positions turn queries and keys: in pairs of channels, the first half with the second or each with its
+    neighbour. `of`: the kind of layer whose tables are meant, where a model has several. How many channels turn is up
+    to the tables; those behind stay."""
+
+    of: str | None = None
+    pairs: Literal["halves", "neighbours"] = "halves"
+
+
+@dataclass(frozen=True)
 class Sparsity:
     """Shares of its input channels that a block's matrices leave out while a model writes, token by token: `entering`
     of the block's normed input, `inner` of what o_proj or down_proj reads. `weighted`: channels are compared by |x|
@@ -194,7 +204,8 @@ class Attention(_Block):
 
     `window` W lets a query at position i see keys j with 0 <= i - j < W; None sees all. `sinks` adds one learned
     logit per query head. `qk_norm`: RMSNorm of queries and keys, each head by itself or all heads together. head_dim
-    need not be hidden_size / num_heads.
+    need not be hidden_size / num_heads. Scores are q k `scale`, None being head_dim^-1/2; with a `cap` they become cap
+    tanh(score / cap). `rotary` None: positions turn nothing.
     """
 
     hidden_size: int
@@ -206,6 +217,9 @@ class Attention(_Block):
     qk_norm: Literal["each head", "all heads"] | None = None
     sinks: bool = False
     window: int | None = None
+    rotary: Rotary | None = Rotary()
+    scale: float | None = None
+    cap: float | None = None
     norms: Norms | None = "before"
     stored: Stored = BFLOAT16
     apart: tuple[tuple[str, Stored], ...] = ()
@@ -337,11 +351,13 @@ class Noop(Shape):
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding(Shape):
-    """Token embedding. `tied`: the same matrix is the output head, whose slot then holds no weights."""
+    """Token embedding, its rows times `scale`. `tied`: the same matrix is the output head, whose slot then holds no
+    weights."""
 
     vocab_size: int
     hidden_size: int
     tied: bool = False
+    scale: float = 1.0
     stored: Stored = BFLOAT16
 
     def weights(self) -> Iterator[Weight]:
@@ -372,11 +388,14 @@ class Norm(Shape):
 
 @dataclass(frozen=True, kw_only=True)
 class Head(Shape):
-    """Output projection to the vocabulary; if `tied` its matrix is the embedding's and is counted there."""
+    """Output projection to the vocabulary; if `tied` its matrix is the embedding's and is counted there. Logits are its
+    products over `divisor`; with a `cap` they become cap tanh(logit / cap)."""
 
     vocab_size: int
     hidden_size: int
     tied: bool = False
+    divisor: float = 1.0
+    cap: float | None = None
     stored: Stored = BFLOAT16
 
     def weights(self) -> Iterator[Weight]:

@@ -168,7 +168,8 @@ class Engine:
         beyond the context, and where all that sequences may grow to does not fit the memory that is free."""
         if 0 < capacity <= self.context:
             self._expect_room(capacity)
-            self._rotary.cover(capacity)
+            for tables in self._rotary:
+                tables.cover(capacity)
         return self._native.open(capacity)
 
     def _expect_room(self, capacity: int) -> None:

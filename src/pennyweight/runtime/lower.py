@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from pennyweight.live.magnitudes import threshold
-from pennyweight.live.walk import rotary_embedding
+from pennyweight.live.walk import RotaryEmbedding
 from pennyweight.model.blocks import Block
-from pennyweight.model.shapes import Attention, Dense, GatedMLP
+from pennyweight.model.shapes import Attention, Dense, Embedding, GatedMLP, Head
 from pennyweight.model.slots import Slot
 from pennyweight.sources.source import Source
 
@@ -40,23 +40,24 @@ class Lowered(NamedTuple):
     """The native model, its rotary tables, and what users should know."""
 
     model: Any
-    rotary: RotaryTables
+    rotary: tuple[RotaryTables, ...]
     notes: tuple[str, ...]
 
 
 class RotaryTables:
     """transformers' cosines and sines (positions, head_dim / 2), scaled as attention wants them, in native memory that
-    blocks share. Raises NotRun for a scaling that depends on the length of the text."""
+    blocks share; `of` one kind of layer, where a model has several tables. Raises NotRun for a scaling that depends on
+    the length of the text."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, of: str | None = None) -> None:
         from pennyweight import _native
 
-        self._embedding = rotary_embedding(source.config)  # which knows the older names of the keys too
+        self._embedding = RotaryEmbedding(source.config, of)  # which knows the older names of the keys too
         if self._embedding.rope_type in ("dynamic", "longrope"):
             kind = self._embedding.rope_type
             raise NotRun(f"rope_type {kind!r} changes with the length of the text; the engine does not run it")
         if source.rotary_divisors is not None:
-            self._embedding.inv_freq = self._embedding.inv_freq / torch.from_numpy(source.rotary_divisors)
+            self._embedding.divide(torch.from_numpy(source.rotary_divisors))
         self.native = _native.Rotary(*self._rows(0))
 
     def cover(self, positions: int) -> None:
@@ -90,19 +91,31 @@ def lower(
         _check_sparsity(source, sparsity)
     config = source.config
     context = min(context or _MOST_POSITIONS, config.get("max_position_embeddings", _MOST_POSITIONS), _MOST_POSITIONS)
-    rotary = RotaryTables(source)
-    attention = {"cache": _native.Cache[cache], "rotary": rotary.native}
+    turning = [getattr(block.shape, "rotary", None) for block in source.blocks.values()]
+    rotary = {of: RotaryTables(source, of) for of in dict.fromkeys(one.of for one in turning if one is not None)}
     top = {slot: _only(block) for slot, block in source.blocks.items() if slot.layer is None}
     embedding, norm = source.matrix(top[Slot("embed")]), source.vector(top[Slot("norm")])
+    first, last = source.blocks[Slot("embed")].shape, source.blocks[Slot("head")].shape
+    assert isinstance(first, Embedding) and isinstance(last, Head)
     head = _native.Linear()
-    tied = source.blocks[Slot("embed")].shape.makes_logits
-    head.add(embedding if tied else source.matrix(top[Slot("head")]))
+    head.add(embedding if first.makes_logits else source.matrix(top[Slot("head")]))
     epsilon = config["rms_norm_eps"]
-    model = _native.Model(_native.Embedding(embedding), head, context, norm=norm, epsilon=epsilon)
+    model = _native.Model(
+        _native.Embedding(embedding, first.scale),
+        head,
+        context,
+        norm=norm + np.float32(source.blocks[Slot("norm")].norm_offset),
+        epsilon=epsilon,
+        divisor=last.divisor,
+        cap=last.cap or 0.0,
+    )
     wide = 0
     for slot, block in source.blocks.items():
         if slot.layer is None or not list(block.shape.weights()):
             continue
+        own_rotary = getattr(block.shape, "rotary", None)
+        tables = None if own_rotary is None else rotary[own_rotary.of].native
+        attention = {"cache": _native.Cache[cache], "rotary": tables}
         kind, matrices, own = _Lowered(source, block, context, sparsity).made(attention)
         wide += own.get("cache", _native.Cache[cache]) != _native.Cache[cache]
         try:
@@ -110,7 +123,7 @@ def lower(
         except ValueError as err:
             raise ValueError(f"{slot}: {err}") from err
     said = f"keys and values of {wide} of the layers stay in float16: their keys have biases that 8 bits do not hold"
-    return Lowered(model, rotary, (said,) if wide else ())
+    return Lowered(model, tuple(rotary.values()), (said,) if wide else ())
 
 
 def _only(block: Block) -> str:
@@ -138,11 +151,12 @@ class _Lowered:
     sparsity: float | None
 
     def made(self, attention: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """The native class, its matrices and its settings; `attention` is what all attention shares. Raises NotRun."""
+        """The native class, its matrices and its settings; `attention`: its cache and rotary tables. Raises NotRun."""
         from pennyweight import _native
 
         shape = self.block.shape
-        own = {"norm": self._vector("norm"), "norm_after": self._vector("post_norm")}
+        own: dict[str, Any] = {"norm": self._vector("norm"), "norm_after": self._vector("post_norm")}
+        own["residual"] = self.block.residual
         matrices = tuple(self._stack(activation) for activation in ("input", "inner") if shape.readers(activation))
         if isinstance(shape, Dense):
             return _native.Dense, matrices, own
@@ -155,7 +169,8 @@ class _Lowered:
             own |= {name: self._vector(name) for name in ("q_norm", "k_norm", "sinks")}
             own |= {"heads": shape.num_heads, "kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
             window = shape.window if shape.window and shape.window < self.context else 0  # else it sees all
-            own |= {"window": window, **attention}
+            own |= {"window": window, "scale": shape.scale, "cap": shape.cap or 0.0, **attention}
+            own["neighbours"] = shape.rotary is not None and shape.rotary.pairs == "neighbours"
             if own["cache"] == _native.Cache.int8 and self._has_large_biases(shape.num_kv_heads):
                 own["cache"] = _native.Cache.float16
             return _native.Attention, matrices, own
@@ -174,7 +189,10 @@ class _Lowered:
         return bias is not None and bool((np.square(bias.reshape(heads, -1)).mean(1) > _LARGE_BIAS**2).any())
 
     def _vector(self, weight: str) -> np.ndarray | None:
-        return self.source.vector(self.block.tensor(weight)) if self._has(weight) else None
+        if not self._has(weight):
+            return None
+        values = self.source.vector(self.block.tensor(weight))
+        return values + np.float32(self.block.norm_offset) if weight.endswith("norm") else values
 
     def _share(self, activation: str) -> float:
         """The share of an activation's channels that is left out."""

@@ -38,7 +38,7 @@ class RandomWeights:
 
     def __init__(self, config: Mapping[str, Any], shapes: Shapes, make: Make | None = None) -> None:
         """`make`: `tensors`, or a cache around it that several sources share."""
-        shared = {key: config[key] for key in config if key not in ("layer_types", "per_layer_config")}
+        shared = {key: config[key] for key in config if key not in families.BY_LAYER}
         self.config = families.resolved(shared)
         # Compared by importance, a channel is left out whatever its activation.
         places = families.blocks(self.config)

@@ -1,8 +1,9 @@
 """A GGUF file as a source: its metadata as transformers' config, its tensors under transformers' names.
 
-Two things in such files are not as transformers has them. Files of the `llama` architecture hold the rows of q_proj
-and k_proj in an order in which rotary pairs are neighbours; they are put back in halves here, which changes no number,
-since scales run along columns. And Llama 3's rotary scaling is a tensor of divisors instead of a config entry.
+Three things in such files are not as transformers has them. Files of some architectures hold the rows of q_proj and
+k_proj in an order in which rotary pairs are neighbours; they are put back in halves here, which changes no number,
+since scales run along columns. Norms that lack 1 in transformers are whole. And Llama 3's rotary scaling is a tensor of
+divisors instead of a config entry.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,10 @@ from gguf import MODEL_ARCH, TensorNameMap, dequantize, get_tensor_name_map
 from pennyweight import families
 from pennyweight.families import MOST_POSITIONS
 from pennyweight.sources.gguf import ggml
+from pennyweight.sources.gguf.architectures import ARCHITECTURES
 from pennyweight.sources.gguf.file import File, Tensor, read
 from pennyweight.sources.source import Vocabulary, rearranged
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_INTERLEAVED = ("llama",)  # architectures whose q_proj and k_proj have rotary pairs as neighbours
 _DIVISORS = "rope_freqs.weight"
 _CHUNK_WEIGHTS = 2**22  # converted at once, to bound what is held in between
 
@@ -38,14 +39,19 @@ class GgufSource:
         self.config = families.resolved(config_of(self._file), str(path))
         self.blocks = families.blocks(self.config)
         self._converted: Counter[ggml.Kind] = Counter()
-        self._said = _warnings(self._file, self.config)
+        arch = self._file.get("general.architecture", str)
+        self._said, self._architecture = _warnings(self._file, self.config), ARCHITECTURES[arch]
         self._tensors: dict[str, Tensor] = {}
-        names = get_tensor_name_map(MODEL_ARCH[self.config["model_type"].upper()], n_blocks=1)
+        self._lacking: dict[str, float] = {}
+        names = get_tensor_name_map(MODEL_ARCH[arch.upper()], n_blocks=1)
         left = dict(self._file.tensors)
+        parts = self._take_apart(left, names)
         divisors = left.pop(_DIVISORS, None)
         for block in self.blocks.values():
             for name, weight in block.tensors().items():
-                stored = _stored_name(names, name)
+                if name.endswith("norm.weight"):
+                    self._lacking[name] = block.norm_offset
+                stored = parts.get(name) or _stored_name(names, name)
                 tensor = left.pop(stored, None)
                 if tensor is None or tensor.shape != weight.shape:
                     came = "is missing" if tensor is None else f"has shape {tensor.shape}"
@@ -74,7 +80,7 @@ class GgufSource:
 
     def vector(self, name: str) -> np.ndarray:
         tensor, order = self._tensors[name], self._order(name)
-        values = self._floats(tensor, 0, self._file.read(tensor))[0]
+        values = self._floats(tensor, 0, self._file.read(tensor))[0] - np.float32(self._lacking.get(name, 0))
         return values if order is None else values[order]
 
     def matrices(self, names: Sequence[str]) -> list[Any]:
@@ -109,6 +115,26 @@ class GgufSource:
         self._said += notes
         return found
 
+    def _take_apart(self, left: dict[str, Tensor], names: TensorNameMap) -> dict[str, str]:
+        """Put in the place of every tensor that holds several matrices, one's rows under another's, what each is.
+        Returns what they are called by the names of the matrices."""
+        called: dict[str, str] = {}
+        weights = {name: weight for block in self.blocks.values() for name, weight in block.tensors().items()}
+        for whole, parts in families.joined(self.config).items():
+            stored, first = _stored_name(names, f"{whole}.weight"), 0
+            tensor = left.get(stored)
+            rows = {f"{part}.weight": weights[f"{part}.weight"].shape[0] for part in parts}
+            if tensor is None or len(tensor.shape) != 2 or tensor.shape[0] != sum(rows.values()):
+                called |= dict.fromkeys(rows, stored)  # which is told as one that is missing, or does not fit
+                continue
+            del left[stored]
+            for name, count in rows.items():
+                called[name] = f"{stored} from row {first} on"
+                start = tensor.start + first * tensor.row_bytes
+                left[called[name]] = replace(tensor, shape=(count, tensor.shape[1]), start=start)
+                first += count
+        return called
+
     def _chunks(self, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, some rows as stored), the whole tensor in all."""
         count, columns = tensor.shape
@@ -142,7 +168,7 @@ class GgufSource:
 
     def _order(self, name: str) -> np.ndarray | None:
         """Which stored row belongs in each place, or None if they lie in their places."""
-        if self.config["model_type"] not in _INTERLEAVED or ".self_attn." not in name:
+        if not self._architecture.interleaved or ".self_attn." not in name:
             return None
         config, part = self.config, name.split(".")[-2]
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(part)
@@ -183,8 +209,9 @@ def config_of(file: File) -> dict[str, Any]:
         raise ValueError(f"{file.path}: token_embd.weight is missing or no matrix; it is not a whole language model")
     hidden, heads = need("embedding_length"), need("attention.head_count")
     kv_heads, head_dim = need("attention.head_count_kv", heads), need("attention.key_length", max(1, hidden // heads))
-    config = {
-        "model_type": arch,
+    own = ARCHITECTURES[arch]
+    config: dict[str, Any] = {
+        "model_type": own.model_type,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": need("feed_forward_length"),
@@ -194,23 +221,27 @@ def config_of(file: File) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_position_embeddings": need("context_length"),
         "rms_norm_eps": file.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
+        "hidden_act": "silu",
         "rope_parameters": _rope(file, arch),
         "attention_bias": has("attn_q.bias"),
         "mlp_bias": has("ffn_gate.bias"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
+    turning = need("rope.dimension_count", head_dim)
+    if own.partial and turning % 2 == 0 and turning < head_dim:
+        config["rope_parameters"]["partial_rotary_factor"] = turning / head_dim
     for holds, what in (
         (heads % kv_heads == 0, f"{heads} heads on {kv_heads} key-value heads"),
         (head_dim % 2 == 0, f"head_dim {head_dim}, which is odd"),
         (need("attention.value_length", head_dim) == head_dim, "values of another width than keys"),
-        (need("rope.dimension_count", head_dim) == head_dim, "rotary embedding on a part of each head"),
+        (turning == head_dim or (own.partial and turning < head_dim), "rotary embedding on a part of each head"),
         (config["num_hidden_layers"] <= len(file.tensors), f"{config['num_hidden_layers']} layers in fewer tensors"),
         (config["max_position_embeddings"] <= MOST_POSITIONS, f"a context above {MOST_POSITIONS} tokens"),
         (0 < config["rms_norm_eps"] < 1, f"an epsilon of {config['rms_norm_eps']}"),
     ):
         if not holds:
             raise ValueError(f"{file.path}: the metadata ask for {what}; the engine does not run that")
-    return config
+    return {**config, **own.own(file, config)}
 
 
 def _rope(file: File, arch: str) -> dict[str, Any]:
@@ -241,7 +272,7 @@ def _rope(file: File, arch: str) -> dict[str, Any]:
 
 
 def _warnings(file: File, config: dict[str, Any]) -> list[str]:
-    window = file.get(f"{config['model_type']}.attention.sliding_window", int, 0)
-    if not 0 < window < config["max_position_embeddings"]:
+    window = file.get(f"{file.get('general.architecture', str)}.attention.sliding_window", int, 0)
+    if config.get("sliding_window") == window or not 0 < window < config["max_position_embeddings"]:
         return []
     return [f"the file names a sliding window of {window} tokens, which is not applied, as in llama.cpp"]
