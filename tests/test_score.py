@@ -17,7 +17,7 @@ from pennyweight.model.slots import Slot
 from pennyweight.prices.offers import single_choices
 from pennyweight.runs import executor
 from pennyweight.variants import apply
-from tests.conftest import FAMILIES
+from tests.conftest import DISTINCT
 
 ROWS, TOKENS = 3, 32
 
@@ -63,7 +63,7 @@ class Scored:
         return score.score_chunk(self.folder, ids(), scored(), self.work, 0, group, self.files, codes, self.dtype)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DISTINCT)
 def run(request, pico, tmp_path_factory):
     return Scored(pico(request.param), tmp_path_factory.mktemp("work"))
 
@@ -207,9 +207,10 @@ def test_what_only_quantisers_read_is_known():
     mixer = Attention(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
     both = {"input_moment", "inner_moment"}
     assert codes.spent(ffn, ("bits",)) == codes.spent(mixer, ("bits", "mixed_bits")) == both
-    assert codes.spent(ffn, variants.default()) == {"inner_moment"}
+    assert codes.spent(ffn, ("bits", "linear")) == {"inner_moment"}, "what is linear has no inner activation"
     assert codes.spent(ffn, ("bits", "noop")) == both, "what is gone reads nothing"
     assert codes.spent(mixer, ("bits", "window")) == codes.spent(mixer, variants.default()) == set()
+    assert codes.spent(ffn, ("bits", "ffn_width")) == set(), "narrower ones are fitted by it"
 
 
 def test_more_is_cut_the_worse_it_gets(run):

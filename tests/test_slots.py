@@ -187,7 +187,7 @@ def test_a_layout_survives_json_and_leaves_the_parent_s_choices_out():
     width = kinds.load("variants", "ffn_width").Spec(512)
     layout = {Slot("mixer", 0): PARENT, Slot("ffn", 0): Choice((("ffn_width", width),))}
     written = json.loads(json.dumps(layout_to_json(layout)))
-    assert written == {"0.ffn": {"ffn_width": {"width": 512}}}
+    assert written == {"0.ffn": {"ffn_width": {"width": 512, "init": "fitted"}}}
     assert layout_from_json(written) == {Slot("ffn", 0): layout[Slot("ffn", 0)]}
 
 

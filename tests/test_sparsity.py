@@ -23,7 +23,7 @@ from pennyweight.live.walk import Walk
 from pennyweight.model.shapes import Weight
 from pennyweight.model.slots import Slot
 from pennyweight.variants import layout_from_json, sparsity
-from tests.conftest import FAMILIES
+from tests.conftest import DISTINCT
 from tests.test_job import config, run, text  # noqa: F401  (text is a fixture)
 
 
@@ -86,12 +86,12 @@ def test_a_row_of_another_size_costs_nothing():
 KINDS = ({}, {"scales": "affine"}, {"group": 32, "scales": "super", "ordered": True})
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DISTINCT)
 def finished(request, pico, text, tmp_path_factory):  # noqa: F811
     """A child with sparse blocks, stored in another way for each family: what the axis offers by default, and the rest
     of what it can be asked for."""
     offered = sparsity.options
-    own = KINDS[list(FAMILIES).index(request.param) % len(KINDS)]
+    own = KINDS[DISTINCT.index(request.param) % len(KINDS)]
     with pytest.MonkeyPatch.context() as patch:
         others = lambda shape: [dataclasses.replace(spec, **own) for spec in offered(shape)]  # noqa: E731
         patch.setattr(sparsity, "options", others)

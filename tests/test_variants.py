@@ -153,13 +153,13 @@ def test_what_is_left_of_a_matrix_is_fitted_to_all_of_it(bench):
             errors[init] = (found - target).square().mean()
         layer = bench.walk.layer(0)
         x = entering(layer, FFN, bench.entering["ffn"]).flatten(0, 1)
-        inner = parts.block.act_fn(parts.matrix("gate_proj")(x)) * parts.matrix("up_proj")(x)
+        inner = gate(parts.block)(parts.matrix("gate_proj")(x)) * parts.matrix("up_proj")(x)
         bias = parts.matrix("down_proj").bias
         wanted = (target if bias is None else target - bias).flatten(0, 1).double()
         best = np.linalg.lstsq(inner.double().numpy(), wanted.numpy(), rcond=None)[0]
         least = (inner.double() @ torch.from_numpy(best) - wanted).square().mean()
     assert errors["fitted"] < 0.98 * errors["slice"]
-    assert least <= errors["fitted"] < 1.002 * least
+    assert (1 - 1e-6) * least <= errors["fitted"] < 1.002 * least  # what is computed is float32
 
 
 def test_heads_that_stay_are_fitted_to_all(bench):

@@ -79,7 +79,7 @@ def test_nan_weights_are_named(folder, tmp_path):
 
     broken = shutil.copytree(folder, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
-    name = next(name for name in tensors if name.startswith("model.layers.1.mlp.") and "up_proj" in name)
+    name = next(name for name in tensors if name.startswith("model.layers.1.mlp.") and "up_proj.weight" in name)
     tensors[name][-3, 5] = float("nan")
     save_file(tensors, broken / "model.safetensors")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.\S*up_proj\.weight holds 1 NaN"):
