@@ -20,6 +20,7 @@ hypothesis.settings.load_profile("penny")
 # Triton's kernels run in its interpreter, and it decides when it is first imported; 0 runs them on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; two threads each would wait for one another
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process that a test starts would compile everything anew
 os.environ["PENNY_CACHE"] = tempfile.mkdtemp(prefix="penny-tests-")  # nobody's own measurements are read or written
 
 VOCABULARY = 300

@@ -78,6 +78,11 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+def only(family: str, model: Path, reason: str) -> None:
+    if family not in str(model):
+        pytest.skip(f"one family is enough: {reason} does not depend on it")
+
+
 @pytest.fixture(scope="module", params=DISTINCT)
 def finished(request, pico, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("fit") / "out"
@@ -137,6 +142,7 @@ def test_asking_again_gives_the_same_folder_without_work(finished):
 
 def test_another_run_makes_the_same_bytes(finished, text, tmp_path):
     model, out, wanted, _ = finished
+    only("phi3", model, "the order of work")
     run(model, tmp_path / "out", wanted)
     assert digests(tmp_path / "out") == digests(out)
 
@@ -213,8 +219,7 @@ def test_only_what_the_engine_does_not_run_is_left_unmeasured(err, said, pico, m
 
 def test_a_check_that_was_not_run_is_not_counted_as_passed(finished, tmp_path, monkeypatch):
     model, _, wanted, _ = finished
-    if "llama" not in str(model):
-        pytest.skip("one family is enough: the engine is told apart, not the model")
+    only("llama", model, "a missing engine")
 
     def missing():
         raise engine.NativeMissing("the native module is missing")
@@ -271,7 +276,7 @@ def interrupt() -> None:
 
 def test_stopped_in_every_stage_it_goes_on_to_the_same_bytes(finished, tmp_path):
     model, out, wanted, _ = finished
-    only("qwen3", model)
+    only("qwen3", model, "the run folder")
     for stage in ("stats", "score", "solve", "build", "heal blocks", "heal model", "pack", "verify", "agreement"):
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", wanted, listen=At(stage, interrupt, ticks=1))
@@ -282,8 +287,7 @@ def test_stopped_in_every_stage_it_goes_on_to_the_same_bytes(finished, tmp_path)
 
 def test_what_an_earlier_call_did_is_not_told_as_done_now(finished, tmp_path):
     model, _, wanted, _ = finished
-    if "qwen3" not in str(model):
-        pytest.skip("one family is enough: stages do not depend on it")
+    only("qwen3", model, "a stage")
     stages: dict[str, tuple[int, int]] = {}
 
     class StopAfterBlocks(Silent):
@@ -309,16 +313,11 @@ def run_folder(out: Path) -> Path:
     return out.with_name(out.name + ".run")
 
 
-def only(family: str, model: Path) -> None:
-    if family not in str(model):
-        pytest.skip("one family is enough: the run folder does not depend on it")
-
-
 def test_what_a_run_stands_on_cannot_change(finished, text, tmp_path, monkeypatch):
     """Model, tokenizer, text, how it is dealt out, versions and arithmetic: the first difference is named, with what
     came, what the run was begun with and what to do."""
     model, out, wanted, _ = finished
-    only("qwen3", model)
+    only("qwen3", model, "the run folder")
 
     def refused(difference: str, model=model, wanted=wanted):
         with pytest.raises(ValueError) as err:
@@ -366,7 +365,7 @@ class Stages(Silent):
 def again(finished, tmp_path):
     """A copy of a finished fit: its model, its config, its folder and its run folder."""
     model, out, wanted, _ = finished
-    only("qwen3", model)
+    only("qwen3", model, "the run folder")
     shutil.copytree(out, tmp_path / "out")
     shutil.copytree(run_folder(out), run_folder(tmp_path / "out"))
     return model, tmp_path / "out", wanted
@@ -512,7 +511,7 @@ def test_a_damaged_score_is_made_again(again):
 
 def test_a_second_start_says_who_is_at_it_and_leaves(finished, tmp_path):
     model, out, wanted, _ = finished
-    only("qwen3", model)
+    only("qwen3", model, "the run folder")
     with open_job(model, out, wanted):
         with pytest.raises(Held, match=rf"out\.run is worked on by process {os.getpid()} on .* since 20"):
             open_job(model, out, wanted)
@@ -591,7 +590,7 @@ def test_an_output_that_would_replace_an_input_is_refused(out, pico, text, tmp_p
 def test_a_disk_that_fills_up_in_any_stage_stops_it_to_go_on_to_the_same_bytes(finished, tmp_path, monkeypatch):
     """Every way to write fails from the moment a stage has begun, as it fails in each library's own words."""
     model, out, wanted, _ = finished
-    only("qwen3", model)
+    only("qwen3", model, "the run folder")
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
@@ -740,6 +739,7 @@ def test_an_impossible_budget_is_refused_before_any_work(pico, text, tmp_path):
 
 def test_a_result_that_breaks_a_promise_is_not_shipped(finished, tmp_path, monkeypatch):
     model, _, wanted, _ = finished
+    only("gemma3_text", model, "what becomes of a refused child")
     bad = verify.Check("greedy tokens after reloading in transformers", False, 128, 3)
     monkeypatch.setattr(verify, "check_reload", lambda *args: bad)
     with pytest.raises(verify.VerificationFailed, match="expected 128, found 3"):
