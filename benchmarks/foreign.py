@@ -34,7 +34,8 @@ import yaml
 
 import _bench
 from pennyweight import families, kinds, variants
-from pennyweight.disk.checkpoint import read_config, safetensors_bytes
+from pennyweight.disk.checkpoint import safetensors_bytes
+from pennyweight.disk.model_config import read_config
 from pennyweight.disk.tokenizer import load_tokenizer
 from pennyweight.evals.loss import loss
 from pennyweight.live.load import load_model

@@ -279,7 +279,8 @@ def opened(path: Path, name: str, what: str, rng: random.Random) -> None:
     """Plan, walk and run a model that was made of the sound one called `name`. Raises what is told of it."""
     import torch
 
-    from pennyweight.disk.checkpoint import Checkpoint, read_config
+    from pennyweight.disk.checkpoint import Checkpoint
+    from pennyweight.disk.model_config import read_config
     from pennyweight.live.load import load_model
     from pennyweight.live.streamed import Streamed
     from pennyweight.live.walk import Walk

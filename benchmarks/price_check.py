@@ -21,7 +21,7 @@ import numpy as np
 import _bench
 import _reference
 from pennyweight import families, variants
-from pennyweight.disk.checkpoint import read_config
+from pennyweight.disk.model_config import read_config
 from pennyweight.model.demand import Workload
 from pennyweight.model.shapes import Shape
 from pennyweight.prices import measure

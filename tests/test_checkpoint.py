@@ -14,19 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pennyweight.disk import checkpoint, writer
-from pennyweight.disk.checkpoint import (
-    Checkpoint,
-    header_bytes,
-    read_config,
-    read_entry,
-    read_header,
-    safetensors_bytes,
-)
+from pennyweight.disk import tensors, writer
+from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
+from pennyweight.disk.model_config import read_config
+from pennyweight.disk.tensors import header_bytes, read_entry, read_header
 from pennyweight.disk.writer import Writer, accompanying, write_atomic
 
 CONFIG = {"model_type": "llama", "hidden_size": 64}
-DTYPES = [getattr(torch, name) for name in checkpoint._TORCH.values()]
+DTYPES = [getattr(torch, name) for name in tensors._TORCH.values()]
 
 
 def random_tensor(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 
 from pennyweight import families
 from pennyweight.config import FitConfig, asked, merged
-from pennyweight.disk.checkpoint import Checkpoint, read_config, safetensors_bytes
+from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
+from pennyweight.disk.model_config import read_config
 from pennyweight.job import checks as verify
 from pennyweight.job.gather import gather_stats, score_choices
 from pennyweight.job.job import open_job

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pennyweight import families, formats
-from pennyweight.disk.checkpoint import Checkpoint, read_config, safetensors_bytes
+from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
+from pennyweight.disk.model_config import read_config
 from pennyweight.formats import packed_int, zigzag
 from pennyweight.live.load import load_model
 from pennyweight.live.streamed import Streamed

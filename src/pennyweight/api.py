@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight import families
 from pennyweight.config import BudgetConfig, FitConfig, WorkloadConfig
-from pennyweight.disk.checkpoint import read_config
+from pennyweight.disk.model_config import read_config
 from pennyweight.disk.writer import Writer
 from pennyweight.prices import planning
 from pennyweight.prices.machine import Machine

@@ -37,7 +37,7 @@ def plan(
     with errors():
         from pennyweight import families
         from pennyweight.config import FitConfig, asked, merged
-        from pennyweight.disk.checkpoint import read_config
+        from pennyweight.disk.model_config import read_config
         from pennyweight.model.shapes import parameters
         from pennyweight.prices import planning
         from pennyweight.prices.machine import Machine
@@ -154,7 +154,7 @@ def machine(
             save.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if model is not None:
             from pennyweight import families
-            from pennyweight.disk.checkpoint import read_config
+            from pennyweight.disk.model_config import read_config
             from pennyweight.prices import offers
 
             quiet_libraries()

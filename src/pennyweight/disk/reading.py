@@ -11,13 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 MOST_BYTES = 64 * 2**20
 _SHOWN = 60
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, _SHOWN, _SHOWN
+
+
+class Said(BaseModel):
+    """Of a JSON file what we read of it: types as they stand there, numbers that are numbers."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 def json_file(path: Path, kind: type[T], *, most_bytes: int = MOST_BYTES) -> T:

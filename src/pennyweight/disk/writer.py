@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pennyweight import formats
-from pennyweight.disk.checkpoint import CHECKSUMS, checksum
+from pennyweight.disk.checkpoint import CHECKSUMS
 from pennyweight.disk.reading import size_of
+from pennyweight.disk.tensors import checksum
 from pennyweight.disk.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -1,64 +1,19 @@
-"""Gemma 2: norms before and after blocks, their weights less 1 on disk; gated GELU; embeddings times the root of their
-width; scores and logits are capped; every other layer slides."""
+"""Gemma 2: what Gemmas share, and a cap on scores; every other layer slides."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from pennyweight.families._decoder import Config, attention, gated_mlp, need, refuse_both_ways, sliding
-from pennyweight.model.shapes import Attention, GatedMLP
+from pennyweight.families import _gemma
+from pennyweight.families._decoder import Config
+from pennyweight.model.shapes import Attention
 
 MODEL_TYPES = ("gemma2",)
 MODULE = "transformers.models.gemma2.modeling_gemma2"
 PREFIX = "Gemma2"
-KEYS = (
-    "head_dim",
-    "attention_bias",
-    "hidden_activation",
-    "query_pre_attn_scalar",
-    "sliding_window",
-    "layer_types",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "use_bidirectional_attention",
-)
-PICO = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 24,
-    "query_pre_attn_scalar": 16,
-    "sliding_window": 20,
-    "attn_logit_softcapping": 2.0,
-    "final_logit_softcapping": 3.0,
-}
-NORMS = "both"
-NORM_OFFSET = 1.0
-NAMES = {
-    "mixer": {"post_norm": "post_attention_layernorm.weight"},
-    "ffn": {"norm": "pre_feedforward_layernorm.weight", "post_norm": "post_feedforward_layernorm.weight"},
-}
+KEYS = _gemma.KEYS
+PICO = {**_gemma.PICO, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+NORMS, NORM_OFFSET, NAMES = _gemma.NORMS, _gemma.NORM_OFFSET, _gemma.NAMES
+ffn, embed, head = _gemma.ffn, _gemma.embed, _gemma.head
 
 
 def mixer(config: Config, layer: int) -> Attention:
-    refuse_both_ways(config)
-    return attention(
-        config,
-        layer,
-        window=sliding(config, layer),
-        qkv_bias=config["attention_bias"],
-        o_bias=config["attention_bias"],
-        scale=float(config["query_pre_attn_scalar"]) ** -0.5,
-        cap=config["attn_logit_softcapping"],
-    )
-
-
-def ffn(config: Config, layer: int) -> GatedMLP:
-    return gated_mlp(config, layer, act="hidden_activation")
-
-
-def embed(config: Config) -> dict[str, Any]:
-    return {"scale": need(config, "hidden_size") ** 0.5}
-
-
-def head(config: Config) -> dict[str, Any]:
-    return {"cap": config["final_logit_softcapping"]}
+    return _gemma.mixer(config, layer, cap=config["attn_logit_softcapping"])

@@ -1,67 +1,21 @@
-"""Gemma 3 (text): Gemma 2's layers with an RMSNorm on every query and key head instead of caps; five layers in six
-slide, and turn queries and keys by tables of their own."""
+"""Gemma 3 (text): what Gemmas share, and an RMSNorm on every query and key head; five layers in six slide, and turn
+queries and keys by tables of their own."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from pennyweight.families._decoder import Config, attention, gated_mlp, need, refuse_both_ways, sliding
-from pennyweight.model.shapes import Attention, GatedMLP, Rotary
+from pennyweight.families import _gemma
+from pennyweight.families._decoder import Config
+from pennyweight.model.shapes import Attention, Rotary
 
 MODEL_TYPES = ("gemma3_text",)
 MODULE = "transformers.models.gemma3.modeling_gemma3"
 PREFIX = "Gemma3"
-KEYS = (
-    "head_dim",
-    "attention_bias",
-    "hidden_activation",
-    "query_pre_attn_scalar",
-    "sliding_window",
-    "layer_types",
-    "sliding_window_pattern",
-    "rope_local_base_freq",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "use_bidirectional_attention",
-)
-PICO = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 24,
-    "query_pre_attn_scalar": 16,
-    "sliding_window": 20,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-}
-NORMS = "both"
-NORM_OFFSET = 1.0
-NAMES = {
-    "mixer": {"post_norm": "post_attention_layernorm.weight"},
-    "ffn": {"norm": "pre_feedforward_layernorm.weight", "post_norm": "post_feedforward_layernorm.weight"},
-}
+KEYS = (*_gemma.KEYS, "sliding_window_pattern", "rope_local_base_freq")
+PICO = {**_gemma.PICO, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+NORMS, NORM_OFFSET, NAMES = _gemma.NORMS, _gemma.NORM_OFFSET, _gemma.NAMES
+ffn, embed, head = _gemma.ffn, _gemma.embed, _gemma.head
 
 
 def mixer(config: Config, layer: int) -> Attention:
     """transformers does not look at attn_logit_softcapping here."""
-    refuse_both_ways(config)
-    return attention(
-        config,
-        layer,
-        window=sliding(config, layer),
-        qkv_bias=config["attention_bias"],
-        o_bias=config["attention_bias"],
-        qk_norm="each head",
-        scale=float(config["query_pre_attn_scalar"]) ** -0.5,
-        rotary=Rotary(config["layer_types"][layer]),
-    )
-
-
-def ffn(config: Config, layer: int) -> GatedMLP:
-    return gated_mlp(config, layer, act="hidden_activation")
-
-
-def embed(config: Config) -> dict[str, Any]:
-    return {"scale": need(config, "hidden_size") ** 0.5}
-
-
-def head(config: Config) -> dict[str, Any]:
-    return {"cap": config["final_logit_softcapping"]}
+    return _gemma.mixer(config, layer, qk_norm="each head", rotary=Rotary(config["layer_types"][layer]))

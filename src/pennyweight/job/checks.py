@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from pennyweight.disk.checkpoint import Checkpoint, read_config, safetensors_bytes
+from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
+from pennyweight.disk.model_config import read_config
 from pennyweight.disk.reading import json_file
 from pennyweight.disk.tokenizer import load_tokenizer
 from pennyweight.evals.agree import Agreement

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pennyweight.disk.checkpoint import Checkpoint, read_entry, read_header
+from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.tensors import read_entry, read_header
 from pennyweight.live import magnitudes
 from pennyweight.live.parts import Parts
 from pennyweight.live.walk import Walk, autocast

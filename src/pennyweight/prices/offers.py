@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pennyweight import formats, kinds, variants
-from pennyweight.disk.checkpoint import header_bytes
+from pennyweight.disk.tensors import header_bytes
 from pennyweight.model.blocks import Block
 from pennyweight.model.choices import PARENT, Choice
 from pennyweight.model.demand import Budget, Workload

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pennyweight.disk.checkpoint import checksum, read_entry, read_header
+from pennyweight.disk.tensors import checksum, read_entry, read_header
 
 _SUM = "checksum"
 Tensors = dict[str, torch.Tensor]

@@ -156,7 +156,7 @@ class Store:
 
     def tensors(self, key: str) -> dict[str, torch.Tensor]:
         """Raises RuntimeError if nothing is kept under the key, or nothing whole; its file is read to be sure."""
-        from pennyweight.disk.checkpoint import read_entry, read_header
+        from pennyweight.disk.tensors import read_entry, read_header
 
         self._whole.discard(_file(self._value(key)) or "")
         path = self.path(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pennyweight.disk.checkpoint import CONFIG
+from pennyweight.disk.model_config import CONFIG
 from pennyweight.sources.folder import Folder
 from pennyweight.sources.gguf.file import is_gguf
 from pennyweight.sources.gguf.source import GgufSource
