@@ -27,10 +27,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pennyweight import kinds
-from pennyweight.model.stored import Stored
+from pennyweight.model.stored import BFLOAT16, Stored
 
 if TYPE_CHECKING:
     import torch
+
+    from pennyweight.model.blocks import Block
+
+STOCK = "pack-quantized"
+"""The CONFIG_FORMAT that stock transformers reads."""
 
 SUPER_GROUPS = 8
 """Groups that share the factors of their scales, as in ggml's Q4_K."""
@@ -93,6 +98,19 @@ def _all() -> list[ModuleType]:
 def on_disk(name: str, suffix: str) -> str:
     """The tensor that a part of the matrix `name` is."""
     return name + suffix.removeprefix("weight")
+
+
+def joined_in(block: Block) -> dict[str, tuple[str, ...]]:
+    """Of the modules that hold several of a block's matrices those that do on disk as well, and these: where they are
+    kept as stock transformers reads them, which knows no others."""
+    kept = {name.removesuffix(".weight"): weight.stored for name, weight in block.tensors().items() if weight.is_matrix}
+    found = {}
+    for module, parts in block.joins.items():
+        names = tuple(f"{block.prefix}{module}.{part}" for part in parts)
+        ways = {kept.get(name) for name in names}
+        if len(ways) == 1 and (way := ways.pop()) is not None and (way == BFLOAT16 or of(way).CONFIG_FORMAT == STOCK):
+            found[block.prefix + module] = names
+    return found
 
 
 def tensors_of(name: str) -> set[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pennyweight.formats import Find, Grid, numbers, refuse_damage
+from pennyweight.formats import STOCK, Find, Grid, numbers, refuse_damage
 from pennyweight.model.stored import Stored
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ BLOCK_VALUES = 2**22
 MARK = "weight_packed"
 PARTS = (MARK, "weight_scale", "weight_shape")
 IN_PLACE = False
-CONFIG_FORMAT = "pack-quantized"
+CONFIG_FORMAT = STOCK
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ already quantised. Finished layers are kept in the run folder, so a stopped run 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from pennyweight.disk.writer import Writer
 from pennyweight.job.packed import Packed
 from pennyweight.judge.stats import Collector, SlotStats, of_slot
 from pennyweight.live import magnitudes
-from pennyweight.live.load import STOCK
 from pennyweight.live.parts import Parts, set_linear
 from pennyweight.live.walk import Layer, Walk, autocast
 from pennyweight.model.blocks import Block
@@ -71,7 +70,7 @@ def pack(
         if child.logits_slot == Slot("head"):
             tensors |= _packed(child.head(), layout, SlotStats({}, codes=codes), leave=False)
         store.put_tensors("pack/head", tensors)
-    writer = Writer(out, joins=_joins(child, _blocks(child, layout)))
+    writer = Writer(out, joins=_joined(_blocks(child, layout)))
     for key in ("pack/embed", *(f"pack/{index}" for index in range(child.layers)), "pack/head"):
         for name, tensor in store.tensors(key).items():
             writer.add(name, tensor)
@@ -152,15 +151,8 @@ def _blocks(child: Walk, layout: Layout) -> list[Block]:
     ]
 
 
-def _joins(child: Walk, blocks: list[Block]) -> dict[str, tuple[str, ...]]:
-    """The matrices that lie on disk as one: those that stock transformers reads, which knows no others."""
-    read = {
-        name.removesuffix(".weight")
-        for block in blocks
-        for name, weight in block.tensors().items()
-        if weight.stored == BFLOAT16 or formats.of(weight.stored).CONFIG_FORMAT == STOCK
-    }
-    return {whole: parts for whole, parts in families.joined(child.checkpoint.config).items() if read >= set(parts)}
+def _joined(blocks: Iterable[Block]) -> dict[str, tuple[str, ...]]:
+    return {whole: parts for block in blocks for whole, parts in formats.joined_in(block).items()}
 
 
 def _config(child: Walk, layout: Layout) -> dict[str, Any]:
@@ -170,7 +162,7 @@ def _config(child: Walk, layout: Layout) -> dict[str, Any]:
     config.pop("torch_dtype", None)  # the key's older name
     config["dtype"] = "bfloat16"  # as `_packed` writes it, whatever the parent's type was
     groups: dict[Stored, list[str]] = {}
-    wholes = {part: whole for whole, parts in _joins(child, blocks).items() for part in parts}
+    wholes = {part: whole for whole, parts in _joined(blocks).items() for part in parts}
     for block in blocks:
         for name, weight in block.tensors().items():
             if weight.is_matrix and weight.stored != BFLOAT16:
@@ -179,12 +171,12 @@ def _config(child: Walk, layout: Layout) -> dict[str, Any]:
                 if (target := wholes.get(module, module)) not in targets:
                     targets.append(target)
     if groups:
-        others = sorted({formats.of(stored).CONFIG_FORMAT for stored in groups} - {STOCK})
+        others = sorted({formats.of(stored).CONFIG_FORMAT for stored in groups} - {formats.STOCK})
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",
             # transformers skips a method it does not know and fills the missing weights with noise; at a format it does
             # not know it stops.
-            "format": others[0] if others else STOCK,
+            "format": others[0] if others else formats.STOCK,
             "quantization_status": "compressed",
             "config_groups": {
                 f"group_{i}": formats.of(stored).config_group(stored, groups[stored])

@@ -12,13 +12,9 @@ import torch
 from pennyweight import families, formats
 from pennyweight.disk import reading
 from pennyweight.disk.checkpoint import Checkpoint
-from pennyweight.formats import packed_int
 from pennyweight.live.joined import take_apart
 from pennyweight.live.patch import installed
 from pennyweight.live.walk import Walk, attention_of
-
-STOCK = packed_int.CONFIG_FORMAT
-"""The one format that transformers reads itself."""
 
 
 def compute_dtype(wanted: str = "auto") -> torch.dtype:
@@ -43,7 +39,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
     if generation.exists():
         reading.json_file(generation, dict[str, Any])
     config = families.transformers_config(walk.checkpoint.config)
-    if (getattr(config, "quantization_config", None) or {}).get("format", STOCK) != STOCK:
+    if (getattr(config, "quantization_config", None) or {}).get("format", formats.STOCK) != formats.STOCK:
         return _load_own(walk, config, dtype)
     if getattr(config, "quantization_config", None):
         config.quantization_config["dequantize"] = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -89,15 +89,20 @@ class Offer:
 
 def file_bytes(block: Block) -> int:
     """Bytes the slot adds to the written files: tensors, and an upper bound on their header entries."""
+    weights = block.tensors()
+    for whole, parts in formats.joined_in(block).items():
+        first, *others = (weights.pop(f"{part}.weight") for part in parts)
+        rows = first.shape[0] + sum(weight.shape[0] for weight in others)
+        weights[f"{whole}.weight"] = replace(first, shape=(rows, first.shape[1]))
     entries: list[tuple[str, tuple[int, ...]]] = []
-    for name, weight in block.tensors().items():
+    for name, weight in weights.items():
         if not weight.is_matrix:
             entries.append((name, weight.shape))
             continue
         *stack, rows, columns = weight.shape
         for suffix, (_, shape) in weight.stored.tensors(rows, columns).items():
             entries.append((formats.on_disk(name, suffix), (*stack, *shape)))
-    return block.shape.nbytes + header_bytes(entries)
+    return sum(weight.nbytes for weight in weights.values()) + header_bytes(entries)
 
 
 def offers(block: Block, scored: Mapping[str, float], workload: Workload, seconds: Seconds) -> list[Offer]:
