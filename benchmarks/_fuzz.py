@@ -123,7 +123,7 @@ def server(count: int) -> dict[str, Any]:
                         ask(made["method"], path, content, {"Content-Type": "application/json"})
 
                     by_schema()
-                done += _raw(port, count // 3, bad)
+                done += _raw(port, count - done, bad)  # an operation without parameters has few cases
                 with contextlib.suppress(httpx.TransportError):
                     if client.get("/health").status_code != 200:
                         bad.append("/health is not well afterwards")

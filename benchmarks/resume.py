@@ -217,7 +217,10 @@ class Bench:
                 if code == 0:
                     break  # it had nothing left to write
                 said = log.read_text()
-                other += code != GOES_ON or _FULL.search(said) is None or "Traceback" in said
+                wrong = code != GOES_ON or _FULL.search(said) is None or "Traceback" in said
+                if wrong:
+                    print(f"full disk {filled}: exit code {code}: {said[-600:]}")
+                other += wrong
                 filled += 1
                 stages[stage(said)] += 1
             if not out.exists():
