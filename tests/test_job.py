@@ -643,6 +643,18 @@ def test_what_the_run_folder_takes_is_told_beforehand_and_bounded(pico, text, tm
     assert not run_folder(tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("there", [10**12, 10**5])
+def test_a_disk_that_is_full_beforehand_is_full_and_one_that_is_too_small_is_refused(
+    pico, text, tmp_path, monkeypatch, there
+):
+    monkeypatch.setattr("pennyweight.runs.space.free_bytes", lambda folder: 0)
+    monkeypatch.setattr("pennyweight.runs.space.whole_bytes", lambda folder: there)
+    with pytest.raises(OSError if there > 10**6 else ValueError, match="needs up to") as told:
+        run(pico("llama"), tmp_path / "out", config(text))
+    assert getattr(told.value, "errno", errno.ENOSPC) == errno.ENOSPC
+    assert not run_folder(tmp_path / "out").exists()
+
+
 def test_moments_that_only_codes_need_are_not_kept(pico, text, tmp_path):
     """Those of an FFN's inner activation are most of what statistics take."""
     wanted = config(text, budget={"weights": "40%"}, axes=("bits",))

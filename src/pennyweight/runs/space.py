@@ -43,9 +43,18 @@ def is_full(err: Exception) -> bool:
 
 def free_bytes(folder: Path) -> int:
     """Space left on the disk that a folder lies on, or would."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    stat = os.statvfs(there)
-    return stat.f_bavail * stat.f_frsize
+    disk = _disk_of(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
+def whole_bytes(folder: Path) -> int:
+    """All that this disk holds."""
+    disk = _disk_of(folder)
+    return disk.f_blocks * disk.f_frsize
+
+
+def _disk_of(folder: Path) -> os.statvfs_result:
+    return os.statvfs(next(each for each in (folder, *folder.absolute().parents) if each.exists()))
 
 
 def used_bytes(folder: Path) -> int:
