@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 
 import _bench
 import _reference
-from pennyweight.job.solve import library
+from pennyweight.job.solve import assembled
 from pennyweight.search import random
 
 LEVELS = (0.10, 0.20, 0.30, 0.50, 0.70)
@@ -31,7 +31,7 @@ def main() -> int:
     options = _reference.parser(__doc__).parse_args()
     sampled = 12 if options.quick else 60
     job = _reference.scored(options.model, score_rows=2 if options.quick else 8)
-    children = library(job, job.text.score)
+    children = assembled(job, job.text.score)
     spearman: dict[str, float] = {}
     ratio: dict[str, float] = {}
     cases = [(f"{level:.0%}", _reference.STRUCTURAL, level) for level in LEVELS]

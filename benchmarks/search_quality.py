@@ -13,7 +13,7 @@ import sys
 import _bench
 import _reference
 from pennyweight import kinds
-from pennyweight.job.solve import library
+from pennyweight.job.solve import assembled
 from pennyweight.search import Infeasible
 
 BUDGETS = ((_reference.STRUCTURAL, 0.80), (_reference.STRUCTURAL, 0.65), (_reference.ALL, 0.30), (_reference.ALL, 0.20))
@@ -23,7 +23,7 @@ SEEDS = (0, 1, 2)
 def main() -> int:
     options = _reference.parser(__doc__).parse_args()
     job = _reference.scored(options.model, score_rows=2 if options.quick else 8)
-    children = library(job, _reference.held_out(job, 8 if options.quick else 32))
+    children = assembled(job, _reference.held_out(job, 8 if options.quick else 32))
     keys: dict[str, dict[str, float | None]] = {}
     lowest, clearly = 0, 0
     for axes, share in BUDGETS:

@@ -71,11 +71,13 @@ class DataConfig(_Strict):
 
 
 class HealConfig(_Strict):
-    """Distillation after building. Tokens are per slot for `local`, in all for `whole`; 0 leaves a stage out.
+    """Distillation: `library` of every variant before it is scored, `local` of the child's blocks, `whole` of the
+    child. Tokens are per variant, per slot and in all; 0 leaves a stage out.
 
     Peak learning rates are chosen by the model's width and by how much it lost, unless given.
     """
 
+    library_tokens: int = Field(default=0, ge=0)
     local_tokens: int = Field(default=60_000, ge=0)
     whole_tokens: int = Field(default=300_000, ge=0)
     local_lr: float | None = Field(default=None, gt=0)

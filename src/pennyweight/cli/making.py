@@ -54,6 +54,9 @@ def fit(
     heal_tokens: Annotated[
         int | None, typer.Option(min=0, help="Tokens of whole-model distillation; 0 for none.")
     ] = None,
+    library_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Tokens per variant of distillation before it is scored; 0 for none.")
+    ] = None,
     local_tokens: Annotated[
         int | None, typer.Option(min=0, help="Tokens per block of local distillation; 0 for none.")
     ] = None,
@@ -97,7 +100,7 @@ def fit(
                     "score_rows": score_rows,
                     "held_out_rows": held_out_rows,
                 },
-                "heal": {"whole_tokens": heal_tokens, "local_tokens": local_tokens},
+                "heal": {"whole_tokens": heal_tokens, "local_tokens": local_tokens, "library_tokens": library_tokens},
                 "metric": metric,
                 "search": search,
                 "search_seed": search_seed,

@@ -56,7 +56,7 @@ def heal(
             if store.get(key) is None:
                 pupil = child.layer(index).parts[slot]
                 mixed = layer.having(slot, pupil.modules(), pupil.shape)
-                loss = _train(mixed, slot, hidden, target, steps, peak, batch_rows, parent.dtype)
+                loss = train(mixed, slot, hidden, target, steps, peak, batch_rows, parent.dtype)
                 tensors = {name: parameter.detach().bfloat16() for name, parameter in pupil.parameters()}
                 store.put_tensors(key, tensors)
                 store.put(f"heal/local-loss/{slot}", loss)
@@ -67,7 +67,7 @@ def heal(
     return healed
 
 
-def _train(
+def train(
     layer: Layer,
     slot: Slot,
     hidden: torch.Tensor,
@@ -76,14 +76,19 @@ def _train(
     lr: float,
     batch_rows: int,
     dtype: torch.dtype,
+    *,
+    first: int = 0,
+    judges: int | None = None,
 ) -> list[float]:
     """Loss before and after on rows kept apart. `layer` is the parent's with the pupil in one slot, whose modules are
-    trained in place, in float32, or left as they were if training did not help."""
+    trained in place, in float32, or left as they were if training did not help. hidden, target (rows, tokens,
+    hidden_size): what enters and what should leave it; the batches begin with number `first`. `judges`: how many rows,
+    the last ones, are kept apart."""
     trained: list[nn.Parameter] = []
     for module in layer.parts[slot].modules().values():
         module.float().requires_grad_(True)
         trained += list(module.parameters())
-    kept = schedule.judges(len(hidden))
+    kept = schedule.judges(len(hidden)) if judges is None else judges
     seen = max(1, len(hidden) - kept)
     before = [parameter.detach().clone() for parameter in trained]
 
@@ -97,18 +102,18 @@ def _train(
         with torch.no_grad():
             return float(forward(slice(-kept, None)))
 
-    first = measure()
+    at_first = measure()
     loop.run(
-        lambda step: forward(torch.arange(step * batch_rows, (step + 1) * batch_rows) % seen),
+        lambda step: forward(torch.arange((first + step) * batch_rows, (first + step + 1) * batch_rows) % seen),
         trained,
         [loop.adamw(trained, lr)],
         steps=steps,
         rate=lambda step: schedule.cosine(step, steps),
     )
     last = measure()
-    if last >= first:  # a block that was nearly right can only lose to a few steps of noise
+    if last >= at_first:  # a block that was nearly right can only lose to a few steps of noise
         with torch.no_grad():
             for parameter, old in zip(trained, before, strict=True):
                 parameter.copy_(old)
-        last = first
-    return [first, last]
+        last = at_first
+    return [at_first, last]

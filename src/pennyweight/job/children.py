@@ -41,7 +41,7 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
             parent = layer.run(parent, together=4)
             tensors = _stats(job, layer.index) if any(layout.get(slot) for slot in layer.parts) else {}
             for slot, own in layer.parts.items():
-                of = stats.of_slot(tensors, slot.kind, codes=job.found_codes, owner=slot)
+                of = stats.of_slot(tensors, slot.kind, codes=job.found_codes, owner=slot, library=job.library)
                 apply(own, layout.get(slot, PARENT), of)
             child = layer.run(child, together=4)
             job.listen.advance(layer.index + 1)
@@ -70,7 +70,7 @@ def build(job: Job, layout: Mapping[Slot, Choice], folder: Path) -> Path:
         chosen = {slot: structural(layout.get(slot, PARENT)) for slot in layer.parts}
         tensors = _stats(job, layer.index) if any(chosen.values()) else {}
         for slot, choice in chosen.items():
-            parts = apply(layer.parts[slot], choice, stats.of_slot(tensors, slot.kind))
+            parts = apply(layer.parts[slot], choice, stats.of_slot(tensors, slot.kind, owner=slot, library=job.library))
             shapes[slot] = parts.shape
             for name, parameter in parts.parameters():
                 writer.add(name, parameter.bfloat16())
@@ -109,7 +109,7 @@ def heal(job: Job, layout: Mapping[Slot, Choice], built: Path, folder: Path) -> 
 
 def _heal_local(job: Job, changed: Mapping[Slot, Choice], ids: torch.Tensor, built: Path, folder: Path) -> Path:
     plan = job.config.heal
-    how = plan.model_dump(include={"local_tokens", "local_lr", "batch_rows"})
+    how = plan.model_dump(include={"library_tokens", "local_tokens", "local_lr", "batch_rows"})
     for slot, choice in changed.items():  # what another layout had here as well stays
         results = f"heal/local/{slot}", f"heal/local-loss/{slot}"
         job.store.made_from(f"heal/local/{slot}", {"choice": choice.to_json(), **how}, *results)

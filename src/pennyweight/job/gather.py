@@ -200,7 +200,7 @@ def score_choices(job: Job) -> None:
 
     files = {layer: job.store.path(f"stats/{layer}") for layer in range(layers)}
     tasks = [
-        (job.model, chunks[c].ids, chunks[c].scored, job.scratch, c, group, files, job.codes, job.dtype)
+        (job.model, chunks[c].ids, chunks[c].scored, job.scratch, c, group, files, job.codes, job.dtype, job.library)
         for c, group in todo
     ]
     ran = executor.run(score.score_chunk, tasks, job.where, on_tick=heard)

@@ -152,6 +152,11 @@ class Job:
         return self.run / "codes"
 
     @property
+    def library(self) -> Path | None:
+        """The folder of variants that were trained before they were scored; None if none are to be."""
+        return self.run / "library" if self.config.heal.library_tokens else None
+
+    @property
     def found_codes(self) -> Remembered:
         return Remembered(self.codes)
 

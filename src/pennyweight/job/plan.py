@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from pennyweight import units, variants
 from pennyweight.job.gather import chunk_count, singles
 from pennyweight.job.job import Job
+from pennyweight.job.library import learns
 from pennyweight.judge import codes
 from pennyweight.live import magnitudes
 from pennyweight.model.slots import Slot
@@ -20,7 +23,7 @@ from pennyweight.runs import space
 
 def plan(job: Job) -> dict[str, Any]:
     """Check that the budget can be met and say what the job will do. Raises Infeasible before any work, ValueError if
-    the run folder's disk, or --max-disk, is too small."""
+    the run folder's disk, or --max-disk, is too small, OSError (ENOSPC) if others have taken too much of the disk."""
     seconds, how = prices(job)
     job.listen.begin("plan", total=1)
     found = planning.prospect(job.blocks, job.config.axes, job.workload, seconds, scored_tokens=job.row_tokens)
@@ -29,10 +32,11 @@ def plan(job: Job) -> dict[str, Any]:
     needs = disk(job)
     left = space.free_bytes(job.run) + space.used_bytes(job.run)
     if needs.bytes > left:
-        raise ValueError(
-            f"the run folder {job.run} needs up to {units.show_bytes(needs.bytes)}, its disk has "
-            f"{units.show_bytes(left)} for it; free some or choose another --run"
-        )
+        wanted, there = units.show_bytes(needs.bytes), units.show_bytes(left)
+        if needs.bytes > space.whole_bytes(job.run):
+            raise ValueError(f"the run folder {job.run} needs up to {wanted}, more than its disk; choose another --run")
+        told = f"the run folder {job.run} needs up to {wanted}, {there} are left for it"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), told)
     job.listen.advance(1)
     bounds = f"; a share of the weights is one of {units.show_bytes(job.parent_bytes)}, the parent in 16 bits"
     shares = "%" in (job.config.budget.weights or "")
@@ -84,6 +88,7 @@ def _disk_bytes(job: Job, *, thrifty: bool) -> int:
     again = sum(_stats_bytes(job, slot, codes.spent(shape, config.axes)) for slot, shape in job.shapes.items())
     for slot, own in offered.items():
         again += sum(weight.nbytes for weight, _ in codes.wanted(job.shapes[slot], own).values())
+    again += _library_bytes(job)
     child = job.parent_bytes
     heals = any(not variants.stores(axis) for axis in config.axes)
     local, all_of_it = (child * (heals and n > 0) for n in (config.heal.local_tokens, config.heal.whole_tokens))
@@ -102,6 +107,14 @@ def _disk_bytes(job: Job, *, thrifty: bool) -> int:
 
 _SMALL = 2**24
 """For the database and headers of files."""
+
+
+def _library_bytes(job: Job) -> int:
+    """Of variants that are trained before they are scored."""
+    if job.library is None:
+        return 0
+    learning = {slot: [c for choice in own if (c := learns(choice))] for slot, own in singles(job).items()}
+    return sum(variants.reshape(job.shapes[slot], choice).nbytes for slot, own in learning.items() for choice in own)
 
 
 def _stats_bytes(job: Job, slot: Slot, spent: Collection[str]) -> int:

@@ -24,6 +24,7 @@ from pennyweight.job import checks as verify
 from pennyweight.job.children import build, heal, measure_unhealed
 from pennyweight.job.gather import gather_stats, score_choices
 from pennyweight.job.job import Job
+from pennyweight.job.library import train_library
 from pennyweight.job.pack import pack
 from pennyweight.job.parent import hold_parent
 from pennyweight.job.plan import described, disk, plan
@@ -101,6 +102,7 @@ class _Run:
         _ = self.planned
         self._kept("parent", "parent", {}, lambda: hold_parent(job).to_json(), dict[str, Any])
         self._timed("stats", lambda: gather_stats(job))
+        self._timed("library", lambda: train_library(job))
         self._timed("score", lambda: score_choices(job))
         inputs = self._asked("axes", "budget", "metric", "min_different", "search", "solutions", "sweep", "workload")
         inputs |= self._machine | {"seed": job.config.drawn_by}
@@ -117,7 +119,9 @@ class _Run:
     @cached_property
     def _structure(self) -> dict[str, Any]:
         """What the child in 16 bits is made from."""
-        return {"structure": layout_to_json({slot: structural(choice) for slot, choice in self.layout.items()})}
+        said = {"structure": layout_to_json({slot: structural(choice) for slot, choice in self.layout.items()})}
+        tokens = self.job.config.heal.library_tokens
+        return said | ({"library": self.store.get("inputs/library")} if tokens else {})
 
     @cached_property
     def _healing(self) -> dict[str, Any]:
@@ -125,7 +129,9 @@ class _Run:
 
     def unhealed(self) -> None:
         def measured() -> dict[str, float]:
-            gather_stats(self.job, {slot: [choice] for slot, choice in self.layout.items() if choice})
+            chosen = {slot: [choice] for slot, choice in self.layout.items() if choice}
+            gather_stats(self.job, chosen)
+            train_library(self.job, chosen)
             return measure_unhealed(self.job, self.layout)
 
         self._kept("unhealed", "measure child", self._whole_layout, measured, dict[str, float])
@@ -134,6 +140,7 @@ class _Run:
         def build_it(folder: Path) -> None:
             structure = {slot: structural(choice) for slot, choice in self.layout.items() if structural(choice)}
             gather_stats(self.job, {slot: [choice] for slot, choice in structure.items()})
+            train_library(self.job, {slot: [choice] for slot, choice in structure.items()})
             build(self.job, self.layout, folder)
 
         self._made_from("build", self._structure, "folder/built")
@@ -245,5 +252,6 @@ class _Run:
 
     def _forget_gathered(self) -> None:
         self._drop_codes()
-        for prefix in ("stats/", "gathered/"):
+        for prefix in ("stats/", "gathered/", "library/"):
             self.store.drop(prefix)
+        shutil.rmtree(self.job.run / "library", ignore_errors=True)

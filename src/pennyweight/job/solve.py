@@ -9,8 +9,9 @@ from typing import Any
 from pennyweight import kinds, texts
 from pennyweight.job.gather import gather_stats, scores, singles
 from pennyweight.job.job import Job
+from pennyweight.job.library import train_library
 from pennyweight.job.plan import prices
-from pennyweight.judge.library import Library
+from pennyweight.judge.assembled import Assembled
 from pennyweight.model.choices import Choice, layout_to_json
 from pennyweight.model.demand import Budget, Workload
 from pennyweight.model.slots import Slot
@@ -134,7 +135,7 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
     return found
 
 
-def library(job: Job, rows: texts.Rows) -> Library:
+def assembled(job: Job, rows: texts.Rows) -> Assembled:
     """Children of the job's parent in memory, measured on `rows`. Raises ValueError if the parent does not fit
     --max-ram."""
     if not job.fits_whole:
@@ -142,12 +143,15 @@ def library(job: Job, rows: texts.Rows) -> Library:
             f"trying whole children needs the model in memory; --max-ram {job.config.max_ram} is too small"
         )
     gather_stats(job, singles(job))
-    return Library(job.walk, lambda layer: job.store.tensors(f"stats/{layer}"), rows, codes=job.found_codes)
+    train_library(job, singles(job))
+    return Assembled(
+        job.walk, lambda layer: job.store.tensors(f"stats/{layer}"), rows, codes=job.found_codes, library=job.library
+    )
 
 
 def _true_kl(job: Job, table: Mapping[Slot, Sequence[Offer]]) -> Callable[[tuple[int, ...]], float]:
     """What the evolutionary search minimises: the child's measured KL on the scored rows."""
-    made = library(job, job.text.score)
+    made = assembled(job, job.text.score)
 
     def evaluate(choice: tuple[int, ...]) -> float:
         picked = {slot: row[v].choice for (slot, row), v in zip(table.items(), choice, strict=True)}

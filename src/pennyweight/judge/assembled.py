@@ -1,4 +1,4 @@
-"""A library of blocks: children assembled in memory from variants made once, for trying many layouts quickly.
+"""Children assembled in memory from variants made once, for trying many layouts quickly.
 
 For models that fit in memory. Every (slot, choice) is built a single time, as it was scored; a child is then the
 parent's layers with other blocks put in, run from the first changed layer on.
@@ -7,6 +7,7 @@ parent's layers with other blocks put in, run from the first changed layer on.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -23,7 +24,7 @@ from pennyweight.variants import apply
 _TOGETHER = 4  # rows
 
 
-class Library:
+class Assembled:
     """Children of one parent, measured on fixed rows."""
 
     def __init__(
@@ -33,9 +34,11 @@ class Library:
         rows: texts.Rows,
         *,
         codes: Remembered | None = None,
+        library: Path | None = None,
     ) -> None:
-        """`stats_of(layer)` gives the layer's statistics, read when first needed; `codes`: those that were found."""
-        self._walk, self._stats_of, self._codes = walk, stats_of, codes
+        """`stats_of(layer)` gives the layer's statistics, read when first needed; `codes`: those that were found;
+        `library`: the folder of variants that were trained."""
+        self._walk, self._stats_of, self._codes, self._library = walk, stats_of, codes, library
         self._layers = list(walk.each())
         self._blocks: dict[tuple[Slot, str], Parts] = {}
         self._ids, self._scored = torch.from_numpy(rows.ids), torch.from_numpy(rows.scored)
@@ -50,7 +53,7 @@ class Library:
         if key not in self._blocks:
             assert slot.layer is not None
             parts = self._layers[slot.layer].fork(slot).parts[slot]
-            own = of_slot(self._stats_of(slot.layer), slot.kind, codes=self._codes, owner=slot)
+            own = of_slot(self._stats_of(slot.layer), slot.kind, codes=self._codes, owner=slot, library=self._library)
             self._blocks[key] = apply(parts, choice, own)
         return self._blocks[key]
 

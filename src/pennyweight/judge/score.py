@@ -229,11 +229,12 @@ def score_chunk(
     stats: Mapping[int, Path],
     codes: Path,
     dtype: torch.dtype,
+    library: Path | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Task: {slot: {choice key: sums}} over one chunk. Sums are over scored tokens (kl, lm, tokens) or rows.
 
     ids (rows, tokens + 1), scored (rows, tokens) bool; stats: layer -> file of its statistics; codes: the folder of
-    those that were found.
+    those that were found; library: that of variants that were trained.
     """
     walk, found = Walk(Checkpoint(model), dtype=dtype), Remembered(codes)
     progress, wanted = _Progress(folder, chunk, group), dict(group.slots)
@@ -248,7 +249,9 @@ def score_chunk(
                 del parts
         for index in range(group.first_layer, walk.layers) if group.first_layer >= 0 else ():
             begin = {slot: offered for slot, offered in group.slots if slot.layer == index}
-            _through_layer(walk, index, begin, hidden_path(folder, chunk, index), stats.get(index), found, progress)
+            _through_layer(
+                walk, index, begin, hidden_path(folder, chunk, index), stats.get(index), found, progress, library
+            )
         final = scratch.needed(hidden_path(folder, chunk, walk.layers))["hidden"]
         pending = [(*each, hidden) for each, (_, hidden) in progress.states.items()]
         pending += [(Slot("head"), choice, final) for choice in wanted.get(Slot("head"), ())]
@@ -264,6 +267,7 @@ def _through_layer(
     stats: Path | None,
     codes: Remembered,
     progress: _Progress,
+    library: Path | None,
 ) -> None:
     """States one layer further, and those of this layer's own choices begun from what enters the parent's. A function
     of its own, so that the layer and its moments are gone before the next layer or the logits need room."""
@@ -280,7 +284,7 @@ def _through_layer(
         return
     hidden, tensors = scratch.needed(entering)["hidden"], {} if stats is None else read(stats)
     for slot, offered in begin.items():
-        of = of_slot(tensors, slot.kind, codes=codes, owner=slot)
+        of = of_slot(tensors, slot.kind, codes=codes, owner=slot, library=library)
         for choice in offered:
             edited = layer.fork(slot)
             apply(edited.parts[slot], choice, of)

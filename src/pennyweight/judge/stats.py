@@ -19,6 +19,7 @@ take on disk. Where only quantisers read it, and they have found their codes (co
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from pennyweight.disk.tensors import read_entry, read_header
 from pennyweight.live import magnitudes
 from pennyweight.live.parts import Parts
 from pennyweight.live.walk import Walk, autocast
+from pennyweight.model.choices import Choice
 from pennyweight.model.slots import Slot
 from pennyweight.runs import executor, scratch
 from pennyweight.runs.scratch import Remembered
@@ -43,13 +45,19 @@ Wanted = Mapping[Slot, tuple[str, ...]]
 
 class SlotStats(dict[str, Any]):
     """Statistics of one slot; remembers what a quantiser prepared from a moment, which several specs share, and where
-    codes are kept that were found already. `owner` names the slot, for codes that depend on its statistics."""
+    codes are kept that were found already. `owner` names the slot, for codes that depend on its statistics; `library`:
+    the folder of variants that were trained (heal/library.py), None if none are."""
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], *, codes: Remembered | None = None, owner: str = ""
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        codes: Remembered | None = None,
+        owner: str = "",
+        library: Path | None = None,
     ) -> None:
         super().__init__(tensors)
-        self.codes, self.owner = codes, owner
+        self.codes, self.owner, self._library = codes, owner, library
         self._prepared: dict[tuple[str, str], Any] = {}
 
     def prepared(self, moment: str, quantizer: Any) -> Any:
@@ -57,6 +65,16 @@ class SlotStats(dict[str, Any]):
         if key not in self._prepared:
             self._prepared[key] = quantizer.prepare(self.get(moment))
         return self._prepared[key]
+
+    def trained(self, choice: Choice) -> Mapping[str, torch.Tensor] | None:
+        """The weights that a variant was trained to, by name on disk; None where none are trained. Raises RuntimeError
+        if they should be there and are not."""
+        return None if self._library is None else scratch.needed(variant_path(self._library, self.owner, choice))
+
+
+def variant_path(library: Path, slot: Slot | str, choice: Choice) -> Path:
+    """The file of a variant's weights in the folder of those that were trained."""
+    return library / f"{slot}-{hashlib.sha256(choice.key().encode()).hexdigest()[:16]}.safetensors"
 
 
 class Collector:
@@ -196,9 +214,15 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def of_slot(
-    tensors: Mapping[str, torch.Tensor], kind: str, *, codes: Remembered | None = None, owner: Slot | None = None
+    tensors: Mapping[str, torch.Tensor],
+    kind: str,
+    *,
+    codes: Remembered | None = None,
+    owner: Slot | None = None,
+    library: Path | None = None,
 ) -> SlotStats:
-    """One slot's statistics from its layer's; `codes` of its matrices are kept by the name of their `owner`."""
+    """One slot's statistics from its layer's; `codes` of its matrices, and its variants in the `library`, are kept by
+    the name of their `owner`."""
     prefix = f"{kind}."
     own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    return SlotStats(own, codes=codes, owner=str(owner))
+    return SlotStats(own, codes=codes, owner=str(owner), library=library)

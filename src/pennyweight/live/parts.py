@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,6 +83,12 @@ class Parts:
         """(name on disk, parameter) of every weight of the shape."""
         for weight in self.shape.weights():
             yield self.place.tensor(weight.name), self.parameter(weight.name)
+
+    def fill(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put weights, by name on disk, into the modules."""
+        with torch.no_grad():
+            for name, parameter in self.parameters():
+                parameter.copy_(weights[name])
 
     def parameter(self, weight: str) -> torch.nn.Parameter:
         return self.root.get_parameter(self.place.names[weight])

@@ -146,6 +146,7 @@ class Data(Told):
 
 
 class Heal(Told):
+    library_tokens: NotRequired[int]
     local_tokens: int
     whole_tokens: int
 

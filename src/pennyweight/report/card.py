@@ -120,12 +120,16 @@ def _source(data: Mapping[str, Any]) -> str:
 def _history(report: Mapping[str, Any]) -> str:
     config = report["config"]
     proven = "proven optimal" if best(report)["optimal"] else "not proven optimal"
+    before, local, whole = (
+        f"{config['heal'].get(key, 0):,} tokens" for key in ("library_tokens", "local_tokens", "whole_tokens")
+    )
     steps = [
         f"{report['plan']['choices']} choices (axes: {', '.join(config['axes'])}) were scored, each alone in its slot, "
         f"by {_facts.METRICS[report['metric']]}.",
         f"The combination of least summed score within the budget was found by `{config['search']}`, {proven}.",
     ]
-    local, whole = (f"{config['heal'][key]:,} tokens" for key in ("local_tokens", "whole_tokens"))
+    if config["heal"].get("library_tokens"):
+        steps.insert(0, f"Every variant that can learn was distilled against the parent's block, on {before} each.")
     if report["local_heal"]:
         steps.append(f"Every block whose shape changed was distilled against the parent's, on {local} each.")
     if report["whole_heal"]:

@@ -9,6 +9,7 @@ An axis is a file with
     reshape(shape, spec), apply(parts, spec, stats)    the same change to a shape, and to live modules
     STORES             True if it says how matrices are kept and read, and leaves what they compute nearly as it was;
                        its specs then have a `method` that finds codes (quantize/)
+    TRAINS             True if its variants may learn by themselves before they are judged (heal/library.py)
     DEFAULT            False if it is searched only where it is asked for
 """
 
@@ -23,6 +24,7 @@ from pennyweight.model.shapes import Shape, Shapes
 from pennyweight.model.slots import Slot
 
 if TYPE_CHECKING:
+    from pennyweight.judge.stats import SlotStats
     from pennyweight.live.parts import Parts
 
 
@@ -64,14 +66,22 @@ def reshape_all(shapes: Shapes, layout: Layout) -> dict[Slot, Shape]:
     return {slot: reshape(shape, layout.get(slot, PARENT)) for slot, shape in shapes.items()}
 
 
-def apply(parts: Parts, choice: Choice, stats: Mapping[str, Any]) -> Parts:
-    """Make a slot's modules what the choice says, in float32 arithmetic. The parent's choice changes nothing."""
+def apply(parts: Parts, choice: Choice, stats: SlotStats) -> Parts:
+    """Make a slot's modules what the choice says, in float32 arithmetic: with the weights that a variant was trained
+    to, where it was. The parent's choice changes nothing."""
     import torch
 
     with torch.autocast("cpu", enabled=False):
         for axis, spec in choice.specs:
             parts = kinds.load("variants", axis).apply(parts, spec, stats)
+            if trains(axis) and (weights := stats.trained(Choice(((axis, spec),)))) is not None:
+                parts.fill(weights)
     return parts
+
+
+def trains(axis: str) -> bool:
+    """Whether an axis' variants may learn by themselves before they are judged."""
+    return getattr(kinds.load("variants", axis), "TRAINS", False)
 
 
 def structural(choice: Choice) -> Choice:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PLACE = 11
 STATS = ("activation_mean_abs", "inner_moment")
+TRAINS = True
 ALIGN = 128  # widths are multiples of this where the parent allows, so that every int4 group size fits
 SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 

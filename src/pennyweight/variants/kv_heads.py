@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PLACE = 10
 STATS = ("inner_moment",)
+TRAINS = True
 
 
 @dataclass(frozen=True)

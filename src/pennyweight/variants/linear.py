@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PLACE = 1
 STATS = ("input_moment", "cross_moment")
+TRAINS = True
 
 
 @dataclass(frozen=True)
