@@ -48,7 +48,7 @@ def scored(model: Path, *, score_rows: int = 8) -> Job:
     )
     version = hashlib.sha256(f"{_bench.package_hash()} {model.resolve()} {score_rows}".encode()).hexdigest()[:12]
     folder = _bench.work_folder("scored") / version
-    made = open_job(model, folder / "out", config, run=folder, listen=Terminal())
+    made = open_job(model, folder / "out", config, run=folder / "run", listen=Terminal())
     gather_stats(made)
     score_choices(made)
     return made

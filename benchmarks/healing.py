@@ -38,7 +38,7 @@ def healed(job: Job, layout: Layout, built: Path, text: Path, ways: tuple[str, .
         },
     )
     folder = built.parent / name
-    own = open_job(job.model, folder / "out", config, run=folder, listen=Terminal())
+    own = open_job(job.model, folder / "out", config, run=folder / "run", listen=Terminal())
     return heal(own, layout, built, folder / "healed")
 
 
