@@ -146,6 +146,15 @@ def test_another_course_is_another_library(pico, text, tmp_path):
         train_library(job)
         score_choices(job)
         assert scores(job) != first and path.read_bytes() != before
+    with open_job(model, out, config(text, axes=("ffn_width",), heal={"library_tokens": 0})) as job:
+        train_library(job)
+        score_choices(job)
+        raw = scores(job)
+        assert raw != first and not path.exists()
+    with open_job(model, tmp_path / "raw", config(text, axes=("ffn_width",), heal={"library_tokens": 0})) as job:
+        gather_stats(job)
+        score_choices(job)
+        assert scores(job) == raw
 
 
 def test_the_child_starts_from_what_learned(pico, text, tmp_path):

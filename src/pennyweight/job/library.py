@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 
 from pennyweight import variants
 from pennyweight.heal import library
@@ -19,10 +20,10 @@ from pennyweight.runs import executor
 def train_library(job: Job, choices: Mapping[Slot, Collection[Choice]] | None = None) -> None:
     """See that every variant among `choices` that can learn has (of all that are not scored yet, if none are given).
     What has is not trained again."""
-    if job.library is None:
+    _forget_others(job)
+    course = course_of(job)
+    if job.library is None or course is None:
         return
-    course = library.Course(job.config.heal.library_tokens, job.config.heal.local_lr, job.config.heal.batch_rows)
-    _forget_others(job, course)
     if choices is None:
         choices = {slot: offered for missing in unscored(job) for slot, offered in missing.items()}
     wanted = {slot: [c for choice in offered if (c := learns(choice))] for slot, offered in choices.items()}
@@ -64,6 +65,12 @@ def train_library(job: Job, choices: Mapping[Slot, Collection[Choice]] | None = 
     job.listen.end()
 
 
+def course_of(job: Job) -> library.Course | None:
+    """How variants are trained; None if they are not."""
+    heal = job.config.heal
+    return library.Course(heal.library_tokens, heal.local_lr, heal.batch_rows) if heal.library_tokens else None
+
+
 def learns(choice: Choice) -> Choice | None:
     """What of a choice learns by itself, if anything does."""
     return next((Choice((item,)) for item in choice.specs if variants.trains(item[0])), None)
@@ -79,8 +86,8 @@ def _is_there(job: Job, slot: Slot, choice: Choice) -> bool:
     return choice.key() in _told(job, slot) and library.losses(job.library, slot, choice) is not None
 
 
-def _forget_others(job: Job, course: library.Course) -> None:
-    """Variants that took another course, and what was scored with them."""
-    told = {"tokens": course.tokens, "lr": course.lr, "batch_rows": course.batch_rows}
-    if not job.store.made_from("library", told, "library/", "score/") and job.library is not None:
-        shutil.rmtree(job.library, ignore_errors=True)
+def _forget_others(job: Job) -> None:
+    """Variants that took another course, or none, and what was scored with them."""
+    course = course_of(job)
+    if not job.store.made_from("library", {} if course is None else asdict(course), "library/", "score/"):
+        shutil.rmtree(job.run / "library", ignore_errors=True)

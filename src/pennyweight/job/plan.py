@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pennyweight import units, variants
+from pennyweight.heal.schedule import JUDGES
 from pennyweight.job.gather import chunk_count, singles
 from pennyweight.job.job import Job
 from pennyweight.job.library import learns
@@ -89,13 +90,14 @@ def _disk_bytes(job: Job, *, thrifty: bool) -> int:
     for slot, own in offered.items():
         again += sum(weight.nbytes for weight, _ in codes.wanted(job.shapes[slot], own).values())
     again += _library_bytes(job)
+    learning = 2 * hidden * (JUDGES - (-config.heal.library_tokens // job.row_tokens)) if job.library else 0
     child = job.parent_bytes
     heals = any(not variants.stores(axis) for axis in config.axes)
     local, all_of_it = (child * (heals and n > 0) for n in (config.heal.local_tokens, config.heal.whole_tokens))
     shipped = min(child, job.budget.weight_bytes or child) + offers.FILE_OVERHEAD
     kept = 0 if thrifty else again
     stages = (
-        again + max(gathering, scoring),
+        again + max(gathering, learning, scoring),
         again + child,
         # Slots healed by themselves and the child of them; the child and Adam's two moments in float32, twice while
         # they are replaced, and the child at last.

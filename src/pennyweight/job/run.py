@@ -24,7 +24,7 @@ from pennyweight.job import checks as verify
 from pennyweight.job.children import build, heal, measure_unhealed
 from pennyweight.job.gather import gather_stats, score_choices
 from pennyweight.job.job import Job
-from pennyweight.job.library import train_library
+from pennyweight.job.library import course_of, train_library
 from pennyweight.job.pack import pack
 from pennyweight.job.parent import hold_parent
 from pennyweight.job.plan import described, disk, plan
@@ -105,12 +105,18 @@ class _Run:
         self._timed("library", lambda: train_library(job))
         self._timed("score", lambda: score_choices(job))
         inputs = self._asked("axes", "budget", "metric", "min_different", "search", "solutions", "sweep", "workload")
-        inputs |= self._machine | {"seed": job.config.drawn_by}
+        inputs |= self._machine | self._library | {"seed": job.config.drawn_by}
         return self._kept("chosen", "solve", inputs, lambda: solve_all(job), dict[str, list[dict[str, Any]]])
 
     @cached_property
     def layout(self) -> dict[Slot, Choice]:
         return layout_from_json(self.chosen["solutions"][0]["layout"])
+
+    @cached_property
+    def _library(self) -> dict[str, Any]:
+        """How variants were trained that scores are of and the child starts from; nothing if they were not."""
+        course = course_of(self.job)
+        return {} if course is None else {"library": asdict(course)}
 
     @cached_property
     def _whole_layout(self) -> dict[str, Any]:
@@ -119,9 +125,8 @@ class _Run:
     @cached_property
     def _structure(self) -> dict[str, Any]:
         """What the child in 16 bits is made from."""
-        said = {"structure": layout_to_json({slot: structural(choice) for slot, choice in self.layout.items()})}
-        tokens = self.job.config.heal.library_tokens
-        return said | ({"library": self.store.get("inputs/library")} if tokens else {})
+        structure = layout_to_json({slot: structural(choice) for slot, choice in self.layout.items()})
+        return {"structure": structure} | self._library
 
     @cached_property
     def _healing(self) -> dict[str, Any]:
@@ -134,7 +139,7 @@ class _Run:
             train_library(self.job, chosen)
             return measure_unhealed(self.job, self.layout)
 
-        self._kept("unhealed", "measure child", self._whole_layout, measured, dict[str, float])
+        self._kept("unhealed", "measure child", self._whole_layout | self._library, measured, dict[str, float])
 
     def built(self) -> Path:
         def build_it(folder: Path) -> None:

@@ -129,7 +129,7 @@ def _history(report: Mapping[str, Any]) -> str:
         f"The combination of least summed score within the budget was found by `{config['search']}`, {proven}.",
     ]
     if config["heal"].get("library_tokens"):
-        steps.insert(0, f"Every variant that can learn was distilled against the parent's block, on {before} each.")
+        steps.insert(0, f"Every variant that can learn was distilled against the parent's block, on up to {before}.")
     if report["local_heal"]:
         steps.append(f"Every block whose shape changed was distilled against the parent's, on {local} each.")
     if report["whole_heal"]:
