@@ -278,12 +278,12 @@ def test_what_was_requantised_is_said(pico, tmp_path):
 
 
 def test_files_are_served(brain, family):
-    from tests.test_serve import httpx, serving
+    from tests.test_serve import get, post, serving
 
     with serving(open_model(brain, threads=1)) as (address, _):
-        assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "model"
+        assert get(f"{address}/v1/models").json()["data"][0]["id"] == "model"
         ask = {"model": "model", "prompt": "hello", "max_tokens": 4, "temperature": 0}
-        assert httpx.post(f"{address}/v1/completions", json=ask).json()["usage"]["prompt_tokens"] > 1
+        assert post(f"{address}/v1/completions", json=ask).json()["usage"]["prompt_tokens"] > 1
 
 
 def test_commands_that_take_folders_say_so(brain, tmp_path):
