@@ -20,6 +20,7 @@ import signal
 import struct
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -391,7 +392,7 @@ def main(count: int, *, first: int = 0, tell: Callable[[str], None] = print) -> 
     faults: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         sound = models(Path(folder))
-        left = list(range(first, first + count))
+        left, began = list(range(first, first + count)), time.monotonic()
         while left:
             ours, theirs = multiprocessing.Pipe(duplex=False)
             process = multiprocessing.get_context("spawn").Process(target=_worker, args=(left[:2000], sound, theirs))
@@ -418,6 +419,9 @@ def main(count: int, *, first: int = 0, tell: Callable[[str], None] = print) -> 
                 tell(faults[-1])
             process.join()
             left = left[len(done) :]
+            tried = count - len(left)
+            seconds = (time.monotonic() - began) * len(left) / tried
+            tell(f"{tried} of {count} damaged files, {seconds / 60:.0f} min to go")
     return {"cases": count, "counts": dict(sorted(counts.items())), "faults": faults}
 
 
