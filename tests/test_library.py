@@ -154,6 +154,7 @@ def test_another_course_is_another_library(pico, text, tmp_path):
     with open_job(model, tmp_path / "raw", config(text, axes=("ffn_width",), heal={"library_tokens": 0})) as job:
         gather_stats(job)
         score_choices(job)
+        train_library(job)  # asked for afterwards, and for nothing: scores stay
         assert scores(job) == raw
 
 

@@ -89,5 +89,7 @@ def _is_there(job: Job, slot: Slot, choice: Choice) -> bool:
 def _forget_others(job: Job) -> None:
     """Variants that took another course, or none, and what was scored with them."""
     course = course_of(job)
+    if course is None and not job.store.knows_inputs("library"):
+        return  # nothing was ever trained here; scores are of variants as they begin
     if not job.store.made_from("library", {} if course is None else asdict(course), "library/", "score/"):
         shutil.rmtree(job.run / "library", ignore_errors=True)

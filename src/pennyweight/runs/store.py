@@ -186,6 +186,10 @@ class Store:
         self.put(f"inputs/{stage}", wanted)
         return False
 
+    def knows_inputs(self, stage: str) -> bool:
+        """Whether a stage was ever said to be made from anything."""
+        return self.get(f"inputs/{stage}") is not None
+
     def drop(self, name: str) -> None:
         """Forget the result under a key, or all under keys that begin with `name` if it ends in a slash; files that
         nothing else names are deleted."""
