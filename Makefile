@@ -1,13 +1,14 @@
 # Everything on a fresh machine with Python 3.11 and, for the native module, a C++ compiler.
 #   make demo   set up, then fit the shipped model to a fifth of its size (about 4 minutes on 2 cores)
 #   make test   set up, then run the tests (under 6 minutes on 2 cores, no network after the set-up)
+#   make mutants   change the maths, one operator at a time, and see that a test fails (hours; goes on where it was)
 #   make gpu    add what the kernels for GPUs need (300 MB to fetch, 1 GB on disk); their tests are skipped without
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo test lint mutants gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/penny demo
@@ -19,6 +20,9 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+mutants: $(VENV)/ready
+	$(BIN)/python benchmarks/mutants.py
 
 gpu: $(VENV)/ready
 	$(BIN)/pip install --quiet -c constraints.txt 'triton; sys_platform == "linux"' wgpu

@@ -23,6 +23,7 @@ from pennyweight.prices.measure import processor
 REPOSITORY = Path(__file__).resolve().parents[1]
 _BENCHMARKS = REPOSITORY / "benchmarks"
 _PACKAGE = REPOSITORY / "src" / "pennyweight"
+_NATIVE = REPOSITORY / "native"
 _KEPT = _BENCHMARKS / ".cache"
 _OPERATORS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt}
 
@@ -90,14 +91,15 @@ def remember(script: str, inputs_hash: str, result: dict[str, Any]) -> None:
 
 
 def _key(script: str, inputs_hash: str) -> str:
-    """SHA-256 over the inputs, the script, its helpers and every file of the package."""
+    """SHA-256 over the inputs, the script, its helpers and every file of the package and its native module."""
     own = (_BENCHMARKS / f"{script}.py", *sorted(_BENCHMARKS.glob("_*.py")))
     return hashlib.sha256(f"{inputs_hash} {_hash(own)} {package_hash()}".encode()).hexdigest()
 
 
 def package_hash() -> str:
-    """SHA-256 over every file of the package."""
-    return _hash(sorted(path for path in _PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts))
+    """SHA-256 over every file of the package and of its native module."""
+    files = (path for folder in (_PACKAGE, _NATIVE) for path in folder.rglob("*"))
+    return _hash(sorted(path for path in files if path.is_file() and "__pycache__" not in path.parts))
 
 
 def _hash(files: Iterable[Path]) -> str:

@@ -16,6 +16,7 @@ from streaming import SHAPE
 
 SHIPPED = _bench.REPOSITORY / "src" / "pennyweight" / "data" / "reference-dense"
 CONTEXT = 1024  # or what the model takes, if that is less
+_LITTLE = 32 << 20  # bytes of tensors that are too small for pages of 2 MiB
 
 
 def folder(name: str) -> Path:
@@ -30,10 +31,15 @@ def gguf(name: str, kind: str, ggml: _llama.Ggml) -> Path:
     return _llama.write_gguf(folder(name), _bench.work_folder("decode") / f"{name}-{kind}.gguf", kind, ggml)
 
 
+def sparse_folder(name: str, share: float) -> Path:
+    """Where `sparse` makes its model."""
+    return _bench.work_folder("decode") / f"{name}-sparse-{share}-g64"
+
+
 def sparse(name: str, share: float) -> Path:
     """Every block in zigzag, groups of 64, leaving out `share` of its inputs' channels by tables counted on a little
     text; embedding and head in 4 bits by rows, groups of 64 as well: 4.25 bits everywhere. Made once."""
-    out = _bench.work_folder("decode") / f"{name}-sparse-{share}-g64"
+    out = sparse_folder(name, share)
     if out.exists():
         return out
     import torch
@@ -70,6 +76,7 @@ class Ours:
         self.engine = Engine(model, context=CONTEXT, threads=threads, sparsity=sparsity)
         self._sequence = self.engine.open(self.engine.context)
         self._position, self._logits = 0, np.empty((0, 0), np.float32)
+        self.kept: list[float] = []  # share of their columns that sparse matrices read, of every token written
 
     def prompt(self, tokens: list[int]) -> float:
         from pennyweight.runtime.engine import Row
@@ -92,11 +99,27 @@ class Ours:
             started = time.perf_counter()
             self._logits = self.engine.step([Row(self._sequence, self._position, token, True, True)])
             seconds.append(time.perf_counter() - started)
+            self.kept.append(self.engine.kept_share)
             self._position += 1
         return seconds
 
     def close(self) -> None:
         self.engine.close(self._sequence)
+
+
+def theirs(model: Path, *, threads: int) -> _llama.Worker:
+    """llama.cpp with a model. Raises RuntimeError if the system has huge pages and most of its weights are in small
+    ones: ours would be read faster for that alone."""
+    worker, nbytes = _llama.Worker(model, context=CONTEXT, threads=threads), model.stat().st_size
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    has = enabled.exists() and "[never]" not in enabled.read_text()
+    if has and worker.huge_bytes < 0.8 * (nbytes - _LITTLE):
+        worker.close()
+        raise RuntimeError(
+            f"llama.cpp has {worker.huge_bytes >> 20} of {nbytes >> 20} MiB in huge pages, ours has all; free memory, "
+            "so that the system finds some, and try again"
+        )
+    return worker
 
 
 def prompt(vocabulary: int, tokens: int) -> list[int]:

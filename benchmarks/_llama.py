@@ -176,7 +176,8 @@ def _huge_pages(base: int, size: int) -> None:
 
 
 class Worker:
-    """A model in llama.cpp, in a process of its own that waits between commands."""
+    """A model in llama.cpp, in a process of its own that waits between commands. Its weights lie in huge pages, as ours
+    do, where the system has them: `huge_bytes`."""
 
     def __init__(self, model: Path, *, context: int, threads: int) -> None:
         script = Path(__file__).with_name("_llama_worker.py")
@@ -186,8 +187,11 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env={**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},  # what malloc maps, madvised
         )
-        self.vocabulary = self._ask({"load": str(model), "context": context, "threads": threads})["vocabulary"]
+        told = self._ask({"load": str(model), "context": context, "threads": threads})
+        self.vocabulary: int = told["vocabulary"]
+        self.huge_bytes: int = told["huge_bytes"]
 
     def prompt(self, tokens: list[int]) -> float:
         """Seconds to read a prompt from an empty cache."""

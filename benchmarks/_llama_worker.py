@@ -8,6 +8,7 @@ import ctypes
 import json
 import sys
 import time
+from pathlib import Path
 
 import llama_cpp  # pyright: ignore[reportMissingImports]
 
@@ -19,6 +20,7 @@ def main() -> None:
         if "load" in asked:
             llama_cpp.llama_backend_init()
             settings = llama_cpp.llama_model_default_params()
+            settings.use_mmap = False  # pages of a file are small ones
             model = llama_cpp.llama_model_load_from_file(asked["load"].encode(), settings)
             if not model:
                 raise SystemExit(f"llama.cpp does not load {asked['load']}")
@@ -29,7 +31,7 @@ def main() -> None:
             options.n_threads = options.n_threads_batch = asked["threads"]
             options.no_perf = True
             context = llama_cpp.llama_init_from_model(model, options)
-            answer = {"vocabulary": vocabulary}
+            answer = {"vocabulary": vocabulary, "huge_bytes": _huge_bytes()}
         elif "prompt" in asked:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
             answer = {"seconds": [_decode(context, asked["prompt"])]}
@@ -72,6 +74,13 @@ def _logits(context, tokens: list, vocabulary: int, to: str) -> None:
     rows = [llama_cpp.llama_get_logits_ith(context, i) for i in range(len(tokens))]
     np.save(to, [np.ctypeslib.as_array(row, (vocabulary,)).copy() for row in rows])
     llama_cpp.llama_batch_free(batch)
+
+
+def _huge_bytes() -> int:
+    """Of this process' memory, what lies in huge pages; 0 where the system does not tell."""
+    told = Path("/proc/self/smaps_rollup")
+    lines = told.read_text().splitlines() if told.exists() else []
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
 
 
 def _largest(values) -> int:

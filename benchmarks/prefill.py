@@ -23,7 +23,7 @@ def main() -> int:
     arguments = _bench.parser(__doc__).parse_args()
     if _llama.folder() is None:
         return _bench.skip("prefill", arguments.quick, _llama.MISSING)
-    if arguments.quick and not (_bench.work_folder("decode") / f"1b-sparse-{SHARE}").exists():
+    if arguments.quick and not _decoding.sparse_folder("1b", SHARE).exists():
         return _bench.skip("prefill", True, "the 1 B models are made by a full run, in some minutes")
     ggml, keys, bars = _llama.Ggml(), {}, []
     files = {kind: _decoding.gguf("1b", kind, ggml) for kind in ("q4_0", "q4_K")}
@@ -35,7 +35,7 @@ def main() -> int:
             "zigzag": _decoding.Ours(_decoding.sparse("1b", SHARE), threads=threads),
         }
         for kind, path in files.items():
-            variants[f"llama.cpp {kind}"] = _llama.Worker(path, context=_decoding.CONTEXT, threads=threads)
+            variants[f"llama.cpp {kind}"] = _decoding.theirs(path, threads=threads)
         ids = _decoding.prompt(variants["dense"].engine.vocab_size, TOKENS)
         prompts, _ = _decoding.in_turn(variants, ids, rounds=2 if arguments.quick else 4, new=1)
         print(f"\n{TOKENS} tokens, {threads} threads")

@@ -16,7 +16,19 @@ from pennyweight import families, kinds
 from pennyweight.formats import packed_int
 from pennyweight.model.blocks import Block
 from pennyweight.model.demand import Budget, Workload
-from pennyweight.model.shapes import Attention, Dense, Embedding, GatedMLP, Head, MoE, Noop, Norm, Shape, parameters
+from pennyweight.model.shapes import (
+    Attention,
+    Dense,
+    Embedding,
+    GatedMLP,
+    Head,
+    MoE,
+    Noop,
+    Norm,
+    Shape,
+    Sparsity,
+    parameters,
+)
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16
 from pennyweight.prices import offers, planning
@@ -436,3 +448,16 @@ def test_a_file_that_is_no_machine_is_named_with_the_reason(tmp_path, text, reas
     path.write_text(text)
     with pytest.raises(ValueError, match=f"mine.json.*{reason}"):
         Machine.load(str(path))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_batch_reads_the_columns_that_any_of_its_sequences_keeps(batch):
+    """Each leaves out its own: of a column kept with probability p by each of B, 1 - (1 - p)^B is read."""
+    dense = GatedMLP(hidden_size=256, intermediate_size=512)
+    sparse = dataclasses.replace(dense, sparsity=Sparsity(0.25, 0.5))
+    share = {"gate_proj": 0.75, "up_proj": 0.75, "down_proj": 0.5}
+    wanted = sum(weight.nbytes * (1 - (1 - share.get(weight.name, 1.0)) ** batch) for weight in sparse.weights())
+    workload = Workload(prompt=7, new=9, concurrency=batch)
+    prefill, decode = computed(READER)(sparse, workload)
+    assert decode == pytest.approx(wanted)
+    assert prefill == sum(weight.nbytes for weight in sparse.weights()), "prompts are read with all columns"

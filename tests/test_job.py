@@ -159,16 +159,19 @@ def test_check_finds_another_layout(finished, tmp_path):
 def test_check_holds_the_engine_against_other_logits(finished, monkeypatch):
     pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
     out, ids = finished[1], torch.arange(20)
-    logits = load_model(out, dtype=torch.float32)(ids.view(1, -1)).logits[0].detach()
-    assert verify.check_engine(out, ids, logits).ok
-    assert not verify.check_engine(out, ids, logits.roll(1, dims=1)).ok
+    model = load_model(out, dtype=torch.float32)
+    assert [check.ok for check in verify.check_engine(out, ids, model)] == [True]
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.roll(1, dims=0))
+    assert [check.ok for check in verify.check_engine(out, ids, model)] == [False]
 
     def raising(err):
         def native_module():
             raise err
 
         monkeypatch.setattr(engine, "native_module", native_module)
-        return verify.check_engine(out, ids, logits)
+        (check,) = verify.check_engine(out, ids, model)
+        return check
 
     check = raising(engine.NativeMissing("the native module is missing"))
     assert (check.ok, check.failed, check.not_run) == (False, False, "the native module is missing")

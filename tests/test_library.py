@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from pennyweight.config import FitConfig, merged
 from pennyweight.disk.checkpoint import Checkpoint
-from pennyweight.heal import library
+from pennyweight.heal import library, schedule
 from pennyweight.job.gather import gather_stats, score_choices, scores, singles
 from pennyweight.job.job import open_job
 from pennyweight.job.library import learns, train_library
@@ -15,10 +17,12 @@ from pennyweight.job.run import run_job
 from pennyweight.judge.stats import SlotStats, variant_path
 from pennyweight.live.walk import Walk
 from pennyweight.model.choices import Choice
+from pennyweight.model.shapes import Attention, GatedMLP
 from pennyweight.model.slots import Slot
-from pennyweight.runs import scratch
+from pennyweight.runs import executor, scratch
 from pennyweight.runs.events import Silent
 from pennyweight.variants import apply, bits, ffn_width, kv_heads, noop
+from tests.live import after
 
 FFN, MIXER = Slot("ffn", 1), Slot("mixer", 1)
 HALF = Choice((("ffn_width", ffn_width.Spec(64)),))
@@ -171,3 +175,94 @@ def test_the_child_starts_from_what_learned(pico, text, tmp_path):
             )
             kept.pop("losses")
             assert kept and all(torch.equal(child.read(name), tensor) for name, tensor in kept.items())
+
+
+def test_what_is_cheaper_in_everything_and_better_by_far_beats():
+    shapes = [GatedMLP(hidden_size=64, intermediate_size=width) for width in (64, 96)]
+    assert library._beats(shapes, [1.0, 1.3], 0, 1) and not library._beats(shapes, [1.0, 1.25], 0, 1)
+    assert not library._beats(shapes, [1.3, 1.0], 1, 0), "what costs more beats nothing"
+    assert not library._beats(shapes, [0.0, 0.0], 0, 0), "nor itself"
+    mixers = [Attention(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, window=w) for w in (None, 8)]
+    same = [dataclasses.replace(mixers[0]), mixers[0]]
+    assert library._beats(same, [1.0, 2.0], 0, 1), "at equal cost the better one does"
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("mixer", 48), ("ffn", 48), ("ffn", 96), ("ffn", 70)])
+def test_a_slot_is_trained_alone_on_what_enters_it_in_the_parent(pico, kind, tokens):
+    """An FFN gets what its mixer left, in rows of at most 64 tokens; its loss is that of the layer's output."""
+    layer, slot = Walk(Checkpoint(pico("qwen3"))).layer(1), Slot(kind, 1)
+    entering = torch.randn(6, tokens, 64, generator=torch.Generator().manual_seed(0))
+    alone, hidden, target = library._alone(layer, slot, entering, 2, torch.float32)
+    with torch.no_grad():
+        x = entering if kind == "mixer" else after(layer, Slot("mixer", 1), entering)
+        y = layer.run(entering)
+    rows = {48: 48, 96: 48, 70: 35}[tokens] if kind == "ffn" else tokens
+    assert hidden.shape == target.shape == (6 * tokens // rows, rows, 64)
+    torch.testing.assert_close(hidden.reshape(x.shape), x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(target.reshape(y.shape), y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone.run(hidden), target, rtol=1e-4, atol=1e-4)
+    pupil = alone.fork(slot)
+    apply(pupil.parts[slot], Choice((("noop", noop.Spec()),)), SlotStats({}))
+    left = y - x if kind == "ffn" else None
+    if left is not None:  # without its FFN, what is missing is what the FFN adds
+        torch.testing.assert_close((target - pupil.run(hidden)).reshape(left.shape), left, rtol=1e-4, atol=1e-4)
+
+
+def test_how_a_variant_is_trained(pico, tmp_path, monkeypatch):
+    """Steps by tokens and rows, each stretch from where the last one ended, at half the rate of healing."""
+    walk, calls = Walk(Checkpoint(pico("llama"))), []
+
+    def told(layer, slot, hidden, target, steps, lr, batch_rows, dtype, **more):
+        calls.append({"steps": steps, "lr": lr, "rows": batch_rows, **more, "shape": tuple(hidden.shape)})
+        for parameter in dict(layer.parts[slot].parameters()).values():
+            parameter.data.add_(1.0)
+        return [0.5, 0.25 / len(calls)]
+
+    monkeypatch.setattr(library.local, "train", told)
+    entering = tmp_path / "entering.safetensors"
+    scratch.keep(entering, {"hidden": torch.randn(20, 96, 64)})
+    slice_ = Choice((("ffn_width", ffn_width.Spec(64, "slice")),))
+    stats = tmp_path / "stats.safetensors"
+    scratch.keep(stats, {"ffn.activation_mean_abs": torch.arange(128.0)})
+    ticks = []
+    task = (
+        walk.checkpoint.folder,
+        FFN,
+        [slice_],
+        entering,
+        stats,
+        tmp_path,
+        library.Course(8 * 4 * 48, None, 4),
+        torch.float32,
+    )
+    list(executor.run(library.train, [task], on_tick=ticks.append))
+    judges = schedule.judges(20) * 96 // 48
+    common = {"lr": 0.5 * schedule.local_lr(64), "rows": 4, "judges": judges, "shape": (40, 48, 64)}
+    assert calls == [{"steps": 2, "first": 0, **common}, {"steps": 6, "first": 2, **common}]
+    assert library.losses(tmp_path, FFN, slice_) == [0.5, 0.25, 0.125] and ticks == [0.25, 0, 0.75, 0]
+    kept = scratch.needed(variant_path(tmp_path, FFN, slice_))
+    raw = dict(apply(walk.layer(1).parts[FFN], slice_, SlotStats(stats_of(stats))).parameters())
+    for name, parameter in raw.items():  # the second stretch goes on from what the first one kept in 16 bits
+        assert torch.equal(kept[name], ((parameter.data + 1).bfloat16().float() + 1).bfloat16())
+    calls.clear()
+    other = Choice((("ffn_width", ffn_width.Spec(48, "slice")),))
+    task = (walk.checkpoint.folder, FFN, [other], entering, stats, tmp_path, library.Course(1, 3e-4, 4), torch.float32)
+    list(executor.run(library.train, [task]))
+    assert [(call["steps"], call["first"], call["lr"]) for call in calls] == [(1, 0, 3e-4), (2, 1, 3e-4)]
+
+
+def stats_of(path):
+    return {"activation_mean_abs": scratch.needed(path)["ffn.activation_mean_abs"]}
+
+
+def test_what_leaves_a_layer_is_passed_on_once(pico, tmp_path):
+    walk, entering, leaving = Walk(Checkpoint(pico("llama"))), tmp_path / "in", tmp_path / "out"
+    hidden = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(0))
+    scratch.keep(entering, {"hidden": hidden})
+    library.pass_on(walk.checkpoint.folder, 1, entering, leaving, 2, torch.float32)
+    with torch.no_grad():
+        wanted = walk.layer(1).run(hidden)
+    torch.testing.assert_close(scratch.needed(leaving)["hidden"], wanted, rtol=1e-5, atol=1e-6)
+    scratch.keep(leaving, {"hidden": hidden})
+    library.pass_on(walk.checkpoint.folder, 1, entering, leaving, 2, torch.float32)
+    assert torch.equal(scratch.needed(leaving)["hidden"], hidden)

@@ -487,3 +487,30 @@ def test_a_problem_that_makes_no_sense_is_refused_where_it_is_made(changes, mess
     sound = Problem((np.zeros(2),) * 2, (np.zeros((2, 1)),) * 2, np.array([1.0]), ("a",))
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(sound, **changes)
+
+
+def test_a_choice_that_was_not_proven_in_time_is_not_called_optimal(monkeypatch):
+    """HiGHS says with its status that it stopped before the proof; its choice is given all the same."""
+    problem, milp = layers(3, 6, 4), mip.milp
+    best = mip.solve(problem)
+
+    def stopped(*args, **kwargs):
+        result = milp(*args, **kwargs)
+        result.status = 1
+        return result
+
+    monkeypatch.setattr(mip, "milp", stopped)
+    found = mip.solve(problem)
+    assert best.optimal and not found.optimal and found.choice == best.choice
+
+
+def test_a_core_that_ran_out_of_time_proves_nothing(monkeypatch):
+    """The best of some columns is not the best of all until the others are ruled out."""
+    scores = (np.zeros(63), np.array([0.0, 10.0, 6.0]))
+    costs = (np.zeros((63, 1)), np.array([[10.0], [0.0], [5.0]]))
+    problem = Problem(scores, costs, np.array([5.0]), ("weights",))
+    monkeypatch.setattr(
+        mip, "time", type("clock", (), {"perf_counter": staticmethod(itertools.count(0.0, 1e3).__next__)})
+    )
+    found = mip.solve(problem, time_limit_s=1.0)
+    assert problem.allows(found.choice) and not found.optimal

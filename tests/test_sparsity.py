@@ -14,8 +14,10 @@ from pennyweight import formats, quantize
 from pennyweight.config import merged
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.formats import zigzag
+from pennyweight.job import checks
 from pennyweight.job.job import open_job
 from pennyweight.job.plan import plan
+from pennyweight.judge.stats import SlotStats
 from pennyweight.live import magnitudes
 from pennyweight.live.load import load_model
 from pennyweight.live.streamed import Streamed
@@ -75,8 +77,6 @@ def test_zigzag_bytes_are_those_of_the_format():
 
 def test_a_row_of_another_size_costs_nothing():
     """Groups span rows; without a scale per row the small ones would round to nothing."""
-    from pennyweight.judge.stats import SlotStats
-
     weight = torch.randn(128, 64) * torch.logspace(-3, 0, 128).unsqueeze(1)
     parts = quantize.pack(weight, "input", SlotStats({}), sparsity.Spec(0.0, 0.0).stored, "gptq")
     error = (formats.unpack(parts) - weight).norm(dim=1) / weight.norm(dim=1)
@@ -214,6 +214,38 @@ def test_the_engine_runs_what_transformers_runs(finished):
     assert (none.logits(ids, sparse=True) == none.logits(ids)).all()
 
 
+def test_the_check_of_the_engine_holds_sparse_children_too(finished, monkeypatch):
+    """All tokens with all columns, and as many columns as were asked for: dropping every one of them is not ok."""
+    from pennyweight.runtime import lower
+
+    pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
+    out, ids = finished[1], torch.arange(96).mul(7919).remainder(300)
+    model = load_model(out, dtype=torch.float32)
+    shares = [module.left_out for module in model.modules() if getattr(module, "left_out", 0)]
+
+    def ok(**more) -> list[bool]:
+        return [check.ok for check in checks.check_engine(out, ids, model, **more)]
+
+    assert ok(near=0.25) == [True, True]  # these tokens are no text
+    assert [module.left_out for module in model.modules() if getattr(module, "left_out", 0)] == shares
+    for other, wrong in ((1e30, "none"), (0.0, "all")):
+        with monkeypatch.context() as patch:
+            patch.setattr(lower, "threshold", lambda table, share, other=other: torch.tensor(other))
+            assert ok(near=0.25) == [True, False], wrong
+    tables = [module.magnitudes for module in model.modules() if getattr(module, "left_out", 0)]
+    before = [table.data.clone() for table in tables]
+    for table in tables:
+        table.data.fill_(1e30)
+    with monkeypatch.context() as patch:  # both sides drop everything, which is not what was asked for
+        patch.setattr(lower, "threshold", lambda table, share: torch.tensor(1e30))
+        assert ok(near=0.25) == [True, False]
+    for table, old in zip(tables, before, strict=True):
+        table.data.copy_(old)
+    last = model.get_input_embeddings()
+    last.weight.data[int(ids[-1])] += 1.0  # the last token alone is another one
+    assert ok(near=0.25)[0] is False
+
+
 def test_what_was_written_sparsely_begins_no_prompt(finished):
     """An answer does not depend on what happens to be in the cache: prompts are read with all columns."""
     from pennyweight.runtime.engine import Engine
@@ -256,3 +288,63 @@ def test_a_folder_that_lacks_a_tensor_or_has_one_too_many_is_refused(finished, t
         save_file(tensors, folder / "model.safetensors")
         with pytest.raises(ValueError, match=said):
             load_model(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_slot_is_thinned_by_its_own_counts(pico, weighted):
+    """By plain counts, or by weighted ones where importance counts; each activation by its own."""
+    counted = {
+        f"{activation}_{name}": magnitudes.counts(scale * torch.rand(5000, generator=torch.Generator().manual_seed(i)))
+        for i, (activation, name, scale) in enumerate(
+            [
+                ("input", "counts", 1.0),
+                ("input", "weighted_counts", 2.0),
+                ("inner", "counts", 3.0),
+                ("inner", "weighted_counts", 4.0),
+            ]
+        )
+    }
+    for slot in (Slot("mixer", 0), Slot("ffn", 0)):
+        parts = Walk(Checkpoint(pico("llama"))).layer(0).parts[slot]
+        spec = sparsity.Spec(0.3, 0.5, weighted)
+        thinned = sparsity.thin(parts, spec, SlotStats(counted))
+        assert thinned.shape.sparsity == spec.sparsity
+        for activation, share, most in (("input", 0.3, (1.0, 2.0)), ("inner", 0.5, (3.0, 4.0))):
+            module, readers = thinned.reading(activation)
+            found = counted[f"{activation}_{'weighted_counts' if weighted else 'counts'}"]
+            assert torch.equal(module.magnitudes.data, magnitudes.quantiles(found).bfloat16().float())
+            assert module.left_out == share and float(module.magnitudes[-1]) == pytest.approx(most[weighted], rel=0.02)
+            if weighted:
+                wanted = magnitudes.importance([linear.weight for linear in readers]).bfloat16()
+                assert torch.equal(module.importance.data, wanted.float())
+            else:
+                assert module.importance is None
+
+
+def test_seen_whole_and_the_channels_that_are_kept():
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
+    assert magnitudes.kept(block, torch.zeros(1, 9, 4)) == {}
+    with torch.no_grad():
+        block[0].weight.copy_(torch.eye(4))
+    magnitudes.leave_out(block[0], 4, 0.5)
+    block[0].magnitudes.data = torch.linspace(0, 2, len(block[0].magnitudes))  # half is below 1
+    x = torch.tensor([0.5, 3.0, -0.9, -1.1]).expand(1, 9, 4)
+    with magnitudes.whole(block):
+        assert torch.equal(block[0](x), x) and magnitudes.kept(block, x) == {}
+    assert block[0].left_out == 0.5 and not torch.equal(block[0](x), x)
+    assert magnitudes.kept(block, x) == {block[0]: (10, 20)}
+    x = torch.cat([torch.zeros(1, 4, 4), 0.5 * x[:, 4:]], dim=1)  # the first are whole, whatever they are
+    assert magnitudes.kept(block, x) == {block[0]: (5, 20)}
+
+
+def test_between_which_shares_the_engine_may_count():
+    """Columns of matrices one under the other count once or once each: every mixture lies between."""
+    counts = [(30, 100, 3), (80, 100, 1), (10, 50, 2), (20, 50, 1)]
+    low, high = checks._bounds(counts)
+    every = [
+        sum(n * own[0] for n, own in zip(times, counts, strict=True))
+        / sum(n * own[1] for n, own in zip(times, counts, strict=True))
+        for times in itertools.product(*(range(1, count + 1) for _, _, count in counts))
+    ]
+    assert (low, high) == (pytest.approx(min(every)), pytest.approx(max(every)))
+    assert checks._bounds([(3, 4, 1)]) == (0.75, 0.75)

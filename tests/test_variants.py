@@ -316,3 +316,63 @@ def test_specs_that_do_not_fit_are_refused(bench):
     ]:
         with pytest.raises(ValueError):
             module.reshape(shape, spec)
+
+
+def test_the_energy_of_a_group_is_what_its_heads_add_to_the_stream():
+    """Mean square over tokens, from moments alone: not what is in the heads, but what o_proj makes of it."""
+    shape = Attention(hidden_size=5, num_heads=4, num_kv_heads=2, head_dim=3)
+    draw = torch.Generator().manual_seed(0)
+    z, o = torch.randn(50, 12, generator=draw), torch.randn(5, 12, generator=draw)
+    o[:, :6] *= 0.1
+    z[:, :6] *= 3
+    found = kv_heads.group_energy(o, z.T @ z / 50, shape)
+    wanted = [(z[:, part] @ o[:, part].T).square().sum(dim=1).mean() for part in (slice(6), slice(6, 12))]
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-5, atol=1e-6)
+    assert found[0] < found[1]
+
+
+@pytest.fixture(scope="module")
+def four_heads(pico):
+    return Bench(pico("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8))
+
+
+def heads_of(parts, name: str) -> torch.Tensor:
+    return parts.matrix(name).weight.detach().view(-1, 8, 64)
+
+
+def test_neighbours_are_averaged(four_heads):
+    before = four_heads.walk.layer(0).parts[MIXER]
+    parts, _ = four_heads.run("mixer", Choice((("kv_heads", kv_heads.Spec(2, "mean")),)))
+    for name in ("k_proj", "v_proj"):
+        old = heads_of(before, name)
+        wanted = torch.stack([(old[0] + old[1]) / 2, (old[2] + old[3]) / 2])
+        torch.testing.assert_close(heads_of(parts, name), wanted, rtol=1e-6, atol=1e-7)
+    assert torch.equal(heads_of(parts, "q_proj"), heads_of(before, "q_proj"))
+
+
+@pytest.mark.parametrize(
+    ("energies", "order"), [((1, 4, 3, 2), [2, 3, 0, 1, 4, 5, 6, 7]), ((4, 1, 2, 3), [0, 1, 2, 3, 6, 7, 4, 5])]
+)
+def test_the_best_heads_stay_and_take_over_the_queries_of_those_that_go(four_heads, energies, order):
+    """Two of four stay, in their order; each adopts the query heads of one that goes, whose columns are silent."""
+    layer = four_heads.walk.layer(0)
+    o = layer.parts[MIXER].matrix("o_proj")
+    with torch.no_grad():
+        o.weight.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))
+        o.weight /= o.weight.view(64, 4, 16).square().sum(dim=(0, 2)).sqrt().repeat_interleave(16)
+        o.weight *= torch.tensor(energies).sqrt().repeat_interleave(16)
+    q, k, whole = (
+        heads_of(layer.parts[MIXER], "q_proj"),
+        heads_of(layer.parts[MIXER], "k_proj"),
+        o.weight.detach().clone(),
+    )
+    parts = apply(
+        layer.parts[MIXER], Choice((("kv_heads", kv_heads.Spec(2, "best")),)), four_heads.uncorrelated("mixer")
+    )
+    kept = sorted({head // 2 for head in (*order[:2], *order[4:6])})
+    assert torch.equal(heads_of(parts, "k_proj"), k[kept])
+    assert torch.equal(heads_of(parts, "q_proj"), q[order])
+    columns, old = parts.matrix("o_proj").weight.view(64, 8, 8), whole.view(64, 8, 8)
+    for place, head in enumerate(order):
+        wanted = old[:, head] if head // 2 in kept else torch.zeros(64, 8)
+        torch.testing.assert_close(columns[:, place], wanted, rtol=1e-3, atol=1e-5)

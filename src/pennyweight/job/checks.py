@@ -15,8 +15,9 @@ from pennyweight.disk.model_config import read_config
 from pennyweight.disk.reading import json_file
 from pennyweight.disk.tokenizer import load_tokenizer
 from pennyweight.evals.agree import Agreement
+from pennyweight.live import magnitudes
 from pennyweight.live.load import load_model
-from pennyweight.live.magnitudes import DENSE_TOKENS
+from pennyweight.live.parts import parts_of
 from pennyweight.live.walk import Walk
 from pennyweight.model.shapes import Shapes
 from pennyweight.model.stored import BFLOAT16
@@ -191,10 +192,17 @@ def check_follows(agreement: Agreement, unhealed: float) -> list[Check]:
 _ENGINE_ERROR = {"16 bits": 1e-3, "packed": 0.05}
 """Relative (2-norm). Before packed matrices activations are rounded to 8 bits: 1 % or so; a mistake is far off."""
 
+_KEPT_NEAR = 0.02
+"""Of shares of columns: a channel next to its threshold goes the other way when rounding moves it."""
+_KEPT_NEAR_ANYWHERE = 0.25
+"""Of the share asked for, on tokens that are no text: the tables are of text."""
 
-def check_engine(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> Check:
-    """The native engine computes these logits (tokens, vocab_size) float32 after `ids` (tokens,), as far as no channels
-    are left out. Not run where there is no engine, or none for such a model; any other error fails the check."""
+
+def check_engine(folder: Path, ids: torch.Tensor, model: Any, *, near: float = 0.1) -> list[Check]:
+    """The native engine computes, after every one of `ids` (tokens,), the logits of `model`, the same folder in
+    transformers, float32. Where it leaves channels out, that is with none left out on both sides; and a text behind its
+    first, whole tokens keeps the share that the tables of transformers keep, which is within `near` of the one that
+    config.json asks for. Not run where there is no engine, or none for such a model; any other error is a failure."""
     from pennyweight.runtime.engine import Engine, NativeMissing
     from pennyweight.runtime.lower import NotRun
 
@@ -202,17 +210,64 @@ def check_engine(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> Check
     walk = Walk(Checkpoint(folder))
     packed = any(stored != BFLOAT16 for slot in walk.shapes for stored in walk.stored(slot))
     limit = _ENGINE_ERROR["packed" if packed else "16 bits"]
-    shapes = Walk(Checkpoint(folder)).shapes.values()
-    dense = DENSE_TOKENS if any(getattr(shape, "sparsity", None) for shape in shapes) else len(ids)
+    with torch.no_grad():
+        with magnitudes.whole(model):
+            logits = model(ids[None]).logits[0].float()
+        kept = magnitudes.kept(model, ids[None])
     try:
         engine = Engine(folder, context=len(ids), cache="float32")
-        found = torch.from_numpy(engine.logits([int(i) for i in ids[:dense]]))
+        found = torch.from_numpy(engine.logits([int(i) for i in ids]))
+        share = _share_read(engine, ids) if kept else 1.0
     except (NativeMissing, NotRun) as err:
-        return Check(name, False, f"at most {limit}", None, not_run=str(err))
+        return [Check(name, False, f"at most {limit}", None, not_run=str(err))]
     except (RuntimeError, ValueError) as err:
-        return Check(name, False, f"at most {limit}", f"{type(err).__name__}: {err}")
-    error = float((found - logits[:dense]).norm() / logits[:dense].norm())
-    return Check(name, error <= limit, f"at most {limit}", round(error, 6))
+        return [Check(name, False, f"at most {limit}", f"{type(err).__name__}: {err}")]
+    error = float((found - logits).norm() / logits.norm())
+    checks = [Check(name, error <= limit, f"at most {limit}", round(error, 6))]
+    if kept:
+        counts = [(*kept[module], len(matrices), module.left_out) for module, matrices in _thinned(walk, model)]
+        seen = _bounds([(channels, total, count) for channels, total, count, _ in counts])
+        asked = _bounds([(total * (1 - left_out), total, count) for _, total, count, left_out in counts])
+        ok = all(low - most <= share <= high + most for (low, high), most in ((seen, _KEPT_NEAR), (asked, near)))
+        said = f"{seen[0]:.3f} to {seen[1]:.3f} as in transformers, {asked[0]:.3f} to {asked[1]:.3f} asked for"
+        checks.append(Check("share of the columns that the native engine reads", ok, said, round(share, 4)))
+    return checks
+
+
+def _share_read(engine: Any, ids: torch.Tensor) -> float:
+    """Of the columns of matrices that leave some out, those that are read of a text behind its first, whole tokens."""
+    from pennyweight.runtime.engine import Row
+
+    sequence, whole = engine.open(len(ids)), magnitudes.DENSE_TOKENS
+    rows = [Row(sequence, i, int(token), False, i >= whole) for i, token in enumerate(ids)]
+    engine.step(rows[:whole])
+    share = 0.0
+    for start in range(whole, len(rows), engine.max_rows):
+        part = rows[start : start + engine.max_rows]
+        engine.step(part)
+        share += engine.kept_share * len(part) / (len(rows) - whole)
+    return share
+
+
+def _thinned(walk: Walk, model: Any) -> list[tuple[Any, list[Any]]]:
+    """Every module of a model that leaves channels of its input out, and the matrices that read these."""
+    parts = parts_of(model, {slot: block for slot, block in walk.blocks.items() if slot.layer is not None})
+    sparse = [own for own in parts.values() if getattr(own.shape, "sparsity", None) is not None]
+    found = [own.reading(activation) for own in sparse for activation in ("input", "inner")]
+    return [(module, readers) for module, readers in found if module.left_out > 0]
+
+
+def _bounds(counts: list[tuple[float, float, int]]) -> tuple[float, float]:
+    """Least and largest share of columns, of (kept, all, matrices that read them): the engine counts columns of a
+    matrix, and matrices that lie one under the other as one, which depends on their sizes."""
+    ordered = sorted(counts, key=lambda own: own[0] / own[1])
+    shares = []
+    for cut in range(len(ordered) + 1):
+        for before in (True, False):
+            times = [count if (i < cut) == before else 1 for i, (_, _, count) in enumerate(ordered)]
+            part, whole = (sum(n * own[i] for n, own in zip(times, ordered, strict=True)) for i in (0, 1))
+            shares.append(part / whole)
+    return min(shares), max(shares)
 
 
 class _Parent(BaseModel):
@@ -266,10 +321,10 @@ def check_folder(folder: Path, tokens: int, *, listen: Listener | None = None) -
     logits = Streamed(walk, on_layer=listen.advance)(whole).logits
     listen.end()
     with waiting(listen, "native engine"):
-        engine = check_engine(folder, whole[0], logits[0])
+        engine = check_engine(folder, whole[0], model, near=_KEPT_NEAR_ANYWHERE)
     same = int((generated == logits[:, ids.shape[1] - 1 : -1].argmax(dim=-1)).sum())
     return [
         *checks,
         Check("greedy tokens, transformers and layer by layer", same == tokens, tokens, same),
-        engine,
+        *engine,
     ]

@@ -23,6 +23,8 @@ from pennyweight.model.slots import Slot
 from pennyweight.runs.events import waiting
 from pennyweight.variants import reshape_all
 
+_ENGINE_TOKENS = 128  # of a text, for the engine: so many tell the share of columns that it reads
+
 
 def verify_child(
     job: Job, layout: Mapping[Slot, Choice], chosen: Mapping[str, Any], healed: Path, candidate: Path
@@ -46,8 +48,7 @@ def verify_child(
         del memory_child
         listen.advance(len(alone) + 1)
         parent, child = load_stock(job.model), load_model(candidate, dtype=torch.float32)
-        with torch.no_grad():
-            opened.append(verify.check_engine(candidate, prompts[0], child(prompts[:1]).logits[0].float()))
+        opened += verify.check_engine(candidate, torch.from_numpy(rows.ids[0, :_ENGINE_TOKENS]), child)
     else:
         opened = [_check_walk(job, layout, healed, candidate, prompts[:1])]
         parent, child = (_streamed(folder, job) for folder in (job.model, candidate))

@@ -59,6 +59,27 @@ class SlotStats(dict[str, Any]):
         super().__init__(tensors)
         self.codes, self.owner, self._library = codes, owner, library
         self._prepared: dict[tuple[str, str], Any] = {}
+        self._order = ""
+
+    def having_inner(self, channels: torch.Tensor) -> SlotStats:
+        """The same of a slot whose inner activation has had `channels` of this one's, in this order; of a channel of
+        -1 nothing is known: its moments are zero."""
+        found = SlotStats(self, codes=self.codes, owner=self.owner, library=self._library)
+        found._prepared = {key: prepared for key, prepared in self._prepared.items() if key[0] != "inner_moment"}
+        found._order = hashlib.sha256(f"{self._order} {channels.tolist()}".encode()).hexdigest()[:16]
+        unknown = channels < 0
+        for name in {"inner_moment", "activation_mean_abs"} & {*self}:
+            tensor = self[name][channels]
+            tensor[unknown] = 0
+            if tensor.ndim == 2:
+                tensor = tensor[:, channels]
+                tensor[:, unknown] = 0
+            found[name] = tensor
+        return found
+
+    def named(self, moment: str) -> str:
+        """Whose moment it is, in words that no other one has."""
+        return f"{self.owner}.{moment}{f' {self._order}' if self._order and moment == 'inner_moment' else ''}"
 
     def prepared(self, moment: str, quantizer: Any) -> Any:
         key = (moment, quantizer.__name__)

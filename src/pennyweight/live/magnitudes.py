@@ -6,7 +6,8 @@ leading bits, which add up over chunks of text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,14 +54,55 @@ def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
 def _leave_out(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     x = entering(args, kwargs)
     if module.left_out > 0:
-        size = x.detach().abs().float()
-        if module.importance is not None:
-            size = size * module.importance.float()
-        keep = size > threshold(module.magnitudes, module.left_out)
+        keep = _large(module, x.detach())
         if x.shape[-2] > 1:  # one token alone is one that is being written
             keep[..., :DENSE_TOKENS, :] = True
         x = x * keep
     return (args, {**kwargs, "hidden_states": x}) if "hidden_states" in kwargs else ((x, *args[1:]), kwargs)
+
+
+@contextmanager
+def whole(model: Any) -> Iterator[None]:
+    """Within it a model's modules see all their channels."""
+    shares = {module: module.left_out for module in _thinned(model)}
+    for module in shares:
+        module.left_out = 0.0
+    try:
+        yield
+    finally:
+        for module, share in shares.items():
+            module.left_out = share
+
+
+def kept(model: Any, ids: torch.Tensor) -> dict[Any, tuple[int, int]]:
+    """Of every module of a model that leaves channels out: how many of its inputs' channels it sees of a text (1,
+    tokens) behind the tokens that are seen whole, and of how many."""
+    counted: dict[Any, tuple[int, int]] = {}
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen = _large(module, entering(args, kwargs).detach()[..., DENSE_TOKENS:, :])
+        counted[module] = int(seen.sum()), seen.numel()
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True) for module in _thinned(model)]
+    try:
+        if handles:
+            model(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counted
+
+
+def _thinned(model: Any) -> list[Any]:
+    return [module for module in model.modules() if getattr(module, "left_out", 0.0) > 0]
+
+
+def _large(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Which channels of its input a thinned module sees."""
+    size = x.abs().float()
+    if module.importance is not None:
+        size = size * module.importance.float()
+    return size > threshold(module.magnitudes, module.left_out)
 
 
 def fill(module: Any, found: Any) -> None:

@@ -19,11 +19,13 @@ class Parts:
     """What stands in a slot of a live model, by the words of its shape.
 
     root: the module that the block's names are below: a decoder layer; of the embedding, the last norm and the head
-    the module itself. Whoever edits modules returns Parts with the new shape.
+    the module itself. Whoever edits modules returns Parts with the new shape, and with `inner` if its inner activation
+    has other channels than before, or in another order: which of those before each of them is, -1 for none of them.
     """
 
     root: Any
     place: Block
+    inner: torch.Tensor | None = None
 
     @property
     def slot(self) -> Slot:
@@ -33,9 +35,9 @@ class Parts:
     def shape(self) -> Shape:
         return self.place.shape
 
-    def having(self, shape: Shape) -> Parts:
+    def having(self, shape: Shape, *, inner: torch.Tensor | None = None) -> Parts:
         """The same modules under their new shape."""
-        return replace(self, place=self.place.having(shape))
+        return replace(self, place=self.place.having(shape), inner=inner)
 
     @property
     def block(self) -> Any:

@@ -26,7 +26,7 @@ def pack(
     weight: torch.Tensor, reads: str | None, stats: SlotStats, stored: Stored, method: str
 ) -> dict[str, torch.Tensor]:
     """The tensors, by suffix, that a matrix is when it is `stored` so. A `method` finds its codes and may look at the
-    moments of the activation that it `reads` (model/shapes.py); without moments of its width they are rounded."""
+    moments of the activation that it `reads` (model/shapes.py); without moments they are rounded."""
     parts = [_pack(part, reads, stats, stored, method) for part in _parts(weight, stored)]
     return parts[0] if len(parts) == 1 else formats.joined(parts)
 
@@ -40,7 +40,8 @@ def _pack(
     weight: torch.Tensor, reads: str | None, stats: SlotStats, stored: Stored, method: str
 ) -> dict[str, torch.Tensor]:
     moment = f"{reads}_moment"
-    fits = moment in stats and len(stats[moment]) == weight.shape[1]  # not so for a child narrower than the parent
+    fits = moment in stats
+    assert not fits or len(stats[moment]) == weight.shape[1], f"{moment} of {len(stats[moment])} for {weight.shape[1]}"
     name = method if fits else "rtn"
 
     def find_all() -> dict[str, torch.Tensor]:
@@ -55,7 +56,7 @@ def _pack(
 
     if stats.codes is None or quick(stored, name):
         return find_all()
-    return stats.codes.of(weight, f"{stored} {name} {f'{stats.owner}.{moment}' if fits else None}", find_all)
+    return stats.codes.of(weight, f"{stored} {name} {stats.named(moment) if fits else None}", find_all)
 
 
 def quick(stored: Stored, method: str) -> bool:

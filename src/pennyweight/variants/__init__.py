@@ -74,6 +74,7 @@ def apply(parts: Parts, choice: Choice, stats: SlotStats) -> Parts:
     with torch.autocast("cpu", enabled=False):
         for axis, spec in choice.specs:
             parts = kinds.load("variants", axis).apply(parts, spec, stats)
+            stats = stats if parts.inner is None else stats.having_inner(parts.inner)
             if trains(axis) and (weights := stats.trained(Choice(((axis, spec),)))) is not None:
                 parts.fill(weights)
     return parts

@@ -78,4 +78,4 @@ def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
         down, weight[:, kept] if spec.init == "slice" else without(weight, stats["inner_moment"], kept), down.bias
     )
     parts.block.intermediate_size = spec.width
-    return parts.having(reshape(parts.shape, spec))
+    return parts.having(reshape(parts.shape, spec), inner=kept)

@@ -52,12 +52,15 @@ def apply(parts: Parts, spec: Spec, stats: SlotStats) -> Parts:
     """Edit k, v and, for `best`, the order of query heads in q and o."""
     shape = parts.shape
     assert isinstance(shape, Attention)
-    if spec.heads < shape.num_kv_heads:
-        _mean(parts, spec.heads) if spec.init == "mean" else _best(parts, spec.heads, stats["inner_moment"])
+    inner = None
+    if spec.heads < shape.num_kv_heads and spec.init == "mean":
+        _mean(parts, spec.heads)
+    elif spec.heads < shape.num_kv_heads:
+        inner = _best(parts, spec.heads, stats["inner_moment"])
     parts.block.num_key_value_groups = shape.num_heads // spec.heads
     if hasattr(parts.block, "num_key_value_heads"):  # by which what comes out of a joined matrix is taken apart
         parts.block.num_key_value_heads = spec.heads
-    return parts.having(reshape(shape, spec))
+    return parts.having(reshape(shape, spec), inner=inner)
 
 
 def _heads(tensor: Any, count: int) -> Any:
@@ -88,7 +91,8 @@ def _mean(parts: Parts, heads: int) -> None:
     _regroup(parts, ("k_proj", "v_proj"), shape.num_kv_heads, pooled)
 
 
-def _best(parts: Parts, heads: int, inner_moment: Any) -> None:
+def _best(parts: Parts, heads: int, inner_moment: Any) -> Any:
+    """Which inner channel of before stands where; -1 for those of heads that now attend to another one's keys."""
     import torch
 
     from pennyweight.live.parts import set_linear
@@ -116,6 +120,9 @@ def _best(parts: Parts, heads: int, inner_moment: Any) -> None:
     fitted = without(o.weight.detach(), inner_moment, staying)
     columns[:, speaking] = fitted.view(shape.hidden_size, len(speaking), shape.head_dim)
     set_linear(o, columns.flatten(1), o.bias)
+    channels = heads_of[order]
+    channels[silent] = -1
+    return channels.flatten()
 
 
 def group_energy(o_weight: Any, inner_moment: Any, shape: Attention) -> Any:
