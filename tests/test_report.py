@@ -320,6 +320,8 @@ def test_throughput_is_a_lower_bound(report):
     assert "throughput ≥ 3,000 tok/s: 4,000 tok/s" in Page(html.render(report)).text
     assert "throughput ≥ 3000tok/s: 4,000 tok/s (predicted; 76 tok/s measured" in card.render(report)
     assert "76 tok/s" in html.render(report).split("Throughput")[-1]
+    report["workload"]["concurrency"] = 4
+    assert "(predicted for 4 texts at once; 76 tok/s measured" in card.render(report)
 
 
 @pytest.mark.parametrize("metric", ["lm", "cosine", "nmse"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 from pennyweight import families, formats, kinds, variants
@@ -14,7 +15,7 @@ from pennyweight.model.shapes import Shapes, parameters
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16
 from pennyweight.prices import offers
-from pennyweight.prices.cost import Seconds, computed, model_figures
+from pennyweight.prices.cost import Seconds, computed, model_figures, price
 from pennyweight.prices.machine import Machine
 from pennyweight.prices.memory import workspace_bytes
 from pennyweight.search import Infeasible, Solution
@@ -98,10 +99,14 @@ def prospect(
         slot: offers.single_choices(block.shape, axes, scored_tokens=scored_tokens) for slot, block in blocks.items()
     }
     free = {slot: {choice.key(): 0.0 for choice in own} for slot, own in singles.items()}
-    offered = {
-        batch: {slot: offers.offers(block, free[slot], batch, seconds) for slot, block in blocks.items()}
-        for batch in batches(budget, workload)
-    }
+    first, *others = batches(budget, workload)
+    offered = {first: {slot: offers.offers(block, free[slot], first, seconds) for slot, block in blocks.items()}}
+    for batch in others:  # the same offers at other costs
+        cost = cache(partial(price, workload=batch, seconds=seconds))
+        offered[batch] = {
+            slot: [dataclasses.replace(offer, cost=cost(offer.shape)) for offer in row]
+            for slot, row in offered[first].items()
+        }
     return Prospect(sum(map(len, singles.values())), workload, offered)
 
 

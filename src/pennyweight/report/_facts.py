@@ -73,9 +73,11 @@ def _how(report: Mapping[str, Any], bound: str) -> str:
         if memory is None:
             return "computed, not measured"
         return f"computed; {show(bound, memory['child'])} at most were resident while it served"
+    together = report["workload"]["concurrency"]
+    told = "predicted" + (f" for {together} texts at once" if bound == "tokens_per_second" and together > 1 else "")
     if speed is None:
-        return "predicted, not measured"
-    return f"predicted; {show(bound, speed['child'][bound.removesuffix('_seconds')])} measured in the native engine"
+        return f"{told}, not measured"
+    return f"{told}; {show(bound, speed['child'][bound.removesuffix('_seconds')])} measured in the native engine"
 
 
 _BUSIER = 1.15
