@@ -109,9 +109,9 @@ def check(name: str, config: dict[str, Any], *, quick: bool) -> dict[str, Any]:
     for number, child in enumerate(children):
         pairs.append((1e3 * total(child, WORKLOAD, seconds).decode_seconds, 1e3 * models.step_seconds(child)))
         predicted, measured = pairs[-1]
-        seconds, slowdown = _quietest(models.raw_step_seconds(child) for _ in range(TRIES))
-        raw.append((predicted, 1e3 * seconds, slowdown))
-        error, by_clock = abs(predicted - measured) / measured, f"{1e3 * seconds:7.3f} ms by the clock"
+        clock, slowdown = _quietest(models.raw_step_seconds(child) for _ in range(TRIES))
+        raw.append((predicted, 1e3 * clock, slowdown))
+        error, by_clock = abs(predicted - measured) / measured, f"{1e3 * clock:7.3f} ms by the clock"
         told = f"predicted {predicted:7.3f} ms, measured {measured:7.3f} ms, {error:.1%}"
         print(f"{name} {number:>2}: {told}; {by_clock}, slowed down {slowdown:.2f} x", flush=True)
     measured = [m for _, m in pairs]

@@ -169,10 +169,10 @@ def machine(
             quiet_libraries()
             config = read_config(model)
             shapes, load = families.shapes(config), wanted.workload.resolve()
-            cache = measure.cache_folder() / "latencies.json"
+            kept = measure.cache_folder() / "latencies.json"
             every = offers.all_shapes(shapes, wanted.axes, scored_tokens=context_tokens)
             with Terminal() as listen, full_disk_is_one_error():
-                models = measure.Models(config, shapes, load, cache=cache, again=again)
+                models = measure.Models(config, shapes, load, cache=kept, again=again)
                 times = models.latencies(every, listen=listen)
             result["blocks"] = [
                 {"shape": str(shape), "prefill_seconds": prefill, "decode_seconds": decode}
