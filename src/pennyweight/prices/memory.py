@@ -77,5 +77,6 @@ def workspace_bytes(shapes: Collection[Shape], workload: Workload) -> int:
     rows = min(workload.prompt * workload.concurrency, STEP_ROWS)
     vocabulary = max((w.shape[0] for shape in shapes if shape.makes_logits for w in shape.weights()), default=0)
     turning = {(s.rotary.of, s.head_dim) for s in shapes if isinstance(s, Attention) and s.rotary is not None}
-    tables = sum(2 * 4 * (head_dim // 2) for _, head_dim in turning) * _up(workload.context, _TABLE_ROWS)
+    positions = 2 * _up(workload.context, _TABLE_ROWS) - _TABLE_ROWS  # what tables outgrow stays with the allocator
+    tables = sum(2 * 4 * (head_dim // 2) for _, head_dim in turning) * positions
     return work_bytes(shapes, rows) + 4 * workload.concurrency * vocabulary + tables
