@@ -115,7 +115,7 @@ def budget_problem(job: Job, axes: tuple[str, ...], share: float) -> tuple[Probl
     }
     table = {slot: offers.offers(block, kl.get(slot, {}), job.workload, seconds) for slot, block in job.blocks.items()}
     budget = Budget(weight_bytes=int(share * job.checkpoint.weight_bytes))
-    return offers.problem(table, job.shapes, budget, job.workload), table
+    return offers.problem(table, budget, job.workload), table
 
 
 def layout(table: dict[Slot, list[Offer]], choice: tuple[int, ...]) -> Layout:

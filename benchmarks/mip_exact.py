@@ -203,13 +203,13 @@ def instance(seed: int) -> Problem:
             )
             for (choice, shape), factor in zip(made[slot.kind], noise, strict=True)
         ]
-    whole = cost.figures(cost.total(SHAPES, WORKLOAD, seconds), WORKLOAD, cost.workspace_bytes(SHAPES, WORKLOAD))
+    whole = cost.model_figures(SHAPES, WORKLOAD, seconds)
     budget = Budget(
         weight_bytes=int(SHARES["weight_bytes"] * whole["weight_bytes"]),
         memory_bytes=int(SHARES["memory_bytes"] * whole["memory_bytes"]),
         tpot_seconds=SHARES["tpot_seconds"] * whole["tpot_seconds"],
     )
-    return offers.problem(offered, SHAPES, budget, WORKLOAD)
+    return offers.problem(offered, budget, WORKLOAD)
 
 
 # ------------------------------------------------------------------------------------------------------------- main

@@ -7,11 +7,27 @@ namespace pennyweight {
 
 Engine::Engine(Model model, std::shared_ptr<ThreadPool> pool, const Kernels& kernels)
     : model_(std::move(model)), pool_(std::move(pool)), step_(*pool_, kernels) {
-    for (const Linear* linear : model_.linears()) step_.products.expect(*linear, linear != &model_.head);
+    for (const auto& block : model_.blocks()) {
+        bool first = true;  // of a block's matrices, which read its normed input
+        for (const Linear* linear : block->linears()) {
+            step_.products.expect(*linear, first && !block->norms.before.empty());
+            first = false;
+        }
+    }
+    step_.products.expect(model_.head, !model_.norm.empty(), false);
     step_.products.reserve();
-    step_.stride = std::max(step_.products.stride(), round_up(model_.embedding->hidden(), 16));
-    for (Buffer* buffer : {&step_.hidden, &step_.wide, &step_.mixed, &step_.out})
-        *buffer = Buffer(sizeof(float) * std::size_t(kMaxRows) * step_.stride, false);
+    const int hidden = model_.embedding->hidden();
+    step_.hidden = Panel(kMaxRows, round_up(hidden, 16));
+    step_.wide = Panel(kMaxRows, step_.products.out_stride());
+    step_.mixed = Panel(kMaxRows, step_.products.in_stride());
+    step_.out = Panel(kMaxRows, Products::out_stride(hidden));
+}
+
+std::size_t Engine::work_bytes(int rows) const {
+    std::size_t total = step_.products.work_bytes(rows);
+    for (const Panel* panel : {&step_.hidden, &step_.wide, &step_.mixed, &step_.out})
+        total += sizeof(float) * std::size_t(rows) * panel->stride;
+    return total;
 }
 
 std::size_t Engine::state_bytes() const {
@@ -146,7 +162,7 @@ void Engine::step(const std::vector<Row>& rows, float* logits) {
 void Engine::run(int t) {
     for (int r = t; r < step_.count; r += threads()) {
         const Row& row = step_.rows[r];
-        model_.embedding->read({sequences_[row.sequence].ids.data(), std::size_t(row.position) + 1}, step_.at(step_.hidden, r));
+        model_.embedding->read({sequences_[row.sequence].ids.data(), std::size_t(row.position) + 1}, step_.hidden.at(r));
     }
     pool_->barrier();
     for (int i = 0; i < int(model_.blocks().size()); i++) {
@@ -157,7 +173,7 @@ void Engine::run(int t) {
     if (wanted_.empty()) return;
     const int wanted = int(wanted_.size());
     const Products::Input& input =
-        step_.products.prepare(t, step_.hidden.floats(), wanted, step_.stride, model_.norm, model_.head, &wanted_);
+        step_.products.prepare(t, step_.hidden.at(0), wanted, step_.hidden.stride, model_.norm, model_.head, &wanted_);
     Step::timed(t, step_.spent.products, [&] {
         step_.products.multiply(t, model_.head, input, wanted, logits_, model_.head.out(), &wanted_);
         pool_->barrier();

@@ -37,6 +37,7 @@ public:
     const Model& model() const { return model_; }
     const Kernels& kernels() const { return step_.kernels; }
     std::size_t state_bytes() const;   // reserved for all open sequences
+    std::size_t work_bytes(int rows) const;  // that a step of so many rows writes, logits and threads' own apart
     std::size_t unused_bytes() const;  // of them, where no text has been yet
     std::string trouble(int sequence) const;  // what is wrong with what is kept of it, if anything is
     const Step::Spent& spent() const { return step_.spent; }

@@ -11,8 +11,8 @@ namespace pennyweight {
 Buffer::Buffer(std::size_t bytes, bool huge) : size_(bytes) {
     if (bytes == 0) return;
     constexpr std::size_t kPage = std::size_t(2) << 20;
-    const bool aligned = huge && bytes >= kPage / 2;
-    mapped_ = aligned ? (bytes + kPage - 1) / kPage * kPage + kPage : bytes;
+    const bool aligned = huge && bytes >= kPage;
+    mapped_ = aligned ? bytes + kPage : bytes;
     mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapping_ == MAP_FAILED) {
         mapping_ = nullptr;
@@ -22,7 +22,7 @@ Buffer::Buffer(std::size_t bytes, bool huge) : size_(bytes) {
     if (aligned) {
         at = (at + kPage - 1) & ~(kPage - 1);
 #ifdef MADV_HUGEPAGE
-        madvise(reinterpret_cast<void*>(at), mapped_ - kPage, MADV_HUGEPAGE);
+        madvise(reinterpret_cast<void*>(at), bytes / kPage * kPage, MADV_HUGEPAGE);
 #endif
     }
     data_ = reinterpret_cast<std::uint8_t*>(at);

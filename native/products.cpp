@@ -20,6 +20,14 @@ std::pair<int, int> share_of_units(const Zigzag& w, int t, int threads) {
     return {first * whole, last * whole};
 }
 
+// Floats of one row of an input, its padding included.
+int padded_in(const Linear& linear) {
+    int width = round_up(linear.in(), kPad);
+    for (const auto& part : linear.parts)
+        if (part->layout == Matrix::Layout::rows) width = std::max(width, round_up(part->rows.padded_cols(), kPad));
+    return width;
+}
+
 constexpr int kStep = Zigzag::kStep;
 
 // Columns are worked on kStep at a time. Each place of a step gets a stretch of the list, one column a step, so that it
@@ -87,39 +95,51 @@ void dequantise_row(const Matrix& matrix, int row, float* out) {
     }
 }
 
-void Products::expect(const Linear& linear, bool output) {
+void Products::expect(const Linear& linear, bool normed, bool output) {
+    const int in = padded_in(linear);
+    in_stride_ = std::max(in_stride_, in);
     for (const auto& part : linear.parts) {
-        stride_ = std::max(stride_, round_up(part->in(), kPad));
-        if (part->layout == Matrix::Layout::rows) stride_ = std::max(stride_, part->rows.padded_cols());
+        if (part->layout == Matrix::Layout::rows) {
+            coded_ = std::max(coded_, in);
+            normed = normed || part->rows.padded_cols() > part->in();
+        }
         if (part->layout != Matrix::Layout::zigzag) continue;
         zigzag_rows_ = std::max(zigzag_rows_, part->zigzag.padded_rows());
         any_order_ = any_order_ || !part->order.empty();
     }
-    // Tiles write whole, so every output has room for the last one.
-    if (output) stride_ = std::max(stride_, round_up(linear.out(), kPad) + kPad);
+    if (normed) normed_width_ = std::max(normed_width_, in);
+    if (output) out_stride_ = std::max(out_stride_, out_stride(linear.out()));
+}
+
+// Tiles write whole, so every output has room for the last one.
+int Products::out_stride(int width) { return round_up(width, kPad) + kPad; }
+
+std::size_t Products::work_bytes(int rows) const {
+    const std::size_t codes = coded_ + 3 * sizeof(float) * (coded_ / Rows::kBlock);
+    return rows * (codes + sizeof(float) * (normed_width_ + ordered_.stride));
 }
 
 void Products::reserve() {
-    const std::size_t bytes = sizeof(float) * std::size_t(kMaxRows) * stride_;
-    normed_ = Buffer(bytes, false);
-    codes_ = Buffer(std::size_t(kMaxRows) * stride_, false);
-    for (Buffer* buffer : {&scale_, &sum_, &minus8_}) *buffer = Buffer(bytes / Rows::kBlock, false);
-    if (any_order_) ordered_ = Buffer(bytes, false);
+    normed_ = Buffer(sizeof(float) * std::size_t(kMaxRows) * normed_width_, false);
+    codes_ = Buffer(std::size_t(kMaxRows) * coded_, false);
+    for (Buffer* buffer : {&scale_, &sum_, &minus8_})
+        *buffer = Buffer(sizeof(float) * std::size_t(kMaxRows) * (coded_ / Rows::kBlock), false);
+    if (any_order_) ordered_ = Panel(kMaxRows, in_stride_);
     partial_ = Buffer(2 * sizeof(float) * std::size_t(pool_.threads()) * zigzag_rows_, false);
     shared_.x.resize(kMaxRows);
     shared_.quantised.resize(kMaxRows);
-    every_.resize(stride_ + 16);
+    every_.resize(in_stride_ + 16);
     std::iota(every_.begin(), every_.end(), 0);
     for (Thread& own : own_) {
-        own.normed.resize(stride_);
-        own.codes.resize(stride_);
-        for (auto* part : {&own.scale, &own.sum}) part->resize(stride_ / Rows::kBlock);
-        own.minus8.resize(stride_ / Rows::kBlock);
-        own.index.resize(stride_ + 16);
-        own.value.resize(stride_ + 16);
-        own.stretch_index.resize(stride_ + 16);
-        own.stretch_value.resize(stride_ + 16);
-        own.ordered.resize(stride_);
+        own.normed.resize(in_stride_);
+        own.codes.resize(in_stride_);
+        for (auto* part : {&own.scale, &own.sum}) part->resize(in_stride_ / Rows::kBlock);
+        own.minus8.resize(in_stride_ / Rows::kBlock);
+        own.index.resize(in_stride_ + 16);
+        own.value.resize(in_stride_ + 16);
+        own.stretch_index.resize(in_stride_ + 16);
+        own.stretch_value.resize(in_stride_ + 16);
+        own.ordered.resize(in_stride_);
         if (zigzag_rows_) own.part.resize(std::size_t(2) * kRowsTogether * kTokensTogether);
         own.input.x.resize(1);
         own.input.quantised.resize(1);
@@ -160,10 +180,9 @@ const Products::Input& Products::prepare(int t, const float* x, int count, int s
         one(0, own.normed.data(), own.codes.data(), own.scale.data(), own.minus8.data(), own.sum.data(), own.input);
         return own.input;
     }
-    const int blocks = stride_ / Rows::kBlock;
+    const int wide = padded_in(next), blocks = wide / Rows::kBlock;
     for (int i = t; i < count; i += pool_.threads())
-        one(i, normed_.floats() + std::size_t(i) * stride_,
-            reinterpret_cast<std::int8_t*>(codes_.data()) + std::size_t(i) * stride_,
+        one(i, normed_.floats() + std::size_t(i) * wide, reinterpret_cast<std::int8_t*>(codes_.data()) + std::size_t(i) * wide,
             scale_.floats() + std::size_t(i) * blocks, reinterpret_cast<std::int32_t*>(minus8_.data()) + std::size_t(i) * blocks,
             sum_.floats() + std::size_t(i) * blocks, shared_);
     pool_.barrier();
@@ -286,7 +305,7 @@ void Products::zigzag_many(int t, const Matrix& matrix, int stride, float* y) {
     Thread& own = own_[t];
     if (!matrix.order.empty()) {
         for (int i = 0; i < count; i++) {
-            float* room = ordered_.floats() + std::size_t(i) * stride_;
+            float* room = ordered_.at(i);
             if (i % threads == t) matrix.ordered(own.dense[i], room);
             own.dense[i] = room;
         }

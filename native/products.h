@@ -79,11 +79,14 @@ public:
     Products(ThreadPool& pool, const Kernels& kernels) : pool_(pool), kernels_(kernels), own_(pool.threads()) {}
 
     // Linears that will be multiplied; call for each, then `reserve` once. `output`: into buffers of `stride`.
-    void expect(const Linear& linear, bool output = true);
+    void expect(const Linear& linear, bool normed, bool output = true);
     void reserve();
 
-    // Floats between rows of inputs and outputs: the widest of either, and room for tiles that are written whole.
-    int stride() const { return stride_; }
+    // Floats between rows of inputs, and of outputs: the widest of either, and room for tiles that are written whole.
+    int in_stride() const { return in_stride_; }
+    int out_stride() const { return out_stride_; }
+    static int out_stride(int width);
+    std::size_t work_bytes(int rows) const;  // that products of so many rows write beside their outputs, at most
 
     // Before a step: which of its rows leave columns out where a matrix has a threshold.
     void begin(std::vector<char> sparse);
@@ -129,10 +132,13 @@ private:
     const Kernels& kernels_;
     std::vector<Thread> own_;
     std::vector<char> sparse_;
-    int stride_ = 0, zigzag_rows_ = 0;
+    int in_stride_ = 0, out_stride_ = 0, zigzag_rows_ = 0;
+    int coded_ = 0;   // the widest input that is put in 8 bits
+    int normed_width_ = 0;  // and that is copied first, to be normed or padded
     bool any_order_ = false;
     Buffer partial_;  // (2, threads, zigzag_rows_)
-    Buffer ordered_;  // (kMaxRows, stride_)
+    Panel ordered_;
+    // Of the rows of one input, one behind the other: as far apart as that input is wide.
     Buffer normed_, codes_, scale_, sum_, minus8_;
     std::vector<std::int32_t> every_;  // 0, 1, 2, ...
     Input shared_;

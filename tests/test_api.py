@@ -43,7 +43,7 @@ def test_plan_reads_no_weights(pico, tmp_path):
 
     config_only = tmp_path / "config.json"
     shutil.copy(pico("qwen3") / "config.json", config_only)
-    plan = pw.plan(config_only, pw.Budget(memory="1GiB"), workload=pw.Workload(prompt=8, new=8))
+    plan = pw.plan(config_only, pw.Budget(memory="1GiB"), workload=pw.Workload(prompt=8, new=8), machine="h100")
     assert plan.verdict == "fits as it is"
     assert plan.parameters > 0
 

@@ -47,11 +47,12 @@ def test_plan_needs_no_torch_and_prints_the_published_numbers(tmp_path):
         "sys.exit(out.exit_code)\n"
     )
     arguments = ["plan", "child.json", "--against", "parent.json", "--prompt", "64k", "--new", "64k"]
+    arguments += ["--machine", "h100"]  # another computer: nothing is measured
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for number in ("88.150 B", "292.5 MiB", "2692.5 MiB", "41.6%", "40.7%"):
         assert number in done.stdout, number
-    parent = penny("plan", tmp_path / "parent.json")
+    parent = penny("plan", tmp_path / "parent.json", "--machine", "h100")
     assert "116.829 B" in parent.stdout
 
 
@@ -221,7 +222,7 @@ def test_run_and_bench(pico):
         (("machine", "MODEL"), "pennyweight.prices.measure.machine", 75),
         (("machine", "MODEL", "--again"), "pennyweight.prices.measure.machine", 130),
         (("machine",), "pennyweight.prices.measure.machine", 130),
-        (("plan", "MODEL"), "pennyweight.prices.planning.plan", 130),
+        (("plan", "MODEL", "--machine", "h100"), "pennyweight.prices.planning.plan", 130),
         (("eval", "MODEL", "--rows", "1", "--context-tokens", "64"), "pennyweight.evals.loss.loss", 130),
         (("check", "MODEL"), "pennyweight.job.checks.check_folder", 130),
         (("report", "REPORT"), "pennyweight.report.draw", 130),
@@ -258,6 +259,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(buffered, tmp_path):
     """As in `penny plan model | head -1`."""
     (tmp_path / "config.json").write_text(json.dumps(PARENT))
     command = [sys.executable, *([] if buffered else ["-u"]), "-m", "pennyweight", "plan", str(tmp_path)]
+    command += ["--machine", "h100"]
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=kept) as process:
         assert process.stdout is not None and process.stderr is not None

@@ -28,7 +28,7 @@ from pennyweight.job.run import run_job
 from pennyweight.job.verify import _speed
 from pennyweight.live.load import compute_dtype, load_model
 from pennyweight.model import shapes as slots
-from pennyweight.model.demand import Workload
+from pennyweight.model.demand import Budget, Workload
 from pennyweight.prices import planning
 from pennyweight.prices.machine import Machine
 from pennyweight.quantize import gptq
@@ -198,7 +198,6 @@ def test_only_what_the_engine_does_not_run_is_left_unmeasured(err, said, pico, m
     job: Any = SimpleNamespace(
         config=FitConfig(),
         fits_whole=True,
-        workload=Workload(prompt=16, new=8),
         model=pico("llama"),
         checkpoint=Checkpoint(pico("llama")),
         listen=Silent(),
@@ -208,14 +207,38 @@ def test_only_what_the_engine_does_not_run_is_left_unmeasured(err, said, pico, m
         raise err
 
     monkeypatch.setattr(engine, "native_module", native_module)
+    load = Workload(prompt=16, new=8)
     if said is None:
         with pytest.raises(type(err), match=str(err)):
-            _speed(job, pico("llama"))
+            _speed(job, pico("llama"), load)
     else:
-        assert _speed(job, pico("llama")) == (None, said)
-    job.workload = Workload(prompt=300, new=8)
-    speed, how = _speed(job, pico("llama"))
+        assert _speed(job, pico("llama"), load) == (None, said)
+    speed, how = _speed(job, pico("llama"), Workload(prompt=300, new=8))
     assert speed is None and "takes up to 256 in all" in how
+
+
+def test_every_batch_is_tried_with_measured_prices_too(monkeypatch):
+    """By the solution and by the margins around it, which would otherwise be those of another batch."""
+    from pennyweight.job import solve
+
+    tried = []
+
+    def at(job, budget, batch, solutions):
+        tried.append(batch.concurrency)
+        if batch.concurrency not in (2, 4):
+            raise Infeasible("memory_bytes", 1.0, 2.0, "too much")
+        return [SimpleNamespace(solution=SimpleNamespace(score=1 / batch.concurrency), workload=batch)]
+
+    monkeypatch.setattr(solve, "_solve_at", at)
+    budget = Budget(tokens_per_second=10.0)
+    for prices in ("computed", "measured"):
+        job: Any = SimpleNamespace(
+            workload=Workload(concurrency=8), config=merged(FitConfig(), {"prices": prices}), budget=budget
+        )
+        tried.clear()
+        assert solve.solve(job, budget)[0].workload.concurrency == 4
+        assert tried == [1, 2, 4, 8]
+        assert solve.margins(job) == {"tokens_per_second": {"5% tighter": 0.25, "as asked": 0.25, "5% looser": 0.25}}
 
 
 def test_a_check_that_was_not_run_is_not_counted_as_passed(finished, tmp_path, monkeypatch):

@@ -7,18 +7,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pennyweight import families
 from pennyweight.formats import packed_int, zigzag
-from pennyweight.model.demand import Workload
+from pennyweight.model.demand import Budget, Workload, batches
 from pennyweight.model.shapes import Attention, GatedMLP, Noop, Sparsity
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16
 from pennyweight.prices import measure
+from pennyweight.prices.cost import Cost, figures
 from pennyweight.prices.machine import Machine
 from pennyweight.runs.events import Silent
-from pennyweight.runtime.bench import Stepper, bench, prefill_seconds
+from pennyweight.runtime import bench as bench_module
+from pennyweight.runtime.bench import Stepper, bench, bench_in_turn, prefill_seconds
 from pennyweight.runtime.engine import Row
 
 ATTENTION = Attention(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16)
@@ -121,6 +124,43 @@ def test_prices_are_those_of_one_moment_however_slow_the_machine_was_when_each_w
     assert busy.blocks[ATTENTION] == quiet.blocks[FFN] == busy.blocks[FFN]
     assert busy.rest == {BFLOAT16: REST}
     assert models.step_seconds(SHAPES) == pytest.approx(0.5 + 0.25 * 6)
+
+
+def test_a_machine_that_has_become_busier_is_found_out_and_raw_seconds_stay_raw(monkeypatch):
+    clock, models = Clock(monkeypatch), measure.Models(CONFIG, SHAPES, LOAD)
+    models.latencies([FFN])
+    clock.slowness = 3.0
+    assert models.slowdown() == pytest.approx(3)
+    assert models.raw_step_seconds(SHAPES) == (pytest.approx(3 * (0.5 + 0.25 * 6)), pytest.approx(3))
+    then = Machine(name="then", memory_bytes=1, bandwidth=6.0, flops=1.0)
+    monkeypatch.setattr(measure, "_bandwidth", lambda _: 4.0)
+    assert measure.slowdown(then) == 1.5
+
+
+def test_prices_are_measured_for_every_batch_there_may_be(monkeypatch, tmp_path: Path):
+    Clock(monkeypatch)
+    told = []
+
+    class Listening(Silent):
+        def begin(self, stage: str, *, total: int, done: int = 0, unit: str = "") -> None:
+            told.append(stage)
+
+    grid = batches(Budget(tokens_per_second=1.0), dataclasses.replace(LOAD, concurrency=6))
+    assert [each.concurrency for each in grid] == [1, 2, 4, 6]
+    cache = tmp_path / "latencies.json"
+    seconds = measure.prices(CONFIG, SHAPES, grid, [FFN], cache=cache, listen=Listening())
+    assert told == [f"measure {count} at once" for count in (1, 2, 4, 6)]
+    assert all(seconds(FFN, each)[1] == pytest.approx(0.25) for each in grid)
+
+
+def test_prompts_beyond_a_full_step_are_not_read_to_be_timed(monkeypatch):
+    Clock(monkeypatch)
+    read = []
+    monkeypatch.setattr(measure, "prefill_seconds", lambda copies, few: read.append(few.concurrency) or 7 + 3 * copies)
+    many = dataclasses.replace(LOAD, concurrency=64)
+    found = measure.Models(CONFIG, SHAPES, many).latencies([FFN])
+    assert set(read) == {16}, "512 tokens of prompts of 32"
+    assert found.blocks[FFN] == (pytest.approx(4 * 3), pytest.approx(0.25))
 
 
 def test_what_is_in_the_cache_is_not_measured_again(monkeypatch, tmp_path: Path):
@@ -250,9 +290,44 @@ def test_random_models_leave_out_exactly_the_share_of_their_shape():
     assert engine.bytes_read([0]) == dense
 
 
+def test_throughput_is_measured_as_it_is_predicted(monkeypatch):
+    """Written tokens over the seconds of prompts and writing together, several models in turn."""
+    clock, order = [0.0], []
+    monkeypatch.setattr(bench_module.time, "perf_counter", lambda: clock[0])
+
+    class Engine:
+        context, vocab_size, max_rows, threads, kernels = 64, 8, 5, 1, "none"
+
+        def __init__(self, pace: float) -> None:
+            self.pace = pace
+
+        def open(self, capacity: int) -> int:
+            return 0
+
+        def close(self, sequence: int) -> None:
+            order.append(self.pace)
+
+        def bytes_read(self, lengths: list[int]) -> int:
+            return 0
+
+        def step(self, rows: list[Row]) -> np.ndarray:
+            assert len(rows) <= self.max_rows
+            clock[0] += self.pace * (len(rows) if rows[0].sparse else 10)
+            return np.zeros((sum(row.wants_logits for row in rows), 8))
+
+    load = Workload(prompt=6, new=3, concurrency=7)
+    slow, fast = bench_in_turn([Engine(2.0), Engine(1.0)], load, repeats=2)  # type: ignore[list-item]
+    assert order == [2.0] * 7 + [1.0] * 7 + [2.0] * 7 + [1.0] * 7
+    prefill, decode = 10 * 9, 7  # 42 prompt tokens in 9 steps, 7 sequences in two
+    assert (fast.ttft, fast.tpot) == (prefill, decode)
+    predicted = figures(Cost(prefill_seconds=prefill, decode_seconds=decode), load, 0)["tokens_per_second"]
+    assert fast.tokens_per_second == pytest.approx(predicted) == pytest.approx(2 * slow.tokens_per_second)
+
+
 def test_several_sequences_are_stepped_together():
     engine = MODELS.engine(SHAPES)
     found = bench(engine, Workload(prompt=6, new=3, concurrency=4, context=64), repeats=1)
     assert found.bytes_per_step > engine.bytes_read_per_token
-    assert found.tokens_per_second == pytest.approx(4 / found.tpot)
+    assert found.writing_tokens_per_second == pytest.approx(4 / found.tpot)
+    assert found.tokens_per_second < 4 * 3 / found.ttft, "the time of the prompts counts"
     assert prefill_seconds(engine, LOAD) > 0

@@ -12,20 +12,21 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import pennyweight as pw
 from pennyweight import families, variants
 from pennyweight.cli import app
 from pennyweight.formats import Grid, packed_int
 from pennyweight.model.blocks import Block
 from pennyweight.model.choices import PARENT, Choice
-from pennyweight.model.demand import Budget, Workload
+from pennyweight.model.demand import Budget, Workload, batches
 from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, Norm, Shape
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16
-from pennyweight.prices import offers, planning
-from pennyweight.prices.cost import computed, price
+from pennyweight.prices import measure, offers, planning
+from pennyweight.prices.cost import Cost, computed, figures, model_figures, price
 from pennyweight.prices.machine import Machine
 from pennyweight.prices.offers import combinations, single_choices, undominated
-from pennyweight.search import mip
+from pennyweight.search import Infeasible, mip
 from pennyweight.units import show_bytes
 from pennyweight.variants import bits, reshape
 
@@ -165,10 +166,10 @@ def test_dropping_the_dominated_drops_no_optimum(seed):
         return least + rng.uniform(0.2, 0.7) * (most - least)
 
     overhead = offers.FILE_OVERHEAD
-    memory = overhead + offers.workspace_bytes(shapes, WORKLOAD)
+    memory = offers.fixed_spending(whole, WORKLOAD)["memory_bytes"]
     budgets = [
         Budget(weight_bytes=int(overhead + between(lambda o: o.file_bytes))),
-        Budget(memory_bytes=int(memory + between(lambda o: o.file_bytes + o.cost.state_bytes))),
+        Budget(memory_bytes=int(memory + between(lambda o: o.resident_bytes + o.cost.state_bytes))),
         Budget(
             weight_bytes=int(overhead + between(lambda o: o.file_bytes)),
             ttft_seconds=between(lambda o: o.cost.prefill_seconds),
@@ -176,7 +177,10 @@ def test_dropping_the_dominated_drops_no_optimum(seed):
         ),
     ]
     for budget in budgets:
-        solved = [mip.solve(offers.problem(table, shapes, budget, WORKLOAD)).score for table in (whole, kept)]
+        solved = [mip.solve(offers.problem(table, budget, WORKLOAD)).score for table in (whole, kept)]
+        if budget.memory_bytes is not None:  # the work space that is enough for all of fewer offers can be smaller
+            assert solved[1] <= solved[0] * (1 + 1e-9)
+            continue
         assert solved[0] == pytest.approx(solved[1], rel=1e-9, abs=1e-12)
         assert solved[0] > 0, "the budget should bite"
 
@@ -253,8 +257,8 @@ SHORT = {**CONFIG, "max_position_embeddings": 8192}
 LOAD = Workload(prompt=64, new=64)
 
 
-def planned(budget: Budget, config=SHORT, axes=None, load=LOAD) -> planning.Plan:
-    return planning.plan(config, load, Machine.load("m2-max"), budget, axes or variants.default())
+def planned(budget: Budget, config=SHORT, axes=None, load=LOAD, machine=None) -> planning.Plan:
+    return planning.plan(config, load, machine or Machine.load("m2-max"), budget, axes or variants.default())
 
 
 def test_the_cache_is_told_as_far_as_the_model_goes():
@@ -317,6 +321,23 @@ def test_plan_and_fit_name_what_they_do_not_know(tmp_path):
     assert not (tmp_path / "out.run").exists()
 
 
+def test_a_plan_is_about_this_computer_unless_another_is_named(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(SHORT))
+    here = Machine(name="a computer", memory_bytes=2**30, bandwidth=1e10, flops=1e11)
+    monkeypatch.setattr(measure, "machine", lambda **_: here)
+
+    def told(*more: str) -> list[str]:
+        done = CliRunner().invoke(app, ["plan", str(tmp_path), *more])
+        assert done.exit_code == 0, done.output
+        return [line for line in done.stdout.splitlines() if line.startswith("on ")]
+
+    assert told()[0].startswith("on a computer   memory ")
+    assert told("--machine", "h100")[0].startswith("on H100   memory ")
+    many = told("--throughput", "1tok/s", "--concurrency", "3", "--cache", "int8")
+    assert [line.split("   ")[0] for line in many] == [f"on a computer, {count} at once" for count in (1, 2, 3)]
+    assert pw.plan(tmp_path / "config.json").figures == planned(Budget(), load=Workload(), machine=here).figures
+
+
 def test_plan_takes_axes_as_people_write_them_and_says_what_the_model_can(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SHORT))
 
@@ -329,3 +350,64 @@ def test_plan_takes_axes_as_people_write_them_and_says_what_the_model_can(tmp_pa
     assert "16384 tokens" not in told()
     said = told("--context", "32k")
     assert "32768 tokens are asked for, the model takes up to 8192" in said and "KV cache       32768" not in said
+
+
+# -------------------------------------------------------------------------------------------------- one grid of batches
+
+MACHINE = Machine.load("m2-max")
+MANY = Workload(prompt=64, new=64, concurrency=64)
+
+
+def parents(load: Workload) -> dict[str, float]:
+    return model_figures(families.shapes(SHORT), load, computed(MACHINE))
+
+
+def test_throughput_may_be_met_with_fewer_sequences_than_may_run_at_once():
+    """What is refused with 64 at once, for their memory, is fast enough with one."""
+    one, all_of_them = (parents(dataclasses.replace(MANY, concurrency=count)) for count in (1, 64))
+    memory = int(2 * one["memory_bytes"])
+    assert memory < all_of_them["memory_bytes"]
+    budget = Budget(memory_bytes=memory, tokens_per_second=one["tokens_per_second"] / 2)
+    assert planned(budget, load=MANY).verdict == "fits as it is, with 1 sequence at once"
+    assert list(planned(budget, load=MANY).figures) == [1, 2, 4, 8, 16, 32, 64]
+    # And where more are needed for the rate, as many as that takes.
+    four = parents(dataclasses.replace(MANY, concurrency=4))
+    fast = Budget(memory_bytes=int(four["memory_bytes"]) + 1, tokens_per_second=four["tokens_per_second"] * 0.99)
+    assert planned(fast, load=MANY).verdict == "fits as it is, with 4 sequences at once"
+
+
+def test_without_a_rate_all_sequences_run_at_once():
+    one = parents(dataclasses.replace(MANY, concurrency=1))
+    verdict = planned(Budget(memory_bytes=int(one["memory_bytes"])), load=MANY).verdict
+    assert not verdict.startswith("fits as it is") and "at once" not in verdict
+    assert batches(Budget(memory_bytes=1), MANY) == (MANY,)
+
+
+def test_a_refusal_names_the_batch_that_comes_nearest():
+    axes = ("bits",)
+    found = planning.prospect(PLACES, axes, Budget(tokens_per_second=1.0), MANY, computed(MACHINE), scored_tokens=512)
+    rates = {}
+    for batch, table in found.offered.items():
+        quickest = [
+            min((offer.cost for offer in row), key=lambda cost: cost.prefill_seconds + 64 * cost.decode_seconds)
+            for row in table.values()
+        ]
+        rates[batch.concurrency] = figures(sum(quickest, Cost()), batch, 0)["tokens_per_second"]
+    best = max(rates, key=lambda count: rates[count])
+    with pytest.raises(Infeasible) as err:
+        found.hold_against(Budget(tokens_per_second=2 * rates[best]))
+    assert err.value.nearest == pytest.approx(rates[best])
+    assert str(err.value).endswith(f"the most possible is {rates[best]:.4g}, with {best} sequences at once")
+
+
+def test_the_best_of_all_batches_is_kept_and_the_smallest_of_equals():
+    budget, tried = Budget(tokens_per_second=1.0), []
+
+    def solve(batch: Workload) -> int:
+        tried.append(batch.concurrency)
+        if batch.concurrency == 1:
+            raise Infeasible("tokens_per_second", 1.0, 0.5)
+        return batch.concurrency
+
+    assert [found for _, found in offers.met(budget, dataclasses.replace(MANY, concurrency=6), solve)] == [2, 4, 6]
+    assert tried == [1, 2, 4, 6]

@@ -45,6 +45,19 @@ def test_a_finished_stage_says_how_long_it_took(terminal, capsys):
     assert found[-1].startswith("report") and "done in" in found[-1]
 
 
+def test_time_left_is_never_told_in_microseconds(terminal, monkeypatch, capsys):
+    clock = iter([float(at) for at in range(100)])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with Terminal() as listen:
+        listen.begin("score", total=10**6, unit="variants")
+        listen.advance(10**6 - 1)
+        listen.end()
+    found = lines(capsys)
+    assert not [line for line in found if re.search(r"eta [0-9.]+ (us|ms)", line)]
+    if terminal == "piped":
+        assert found[0] == "score: 999999/1000000 variants, eta under 1 s"
+
+
 def test_a_stage_that_was_finished_before_is_not_told_as_done_in_no_time(terminal, capsys):
     with Terminal() as listen:
         listen.begin("heal model", total=4, done=4, unit="steps")

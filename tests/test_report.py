@@ -305,12 +305,23 @@ def test_a_broken_bound_is_called_broken(report):
     assert "**not kept**" in card.render(report)
 
 
+def test_measured_memory_stands_beside_what_was_computed(report):
+    assert "(computed, not measured)" in summary.render(report)
+    report["verified"]["memory"] = {"parent": 20 * 2**20, "child": 7 * 2**20}
+    assert "(computed; 7.00 MiB at most were resident while it served)" in summary.render(report)
+    assert "| memory | 20.00 MiB | 7.00 MiB |" in card.render(report)
+    assert "20.00 MiB" in html.render(report)
+
+
 def test_throughput_is_a_lower_bound(report):
     report["budget"] = {"tokens_per_second": 3000.0}
     report["config"]["budget"] = {"throughput": "3000tok/s"}
     report["margins"] = {"tokens_per_second": {"5% tighter": None, "as asked": 0.02, "5% looser": 0.02}}
     assert "throughput ≥ 3,000 tok/s: 4,000 tok/s" in Page(html.render(report)).text
-    assert "throughput ≥ 3000tok/s: 4,000 tok/s" in card.render(report)
+    assert "throughput ≥ 3000tok/s: 4,000 tok/s (predicted; 76 tok/s measured" in card.render(report)
+    assert "76 tok/s" in html.render(report).split("Throughput")[-1]
+    report["workload"]["concurrency"] = 4
+    assert "(predicted for 4 texts at once; 76 tok/s measured" in card.render(report)
 
 
 @pytest.mark.parametrize("metric", ["lm", "cosine", "nmse"])
@@ -454,6 +465,12 @@ def test_the_terminal_gets_the_outcome_in_a_few_lines(report, bare):
     assert "0.90 x as fast; median in the native engine)" in lines[5]
     report["workload"]["concurrency"] = 4
     assert "median in the native engine, 4 texts at once)" in summary.render(report)
+    report["verified"]["slowdown"] = 1.1
+    assert "0.90 x as fast" in summary.render(report)
+    report["verified"]["slowdown"] = 1.6
+    told = "the machine is busier than when prices were made: the same work takes 1.60 x as long now"
+    assert "as fast" not in summary.render(report) and told in summary.render(report)
+    assert told in Page(html.render(report)).text
     assert "speed" not in summary.render(bare)
 
 

@@ -14,9 +14,9 @@ struct Product {
     Product(const Linear& l, int count, const std::string& kernels)
         : linear(l), pool(threads(count)), products(pool, kernels_named(kernels)) {
         expect(!linear.empty(), "a linear without matrices");
-        products.expect(linear);
+        products.expect(linear, false);
         products.reserve();
-        out = Buffer(sizeof(float) * std::size_t(Products::kMaxRows) * products.stride());
+        out = Panel(Products::kMaxRows, products.out_stride());
     }
 
     // Threads that slept are awake for some microseconds, as they are in the middle of a model's step.
@@ -28,24 +28,23 @@ struct Product {
                "x is (tokens, columns), y is (tokens, rows)");
         expect(x.shape(0) >= 1 && x.shape(0) <= Products::kMaxRows, "1 to 512 tokens");
         nb::gil_scoped_release released;
-        const int count = int(x.shape(0)), stride = products.stride();
-        float* to = out.floats();
+        const int count = int(x.shape(0));
         products.begin(std::vector<char>(count, sparse));
         const auto started = std::chrono::steady_clock::now();
         pool.run([&](int t) {
             products.multiply(t, linear, products.prepare(t, x.data(), count, linear.in(), {}, linear),
-                              count, to, stride);
+                              count, out.at(0), out.stride);
         });
         const std::chrono::duration<double> took = std::chrono::steady_clock::now() - started;
         for (int r = 0; r < count; r++)
-            std::memcpy(y.data() + std::size_t(r) * linear.out(), to + std::size_t(r) * stride, sizeof(float) * linear.out());
+            std::memcpy(y.data() + std::size_t(r) * linear.out(), out.at(r), sizeof(float) * linear.out());
         return took.count();
     }
 
     Linear linear;
     ThreadPool pool;
     Products products;
-    Buffer out;
+    Panel out;
 };
 
 // Reads memory as fast as the threads can: what no product with cold weights can beat.

@@ -42,6 +42,13 @@ void bind_engine(nb::module_& module) {
         .def_prop_ro("threads", &Engine::threads)
         .def_prop_ro("kernels", [](const Engine& e) { return std::string(e.kernels().name); })
         .def_prop_ro("state_bytes", &Engine::state_bytes)
+        .def(
+            "work_bytes",
+            [](const Engine& e, int rows) {
+                expect(rows >= 1 && rows <= Engine::kMaxRows, "as many rows as a step takes");
+                return e.work_bytes(rows);
+            },
+            "rows"_a)
         .def_prop_ro("unused_bytes", &Engine::unused_bytes)
         .def_prop_ro("sparse",
                      [](const Engine& e) {

@@ -190,7 +190,7 @@ void Attention::norm_whole_rows(Step& step, int t) const {
     if (!whole(parts_.q_norm) && !whole(parts_.k_norm)) return;
     for (int i = t; i < 2 * step.count; i += step.pool.threads()) {
         const Norm& norm = i % 2 ? parts_.k_norm : parts_.q_norm;
-        float* at = step.at(step.wide, i / 2) + (i % 2 ? parts_.heads * parts_.head_dim : 0);
+        float* at = step.wide.at(i / 2) + (i % 2 ? parts_.heads * parts_.head_dim : 0);
         if (whole(norm)) step.kernels.rms_norm(at, norm.weight.data(), norm.epsilon, int(norm.weight.size()), at);
     }
     step.pool.barrier();
@@ -210,7 +210,7 @@ void Attention::mix(Step& step, int t, int number) const {
     // A task is a row and a key-value head.
     const auto row = [&](int task) -> const Row& { return step.rows[task / kv_heads]; };
     const auto kept = [&](int task) -> KeysValues& { return step.state<KeysValues>(number, task / kv_heads); };
-    const auto query = [&](int task) { return step.at(step.wide, task / kv_heads) + task % kv_heads * per_group * dim; };
+    const auto query = [&](int task) { return step.wide.at(task / kv_heads) + task % kv_heads * per_group * dim; };
     const auto turn_pairs = parts_.neighbours ? rotate_neighbours : step.kernels.rotate;
     const auto rotate = [&](float* head, const Norm& norm, int position) {
         if (int(norm.weight.size()) == dim) step.kernels.rms_norm(head, norm.weight.data(), norm.epsilon, dim, head);
@@ -222,7 +222,7 @@ void Attention::mix(Step& step, int t, int number) const {
     };
     for (int task = t; task < tasks; task += threads) {
         const int head = task % kv_heads, position = row(task).position;
-        float* keys = step.at(step.wide, task / kv_heads) + parts_.heads * dim;
+        float* keys = step.wide.at(task / kv_heads) + parts_.heads * dim;
         for (int m = 0; m < per_group; m++) rotate(query(task) + m * dim, parts_.q_norm, position);
         rotate(keys + head * dim, parts_.k_norm, position);
         kept(task).store(head, position, keys + head * dim, keys + kv_heads * dim + head * value_dim, step.kernels, room);
@@ -250,7 +250,7 @@ void Attention::mix(Step& step, int t, int number) const {
     };
     const auto finish = [&](int task, float* parts, int count) {
         const int head = task % kv_heads;
-        float* out = step.at(step.mixed, task / kv_heads) + head * per_group * value_dim;
+        float* out = step.mixed.at(task / kv_heads) + head * per_group * value_dim;
         for (int m = 0; m < per_group; m++)
             merge(share_of(parts, 0) + m, part / 2, part_of(parts, 0) + m * value_dim, part, count,
                   parts_.sinks.empty() ? nullptr : &parts_.sinks[head * per_group + m], value_dim, out + m * value_dim);

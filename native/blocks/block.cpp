@@ -7,9 +7,9 @@ namespace pennyweight {
 
 double Step::now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-void Step::times(int t, const Linear& linear, const Buffer& from, Buffer& to, const Norm& norm) {
-    const Products::Input& input = products.prepare(t, from.floats(), count, stride, norm, linear);
-    timed(t, spent.products, [&] { products.multiply(t, linear, input, count, to.floats(), stride); });
+void Step::times(int t, const Linear& linear, const Panel& from, const Panel& to, const Norm& norm) {
+    const Products::Input& input = products.prepare(t, from.at(0), count, from.stride, norm, linear);
+    timed(t, spent.products, [&] { products.multiply(t, linear, input, count, to.at(0), to.stride); });
 }
 
 void Step::add(int t, int width, const Norm& norm, float factor) {
@@ -19,15 +19,15 @@ void Step::add(int t, int width, const Norm& norm, float factor) {
     if (norm.empty()) {  // the same rows as `multiply` gave this thread, so that no barrier is needed in between
         const auto [first, last] = share_of_rows(width, t, pool.threads());
         for (int r = 0; r < count && first < last; r++) {
-            multiply(at(out, r) + first, last - first);
-            kernels.add(at(hidden, r) + first, at(out, r) + first, last - first);
+            multiply(out.at(r) + first, last - first);
+            kernels.add(hidden.at(r) + first, out.at(r) + first, last - first);
         }
     } else {
         meet(t, spent.products);
         for (int r = t; r < count; r += pool.threads()) {
-            kernels.rms_norm(at(out, r), norm.weight.data(), norm.epsilon, width, at(out, r));
-            multiply(at(out, r), width);
-            kernels.add(at(hidden, r), at(out, r), width);
+            kernels.rms_norm(out.at(r), norm.weight.data(), norm.epsilon, width, out.at(r));
+            multiply(out.at(r), width);
+            kernels.add(hidden.at(r), out.at(r), width);
         }
     }
     meet(t, spent.products);

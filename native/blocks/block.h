@@ -27,9 +27,9 @@ struct Step {
     ThreadPool& pool;
     const Kernels& kernels;
     Products products;
-    int stride = 0;                  // of the buffers below, in floats
-    Buffer hidden, wide, mixed, out;  // (kMaxRows, stride) float32: the residual stream, and what blocks compute
-    Buffer shared;                    // as large as the blocks ask for
+    // kMaxRows of each: the residual stream, what the first matrices of blocks make, what the last ones read and make.
+    Panel hidden, wide, mixed, out;
+    Buffer shared;  // as large as the blocks ask for
     std::vector<std::vector<float>> scratch;
 
     std::span<const Row> rows;
@@ -43,7 +43,6 @@ struct Step {
         double products = 0, attention = 0, all = 0;
     } spent;
 
-    float* at(const Buffer& buffer, int r) const { return buffer.floats() + std::size_t(r) * stride; }
     template <class Kept>
     Kept& state(int block, int r) const {
         return static_cast<Kept&>(*sequences[rows[r].sequence].states[block]);
@@ -55,7 +54,7 @@ struct Step {
     }
 
     // to = linear (normed from). On return this thread's share_of_rows of every part is written.
-    void times(int t, const Linear& linear, const Buffer& from, Buffer& to, const Norm& norm = {});
+    void times(int t, const Linear& linear, const Panel& from, const Panel& to, const Norm& norm = {});
     // A barrier whose wait belongs to what was done before it.
     void meet(int t, double& category) {
         timed(t, category, [&] { pool.barrier(); });

@@ -13,8 +13,8 @@ void Gated::run(Step& step, int t, int) const {
     const int width = down_.in();
     const auto [first, last] = share_of_rows(width, t, step.pool.threads());
     for (int r = 0; r < step.count && first < last; r++) {
-        const float* gate = step.at(step.wide, r);
-        step.kernels.gate[int(activation_)](gate + first, gate + width + first, last - first, step.at(step.mixed, r) + first);
+        const float* gate = step.wide.at(r);
+        step.kernels.gate[int(activation_)](gate + first, gate + width + first, last - first, step.mixed.at(r) + first);
     }
     step.pool.barrier();
     step.times(t, down_, step.mixed, step.out);

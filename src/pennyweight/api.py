@@ -34,17 +34,21 @@ def plan(
     budget: BudgetConfig | None = None,
     *,
     workload: WorkloadConfig | None = None,
-    machine: str = "h100",
+    machine: str = "this",
     axes: tuple[str, ...] = FitConfig().axes,
 ) -> planning.Plan:
-    """What a model needs and whether it can be made to fit, from its config.json alone; times are computed.
+    """What a model needs and whether it can be made to fit, from its config.json alone; times are computed, for this
+    computer unless another `machine` is named.
 
     Raises FileNotFoundError or ValueError for a folder or config that cannot be planned.
     """
+    from pennyweight.prices import measure
+
     config = read_config(Path(model))
     parent_bytes = planning.stored_bytes(families.shapes(config), 16)
     bounds = (budget or BudgetConfig()).resolve(parent_bytes=parent_bytes)
-    return planning.plan(config, (workload or WorkloadConfig()).resolve(), Machine.load(machine), bounds, axes)
+    device = measure.machine() if machine == "this" else Machine.load(machine)
+    return planning.plan(config, (workload or WorkloadConfig()).resolve(), device, bounds, axes)
 
 
 def fit(

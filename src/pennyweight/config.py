@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pennyweight import kinds, units, variants
 from pennyweight.disk import reading
-from pennyweight.model.demand import Budget, Workload
+from pennyweight.model.demand import Budget, Cache, Workload
 from pennyweight.prices.machine import Machine
 
 
@@ -46,12 +46,14 @@ class BudgetConfig(_Strict):
 
 
 class WorkloadConfig(_Strict):
-    """What has to be served; context 0 means prompt + new."""
+    """What has to be served; context 0 means prompt + new. Under a bound on throughput `concurrency` is the most that
+    may run at once. `cache`: how the engine keeps keys and values."""
 
     prompt: int = 256
     new: int = 128
     concurrency: int = 1
     context: int = 0
+    cache: Cache = "float16"
 
     def resolve(self) -> Workload:
         return Workload(**self.model_dump())
@@ -153,6 +155,7 @@ def asked(
     new: str | None = None,
     concurrency: int | None = None,
     context: str | None = None,
+    cache: str | None = None,
     axes: str | None = None,
     machine: str | None = None,
 ) -> dict[str, Any]:
@@ -164,7 +167,13 @@ def asked(
 
     return {
         "budget": {"memory": memory, "weights": weights, "ttft": ttft, "tpot": tpot, "throughput": throughput},
-        "workload": {"prompt": count(prompt), "new": count(new), "concurrency": concurrency, "context": count(context)},
+        "workload": {
+            "prompt": count(prompt),
+            "new": count(new),
+            "concurrency": concurrency,
+            "context": count(context),
+            "cache": cache,
+        },
         "axes": None if axes is None else tuple(axes.split(",")),
         "machine": machine,
     }

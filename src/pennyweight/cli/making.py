@@ -32,8 +32,11 @@ def fit(
     throughput: Annotated[str | None, typer.Option(help="Generated tokens per second, e.g. 500tok/s.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Prompt tokens of the workload.")] = None,
     new: Annotated[str | None, typer.Option(help="Generated tokens of the workload.")] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Sequences at once.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Sequences at once; with --throughput the most that may be.")
+    ] = None,
     context: Annotated[str | None, typer.Option(help="Tokens that memory is reserved for, per sequence.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Keys and values: float16, int8 or float32.")] = None,
     axes: Annotated[
         str | None,
         typer.Option(help=f"Comma-separated, of {', '.join(variants.order())}; by default {DEFAULT_AXES}."),
@@ -90,6 +93,7 @@ def fit(
                     new=new,
                     concurrency=concurrency,
                     context=context,
+                    cache=cache,
                     axes=axes,
                     machine=machine,
                 ),

@@ -25,11 +25,14 @@ def plan(
     throughput: str | None = None,
     prompt: str | None = None,
     new: str | None = None,
-    concurrency: Annotated[int | None, typer.Option(min=1)] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Sequences at once; with --throughput the most that may be.")
+    ] = None,
     context: str | None = None,
+    cache: Annotated[str | None, typer.Option(help="Keys and values: float16, int8 or float32.")] = None,
     machine: Annotated[
-        str, typer.Option(help='A shipped machine (penny machine --list), a JSON file, or "this" one, measured.')
-    ] = "h100",
+        str, typer.Option(help='"this" one, measured, a shipped machine (penny machine --list), or a JSON file.')
+    ] = "this",
     axes: Annotated[str | None, typer.Option(help=f"Comma-separated; by default {DEFAULT_AXES}.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -55,6 +58,7 @@ def plan(
                 new=new,
                 concurrency=concurrency,
                 context=context,
+                cache=cache,
                 axes=axes,
                 machine=machine,
             ),
@@ -96,11 +100,13 @@ def plan(
         if against is not None:
             saved = result["against"]["mean_kv_saving"]
             print(f"KV cache     mean over {load.prompt}+{load.new} tokens: saved {saved:.1%} of the parent's")
-        print(f"work space   {show_bytes(found.workspace_bytes)}")
-        spent = found.figures
-        times = f"TTFT {show_seconds(spent['ttft_seconds'])}   TPOT {show_seconds(spent['tpot_seconds'])}"
-        rate = f"{spent['tokens_per_second']:.0f} tok/s"
-        print(f"on {device.name}   memory {show_bytes(spent['memory_bytes'])}   {times}   {rate}   (computed)")
+        for count, spent in found.figures.items():
+            together = f", {count} at once" if len(found.figures) > 1 else ""
+            memory, work = show_bytes(spent["memory_bytes"]), show_bytes(found.workspace_bytes[count])
+            times = f"TTFT {show_seconds(spent['ttft_seconds'])}   TPOT {show_seconds(spent['tpot_seconds'])}"
+            rate = f"{spent['tokens_per_second']:.0f} tok/s"
+            told = f"on {device.name}{together}   memory {memory}, {work} of it work space"
+            print(f"{told}   {times}   {rate}   (computed)")
         print(f"verdict      {found.verdict}")
 
 
@@ -120,6 +126,7 @@ def machine(
     new: str | None = None,
     concurrency: Annotated[int | None, typer.Option(min=1)] = None,
     context: Annotated[str | None, typer.Option(help="Tokens of KV cache per sequence; 0: prompt + new.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Keys and values: float16, int8 or float32.")] = None,
     context_tokens: Annotated[int, typer.Option(min=1, help="Tokens per row of calibration text.")] = 512,
     again: Annotated[bool, typer.Option("--again", help="Measure this machine, or the model's blocks, anew.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Name the shipped machine descriptions.")] = False,
@@ -135,7 +142,9 @@ def machine(
             for name in Machine.shipped():
                 print(name)
             return
-        wanted = merged(FitConfig(), asked(prompt=prompt, new=new, concurrency=concurrency, context=context, axes=axes))
+        wanted = merged(
+            FitConfig(), asked(prompt=prompt, new=new, concurrency=concurrency, context=context, cache=cache, axes=axes)
+        )
         wanted.check()
         if save is not None and model is not None:
             from pennyweight.disk.places import apart
@@ -160,10 +169,10 @@ def machine(
             quiet_libraries()
             config = read_config(model)
             shapes, load = families.shapes(config), wanted.workload.resolve()
-            cache = measure.cache_folder() / "latencies.json"
+            kept = measure.cache_folder() / "latencies.json"
             every = offers.all_shapes(shapes, wanted.axes, scored_tokens=context_tokens)
             with Terminal() as listen, full_disk_is_one_error():
-                models = measure.Models(config, shapes, load, cache=cache, again=again)
+                models = measure.Models(config, shapes, load, cache=kept, again=again)
                 times = models.latencies(every, listen=listen)
             result["blocks"] = [
                 {"shape": str(shape), "prefill_seconds": prefill, "decode_seconds": decode}

@@ -213,7 +213,8 @@ def bench(
         first, each, best = (show_seconds(s) for s in (found.ttft, found.tpot, found.tpot_p05))
         peak, read = show_bytes(found.peak_rss_bytes), show_bytes(found.bytes_per_step)
         print(f"prompt      {found.prefill_tokens_per_second:.0f} tokens/s, first token of {prompt} after {first}")
-        print(f"writing     {found.tokens_per_second:.1f} tokens/s; a token takes {each} (p05 {best})")
+        print(f"writing     {found.writing_tokens_per_second:.1f} tokens/s; a token takes {each} (p05 {best})")
+        print(f"throughput  {found.tokens_per_second:.1f} tokens/s written, reading the prompts included")
         print(f"memory      {peak} at most; {read} read per step, {share:.0%} of {bandwidth / 1e9:.0f} GB/s")
         joules = found.joules_per_token
         print(f"energy      {f'{joules:.3g} J per token ({found.energy})' if joules is not None else found.energy}")

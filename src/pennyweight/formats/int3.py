@@ -54,7 +54,7 @@ class Spec(Stored):
 
     def resident_bytes(self, rows: int, columns: int) -> int:
         """The engine holds 4-bit codes."""
-        return packed_int.Spec(4, self.over(columns).group).nbytes(rows, columns)
+        return packed_int.Spec(4, self.over(columns).group).resident_bytes(rows, columns)
 
 
 def encode(weight: torch.Tensor, spec: Spec, find: Find, activity: torch.Tensor | None) -> dict[str, torch.Tensor]:

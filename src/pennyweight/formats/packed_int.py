@@ -55,6 +55,12 @@ class Spec(Stored):
             "weight_shape": ("I64", (2,)),
         }
 
+    def resident_bytes(self, rows: int, columns: int) -> int:
+        """In the engine's order: tiles of 16 rows, groups filled up to whole 32 columns (native/matrices.h, Rows)."""
+        group = self.over(columns).group
+        tiles, filled = -(-rows // 16), -(-group // 32) * 32
+        return tiles * columns // group * (16 * filled * self.bits // 8 + 16 * 2)
+
 
 def encode(weight: torch.Tensor, spec: Spec, find: Find, activity: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """A matrix (rows, columns) as tensors by suffix."""

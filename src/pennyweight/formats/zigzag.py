@@ -100,6 +100,10 @@ class Spec(Stored):
         }
         return found | ({"weight_order": ("I32", (columns,))} if self.ordered else {})
 
+    def resident_bytes(self, rows: int, columns: int) -> int:
+        """All but the numbers that describe the rest."""
+        return self.nbytes(rows, columns) - 8 * 5
+
 
 def encode(weight: torch.Tensor, spec: Spec, find: Find, activity: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """A matrix (rows, columns) as tensors by suffix. Each row is divided by its root mean square before it is rounded:

@@ -121,6 +121,10 @@ class Job:
     def budget(self) -> Budget:
         return self.config.budget.resolve(parent_bytes=self.parent_bytes)
 
+    def swept(self, bound: str) -> Budget:
+        """The budget with one bound another."""
+        return self.config.budget.swept(bound).resolve(parent_bytes=self.parent_bytes)
+
     @cached_property
     def max_ram(self) -> int:
         return units.parse_bytes(self.config.max_ram, whole=psutil.virtual_memory().total)

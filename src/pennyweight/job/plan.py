@@ -15,21 +15,23 @@ from pennyweight.job.job import Job
 from pennyweight.job.library import learns
 from pennyweight.judge import codes
 from pennyweight.live import magnitudes
+from pennyweight.model.demand import batches
 from pennyweight.model.slots import Slot
 from pennyweight.prices import offers, planning
-from pennyweight.prices.cost import Seconds, computed, figures, total, workspace_bytes
+from pennyweight.prices.cost import Seconds, computed, model_figures
 from pennyweight.prices.machine import Machine
 from pennyweight.runs import space
 
 
 def plan(job: Job) -> dict[str, Any]:
-    """Check that the budget can be met and say what the job will do. Raises Infeasible before any work, ValueError if
-    the run folder's disk, or --max-disk, is too small, OSError (ENOSPC) if others have taken too much of the disk."""
+    """Check that the budget can be met and say what the job will do; `parent` is what the parent costs, by how many
+    sequences run at once. Raises Infeasible before any work, ValueError if the run folder's disk, or --max-disk, is too
+    small, OSError (ENOSPC) if others have taken too much of the disk."""
     seconds, how = prices(job)
     job.listen.begin("plan", total=1)
-    found = planning.prospect(job.blocks, job.config.axes, job.workload, seconds, scored_tokens=job.row_tokens)
-    found.hold_against(job.budget, job.shapes, job.workload)
-    parent = figures(total(job.shapes, job.workload, seconds), job.workload, workspace_bytes(job.shapes, job.workload))
+    config = job.config
+    found = planning.prospect(job.blocks, config.axes, job.budget, job.workload, seconds, scored_tokens=job.row_tokens)
+    found.hold_against(job.budget)
     needs = disk(job)
     left = space.free_bytes(job.run) + space.used_bytes(job.run)
     if needs.bytes > left:
@@ -40,12 +42,12 @@ def plan(job: Job) -> dict[str, Any]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), told)
     job.listen.advance(1)
     bounds = f"; a share of the weights is one of {units.show_bytes(job.parent_bytes)}, the parent in 16 bits"
-    shares = "%" in (job.config.budget.weights or "")
+    shares = "%" in (config.budget.weights or "")
     job.listen.end(f"the run folder takes up to {units.show_bytes(needs.bytes)}{bounds if shares else ''}")
     return {
         "disk_bytes": needs.bytes,
-        "parent": parent,
         "parent_bytes": job.parent_bytes,
+        "parent": {str(batch.concurrency): model_figures(job.shapes, batch, seconds) for batch in found.offered},
         "prices": how,
         "choices": found.choices,
         "slots": len(job.shapes),
@@ -154,10 +156,13 @@ def described(job: Job) -> Machine:
 
 
 def measured_prices(job: Job) -> Seconds:
-    """Block times of this machine; each shape is measured once per machine and workload and remembered."""
+    """Block times of this machine; each shape is measured once per machine and workload, batches that a bound on
+    throughput leaves open included, and remembered."""
     from pennyweight.prices import measure
 
     wanted = offers.all_shapes(job.shapes, job.config.axes, scored_tokens=job.row_tokens)
     cache = measure.cache_folder() / "latencies.json"
-    models = measure.Models(job.checkpoint.config, job.shapes, job.workload, cache=cache)
-    return models.latencies(wanted, listen=job.listen).seconds()
+    budgets = (job.budget, *(job.swept(bounds) for bounds in job.config.sweep))
+    workloads = dict.fromkeys(batch for budget in budgets for batch in batches(budget, job.workload))
+    config = job.checkpoint.config
+    return measure.prices(config, job.shapes, list(workloads), wanted, cache=cache, listen=job.listen)

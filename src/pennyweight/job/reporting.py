@@ -43,17 +43,18 @@ def facts(
     """Everything worth knowing about the run, as data; report/ turns it into pages."""
     layouts = [layout_from_json(solution["layout"]) for solution in chosen["solutions"]]
     layout, scored, shapes = layouts[0], scores(job), reshape_all(job.shapes, layouts[0])
+    workload = chosen["solutions"][0]["workload"]  # of the batch that was chosen
     return {
         "model": str(job.model.resolve().name),
         "out": str(job.out),
         "budget": {k: v for k, v in asdict(job.budget).items() if v is not None},
-        "workload": asdict(job.workload),
+        "workload": workload,
         "plan": job.store.get("plan"),
         # In 16 bits, which is what a share of a budget is of.
         "parent": {
             "bytes": job.parent_bytes,
             "stored_bytes": job.checkpoint.weight_bytes,
-            "figures": job.store.get("plan")["parent"],
+            "figures": job.store.get("plan")["parent"][str(workload["concurrency"])],
         },
         "chosen": chosen,
         "slots": [

@@ -197,13 +197,14 @@ class _Run:
         inputs = (
             self._whole_layout
             | self._healing
-            | self._asked("workload")
             | {
+                "workload": self.chosen["solutions"][0]["workload"],
                 "candidate": self.store.get("folder/candidate"),
                 "held_out_rows": job.config.data.held_out_rows,
                 "weight_bytes": job.budget.weight_bytes,
                 "whole": job.fits_whole,
-                "speed": job.config.machine == "this",
+                "speed": job.config.prices if job.config.machine == "this" else None,
+                "memory": job.budget.memory_bytes is not None,
             }
         )
 

@@ -16,7 +16,7 @@ from pennyweight.model.choices import Choice, layout_to_json
 from pennyweight.model.demand import Budget, Workload
 from pennyweight.model.slots import Slot
 from pennyweight.prices import offers
-from pennyweight.prices.cost import Seconds, figures, total, workspace_bytes
+from pennyweight.prices.cost import Seconds, model_figures
 from pennyweight.prices.offers import Offer
 from pennyweight.search import Infeasible, Solution
 
@@ -48,7 +48,7 @@ def solve_all(job: Job) -> dict[str, Any]:
     sweep = []
     for bounds in job.config.sweep:
         name, text = (part.strip() for part in bounds.split("=", 1))
-        changed = job.config.budget.swept(bounds).resolve(parent_bytes=job.parent_bytes)
+        changed = job.swept(bounds)
         try:
             sweep.append({"budget": {name: text}, **solve(job, changed)[0].to_json()})
         except Infeasible as err:
@@ -61,31 +61,11 @@ def solve_all(job: Job) -> dict[str, Any]:
 def solve(job: Job, budget: Budget, *, solutions: int = 1) -> list[Chosen]:
     """The best layouts within a budget, best first. Each differs from those before in `min_different` slots.
 
-    Under a throughput bound the workload's concurrency is the most that may run at once: every power of two up to it
-    is tried, since a lighter model affords a larger batch, and the best kept. Raises Infeasible.
+    Where the budget leaves the batch open they are those of the batch that loses least, the smallest of several. Raises
+    Infeasible.
     """
-    most = job.workload.concurrency
-    grid = [most]
-    if budget.tokens_per_second is not None and job.config.prices == "computed":
-        grid = sorted({min(2**i, most) for i in range(most.bit_length() + 1)})
-    best: list[Chosen] = []
-    failed: Infeasible | None = None
-    for concurrency in grid:
-        try:
-            found = _solve_at(job, budget, _with_concurrency(job.workload, concurrency), solutions)
-        except Infeasible as err:
-            failed = err
-            continue
-        if not best or found[0].solution.score < best[0].solution.score:
-            best = found
-    if not best:
-        assert failed is not None
-        raise failed
-    return best
-
-
-def _with_concurrency(workload: Workload, concurrency: int) -> Workload:
-    return Workload(**{**asdict(workload), "concurrency": concurrency})
+    found = offers.met(budget, job.workload, lambda batch: _solve_at(job, budget, batch, solutions))
+    return min((chosen for _, chosen in found), key=lambda chosen: chosen[0].solution.score)
 
 
 def offered(job: Job, workload: Workload, seconds: Seconds) -> dict[Slot, list[Offer]]:
@@ -109,7 +89,6 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
     for _ in range(solutions):
         problem = offers.problem(
             table,
-            job.shapes,
             budget,
             workload,
             different_from=[chosen.solution.choice for chosen in found],
@@ -121,10 +100,10 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
         except Infeasible as err:
             if found:
                 break
-            raise offers.in_users_words(err, job.shapes, budget, workload) from None
+            raise offers.in_users_words(err, table, budget, workload) from None
         picked = {slot: row[v] for (slot, row), v in zip(table.items(), solution.choice, strict=True)}
         shapes = {slot: offer.shape for slot, offer in picked.items()}
-        predicted = figures(total(shapes, workload, seconds), workload, workspace_bytes(job.shapes, workload))
+        predicted = model_figures(shapes, workload, seconds)
         predicted["file_bytes"] = sum(offer.file_bytes for offer in picked.values()) + offers.FILE_OVERHEAD
         predicted["score"] = solution.score
         predicted["lm"] = sum(

@@ -15,10 +15,12 @@ from pennyweight.evals.loss import loss
 from pennyweight.job import checks as verify
 from pennyweight.job import packed
 from pennyweight.job.job import Job
+from pennyweight.job.plan import described
 from pennyweight.live.load import load_model, load_stock
 from pennyweight.live.streamed import Streamed
 from pennyweight.live.walk import Walk
 from pennyweight.model.choices import Choice
+from pennyweight.model.demand import Workload
 from pennyweight.model.slots import Slot
 from pennyweight.runs.events import waiting
 from pennyweight.variants import reshape_all
@@ -75,7 +77,8 @@ def verify_child(
                 "parent": texts_of(parent),
                 "child": texts_of(child),
             }
-    speed, how = _speed(job, candidate)
+    workload = Workload(**chosen["solutions"][0]["workload"])
+    speed, how = _speed(job, candidate, workload)
     return {
         "checks": [check.to_json() for check in checks],
         "whole": whole,
@@ -83,6 +86,8 @@ def verify_child(
         "samples": samples,
         "speed": speed,
         "speed_how": how,
+        "slowdown": None if speed is None else _slowdown(job, workload),
+        "memory": None if job.budget.memory_bytes is None else _memory(job, candidate, workload),
     }
 
 
@@ -100,10 +105,10 @@ def _streamed(folder: Path, job: Job) -> Streamed:
     return Streamed(Walk(Checkpoint(folder), dtype=job.dtype), on_layer=job.listen.advance)
 
 
-def _speed(job: Job, candidate: Path) -> tuple[dict[str, Any] | None, str]:
-    """Parent and child in the native engine, as `penny run` would run them, and in words how that was measured or why
-    it was not."""
-    from pennyweight.runtime.bench import bench
+def _speed(job: Job, candidate: Path, workload: Workload) -> tuple[dict[str, Any] | None, str]:
+    """Parent and child in the native engine, as `penny run` would run them, in turn and at the batch that was chosen,
+    and in words how that was measured or why it was not."""
+    from pennyweight.runtime.bench import bench_in_turn
     from pennyweight.runtime.engine import Engine, NativeMissing
     from pennyweight.runtime.lower import NotRun
 
@@ -111,20 +116,43 @@ def _speed(job: Job, candidate: Path) -> tuple[dict[str, Any] | None, str]:
         return None, "not measured: the prices are another machine's"
     if not job.fits_whole:
         return None, "not measured: the models are too large to be loaded whole here"
-    prompt, new = job.workload.prompt, job.workload.new
+    prompt, new = workload.prompt, workload.new
     longest = job.checkpoint.config.get("max_position_embeddings")
     if longest is not None and prompt + new > longest:
         return None, f"not measured: a prompt of {prompt} and {new} new tokens; the model takes up to {longest} in all"
-    found = {}
-    job.listen.begin("speed", total=2, unit="models")
+    job.listen.begin("speed", total=1)
     try:
-        for name, folder in (("parent", job.model), ("child", candidate)):
-            engine = Engine(folder, context=job.workload.context)
-            found[name] = bench(engine, job.workload).to_json()
-            job.listen.advance(len(found))
+        engines = [Engine(folder, context=workload.context, cache=workload.cache) for folder in (job.model, candidate)]
+        parent, child = bench_in_turn(engines, workload)
     except (NativeMissing, NotRun) as err:
         job.listen.end("not measured")
         return None, f"not measured: {err}"
     job.listen.end()
-    speed = found["child"]
-    return found, f"measured in the native engine, {speed['kernels']} kernels on {speed['threads']} threads"
+    how = f"measured in the native engine, {child.kernels} kernels on {child.threads} threads"
+    return {"parent": parent.to_json(), "child": child.to_json()}, how
+
+
+def _slowdown(job: Job, workload: Workload) -> float:
+    """How many times as long this machine takes as when its prices were made."""
+    from pennyweight.prices import measure
+
+    with waiting(job.listen, "measure machine"):
+        if job.config.prices == "computed":
+            return measure.slowdown(described(job))
+        cache = measure.cache_folder() / "latencies.json"
+        return measure.Models(job.checkpoint.config, job.shapes, workload, cache=cache).slowdown()
+
+
+def _memory(job: Job, candidate: Path, workload: Workload) -> dict[str, int] | None:
+    """The most that parent and child took while they served the workload, each in a process of its own; None where that
+    cannot be measured."""
+    from pennyweight.runtime import footprint
+
+    if not job.fits_whole or job.config.machine != "this":
+        return None
+    with waiting(job.listen, "memory"):
+        try:
+            folders = {"parent": job.model, "child": candidate}
+            return {name: footprint.of_folder(folder, workload).peak_bytes for name, folder in folders.items()}
+        except footprint.NotTold:
+            return None

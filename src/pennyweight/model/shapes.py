@@ -80,12 +80,12 @@ class Weight:
 
     @property
     def resident_bytes(self) -> int:
-        """In memory while the model runs."""
-        return self._bytes(self.stored.resident_bytes)
+        """In memory while the model runs, norms and biases in float32."""
+        return self._bytes(self.stored.resident_bytes, 4)
 
-    def _bytes(self, of_matrix: Callable[[int, int], int]) -> int:
+    def _bytes(self, of_matrix: Callable[[int, int], int], of_value: int = 2) -> int:
         if not self.is_matrix:
-            return 2 * self.parameters
+            return of_value * self.parameters
         *stack, rows, columns = self.shape
         return math.prod(stack) * of_matrix(rows, columns)
 
@@ -155,8 +155,8 @@ class Shape:
         return 0.0
 
     @property
-    def width(self) -> int:
-        """The most values that a token's activations have at once while the block works: its work space."""
+    def made_size(self) -> int:
+        """Values that the matrices which read the block's input make of one token."""
         return 0
 
     @property
@@ -192,10 +192,6 @@ class _Block(Shape):
             if self.sparsity.weighted:
                 yield Weight("importance", (self.hidden_size,))
                 yield Weight("inner_importance", (self.inner_size,))
-
-    @property
-    def width(self) -> int:
-        return max(self.hidden_size, self.inner_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +245,10 @@ class Attention(_Block):
         return self.num_heads * self.head_dim
 
     @property
+    def made_size(self) -> int:
+        return self.inner_size + self.cached_values
+
+    @property
     def cached_values(self) -> int:
         return 2 * self.num_kv_heads * self.head_dim
 
@@ -290,6 +290,10 @@ class GatedMLP(_Block):
     def inner_size(self) -> int:
         return self.intermediate_size
 
+    @property
+    def made_size(self) -> int:
+        return 2 * self.intermediate_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoE(Shape):
@@ -318,9 +322,13 @@ class MoE(Shape):
             yield Weight("down_bias", (experts * hidden,), active=active)
 
     @property
-    def width(self) -> int:
+    def inner_size(self) -> int:
         """A token is in `top_k` experts at once, never in all."""
-        return max(self.hidden_size, 2 * self.top_k * self.intermediate_size)
+        return self.top_k * self.intermediate_size
+
+    @property
+    def made_size(self) -> int:
+        return 2 * self.inner_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,10 +344,6 @@ class Dense(Shape):
     def weights(self) -> Iterator[Weight]:
         yield from _norms(self.norms, self.hidden_size)
         yield Weight("linear", (self.hidden_size, self.hidden_size), self.stored)
-
-    @property
-    def width(self) -> int:
-        return self.hidden_size
 
 
 @dataclass(frozen=True, kw_only=True)

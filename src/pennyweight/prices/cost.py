@@ -1,9 +1,9 @@
 """What a model costs to run: bytes and seconds, computed from shapes or looked up in measurements.
 
 Costs of slots add up, which is what lets a search choose one variant per slot. Memory follows Puzzle (arXiv:2411.19146,
-section on constraints) with one correction: KV bytes use head_dim, never hidden_size / num_heads. Seconds are either
-*computed* (a roofline over a machine's description) or *measured* on this machine (measure.py); one search uses one
-kind and the report says which.
+section on constraints) with corrections: KV bytes use head_dim, never hidden_size / num_heads, and everything is
+counted as the engine allocates it (memory.py). Seconds are either *computed* (a roofline over a machine's description)
+or *measured* on this machine (measure.py); one search uses one kind and the report says which.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from operator import add
 from pennyweight.model.demand import Workload
 from pennyweight.model.shapes import Shape, Shapes
 from pennyweight.prices.machine import Machine
+from pennyweight.prices.memory import seen_bytes, sequence_bytes, workspace_bytes
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,6 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
-
-
-def workspace_bytes(shapes: Shapes, workload: Workload) -> int:
-    """Activations at the widest block of prefill in 512-token chunks, and the logits of every sequence, in float32."""
-    tokens = min(workload.prompt, 512) * workload.concurrency
-    widest = max(shape.width for shape in shapes.values())
-    hidden = max(shape.hidden_size for shape in shapes.values())
-    logits = (weight for shape in shapes.values() if shape.makes_logits for weight in shape.weights())
-    vocab = max((weight.shape[0] for weight in logits), default=0)
-    return 4 * (tokens * (4 * hidden + 2 * widest) + workload.concurrency * vocab)
 
 
 Seconds = Callable[[Shape, Workload], tuple[float, float]]
@@ -66,7 +57,7 @@ def computed(machine: Machine) -> Seconds:
         batch = workload.concurrency
         prefill_tokens = batch * workload.prompt
         decode_bytes = sum(w.nbytes * (1 - (1 - w.active * w.kept) ** batch) for w in weights)
-        decode_bytes += batch * shape.state_bytes(workload.mean_length)
+        decode_bytes += batch * seen_bytes(shape, workload, workload.mean_length)
         prefill_bytes = sum(w.nbytes * (1 - (1 - w.active) ** prefill_tokens) for w in weights)
         if shape.makes_logits:  # only the last position of a prompt needs them
             prefill_tokens = batch
@@ -82,7 +73,7 @@ def computed(machine: Machine) -> Seconds:
 
 def price(shape: Shape, workload: Workload, seconds: Seconds) -> Cost:
     """The cost of one slot."""
-    state = workload.concurrency * shape.state_bytes(workload.context)
+    state = workload.concurrency * sequence_bytes(shape, workload)
     return Cost(shape.nbytes, shape.resident_bytes, state, *seconds(shape, workload))
 
 
@@ -91,8 +82,13 @@ def total(shapes: Shapes, workload: Workload, seconds: Seconds) -> Cost:
     return reduce(add, (price(shape, workload, seconds) for shape in shapes.values()), Cost())
 
 
+def model_figures(shapes: Shapes, workload: Workload, seconds: Seconds) -> dict[str, float]:
+    """A whole model's cost in the words of Budget."""
+    return figures(total(shapes, workload, seconds), workload, workspace_bytes(shapes.values(), workload))
+
+
 def figures(cost: Cost, workload: Workload, workspace: int) -> dict[str, float]:
-    """A model's cost in the words of Budget."""
+    """The same of a cost and the work space beside it."""
     serve_seconds = cost.prefill_seconds + workload.new * cost.decode_seconds
     return {
         "weight_bytes": cost.weight_bytes,

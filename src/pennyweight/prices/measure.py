@@ -29,6 +29,7 @@ from pennyweight.model.slots import Kind, Slot
 from pennyweight.model.stored import Stored
 from pennyweight.prices.cost import Seconds
 from pennyweight.prices.machine import Machine
+from pennyweight.prices.memory import STEP_ROWS
 from pennyweight.runs.events import Listener, Silent, waiting
 from pennyweight.runs.shared import Shared
 from pennyweight.runtime.bench import Stepper, prefill_seconds
@@ -87,6 +88,11 @@ def measured_machine(*, seconds: float = 2.0) -> Machine:
     )
 
 
+def slowdown(then: Machine) -> float:
+    """How many times as long this computer takes to read memory as when `then` was measured."""
+    return then.bandwidth / _bandwidth(0.2)
+
+
 def _memory_is_told_by() -> str:
     return "reads" if importlib.util.find_spec("pennyweight._native") else "copies"
 
@@ -140,6 +146,24 @@ def _timed_as(shape: Shape, workload: Workload) -> Shape:
     return dataclasses.replace(shape, **changes) if changes else shape  # type: ignore[type-var]
 
 
+def prices(
+    config: Mapping[str, Any],
+    shapes: Shapes,
+    workloads: Sequence[Workload],
+    wanted: Iterable[Shape],
+    *,
+    cache: Path,
+    listen: Listener | None = None,
+) -> Seconds:
+    """What the shapes of `wanted` take under each of the workloads, measured; see Models."""
+    wanted, found = list(wanted), {}
+    for workload in workloads:
+        stage = "measure" if len(workloads) == 1 else f"measure {workload.concurrency} at once"
+        models = Models(config, shapes, workload, cache=cache)
+        found[workload] = models.latencies(wanted, listen=listen, stage=stage).seconds()
+    return lambda shape, workload: found[workload](shape, workload)
+
+
 class Models:
     """Models of one config with random weights, timed for one workload to tell what their blocks cost.
 
@@ -170,7 +194,9 @@ class Models:
         self._make = lru_cache(maxsize=8)(tensors)
         self._head_slot, self._head = next((slot, own) for slot, own in shapes.items() if own.makes_logits)
 
-    def latencies(self, wanted: Iterable[Shape], *, listen: Listener | None = None) -> Latencies:
+    def latencies(
+        self, wanted: Iterable[Shape], *, listen: Listener | None = None, stage: str = "measure"
+    ) -> Latencies:
         """What every distinct shape of `wanted` takes. Raises RuntimeError if a block's time stays negative after three
         tries: the machine is too busy to measure."""
         wanted = list(wanted)
@@ -179,7 +205,7 @@ class Models:
         known = {what for what in (*blocks, *heads) if self._key(what) in self._known}
         done, total = len(known), len(blocks) + len(heads)
         listen = Silent() if listen is None or done == total else listen
-        listen.begin("measure", total=total, done=done, unit="shapes")
+        listen.begin(stage, total=total, done=done, unit="shapes")
         times: dict[Shape, tuple[float, float]] = {}
         rest: dict[Stored, tuple[float, float]] = {}
         for shape in sorted(blocks, key=repr):
@@ -198,12 +224,25 @@ class Models:
         (found,) = self._steps(self.engine(shapes))
         return found
 
+    def raw_step_seconds(self, shapes: Shapes) -> tuple[float, float]:
+        """Seconds of a decode step by the clock, whatever else the machine does, and how many times as long as when
+        prices were measured the yardstick took in turn with it."""
+        steppers = [Stepper(engine, self._workload) for engine in (self._yardstick, self.engine(shapes))]
+        unit, found = _medians(_rounds([stepper.step for stepper in steppers], more=1, burst=_BURST_SECONDS))
+        for stepper in steppers:
+            stepper.close()
+        return found, unit / self._unit[1]
+
+    def slowdown(self) -> float:
+        """How many times as long as when prices were measured a decode step takes now."""
+        return self.raw_step_seconds(self._shapes)[1]
+
     def engine(self, shapes: Shapes) -> Engine:
         """A model with these shapes, of as many layers as they name."""
         layers = {slot.layer for slot in shapes if slot.layer is not None}
         longest = max(self._workload.context, self._workload.mean_length + 1)
         config = {**self._config, "num_hidden_layers": len(layers), "max_position_embeddings": longest}
-        return Engine(RandomWeights(config, shapes, self._make))
+        return Engine(RandomWeights(config, shapes, self._make), cache=self._workload.cache)
 
     def stack(self, shape: Shape | None, copies: int, stored: Stored) -> dict[Slot, Shape]:
         """Shapes of a model whose only blocks are so many of this shape; the logits' matrix is stored this way."""
@@ -282,7 +321,10 @@ class Models:
         return self._once("yardstick", measured)
 
     def _prefill_of(self, engine: Engine) -> Callable[[], float]:
-        return lambda: prefill_seconds(engine, self._workload)
+        """Steps that are full take the same time: as many prompts as fill one stand for all."""
+        together = min(self._workload.concurrency, -(-STEP_ROWS // self._workload.prompt))
+        few = dataclasses.replace(self._workload, concurrency=together)
+        return lambda: prefill_seconds(engine, few) * (self._workload.concurrency / together)
 
     def _prefills(self, *engines: Engine, more: int = 1) -> list[float]:
         rounds = _rounds([self._prefill_of(engine) for engine in (self._yardstick, *engines)], more=more, burst=0)

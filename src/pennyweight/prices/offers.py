@@ -7,8 +7,9 @@ each measured alone. Combinations that another one beats on every count are drop
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,10 +17,11 @@ from pennyweight import formats, kinds, variants
 from pennyweight.disk.tensors import header_bytes
 from pennyweight.model.blocks import Block
 from pennyweight.model.choices import PARENT, Choice
-from pennyweight.model.demand import Budget, Workload
+from pennyweight.model.demand import Budget, Workload, batches
 from pennyweight.model.shapes import Shape, Shapes
 from pennyweight.model.slots import Slot
-from pennyweight.prices.cost import Cost, Seconds, price, workspace_bytes
+from pennyweight.prices.cost import Cost, Seconds, price
+from pennyweight.prices.memory import workspace_bytes
 from pennyweight.search import Infeasible, Problem
 from pennyweight.units import show_bytes, show_seconds
 
@@ -84,7 +86,7 @@ class Offer:
     @property
     def resident_bytes(self) -> float:
         """What of them is in memory while the model runs."""
-        return self.file_bytes - self.cost.weight_bytes + self.cost.resident_bytes
+        return self.cost.resident_bytes
 
 
 def file_bytes(block: Block) -> int:
@@ -133,14 +135,14 @@ FILE_OVERHEAD = 4096
 """Bytes set aside for what is written once per file: length words, metadata, padding (up to 40 shards)."""
 
 
-def fixed_spending(shapes: Shapes, workload: Workload) -> dict[str, float]:
-    """What is spent under each bound whatever is chosen."""
-    return {"weight_bytes": FILE_OVERHEAD, "memory_bytes": FILE_OVERHEAD + workspace_bytes(shapes, workload)}
+def fixed_spending(offered: Mapping[Slot, Sequence[Offer]], workload: Workload) -> dict[str, float]:
+    """What is spent under each bound whatever is chosen. The work space is one that is enough for every choice."""
+    shapes = {offer.shape for row in offered.values() for offer in row}
+    return {"weight_bytes": FILE_OVERHEAD, "memory_bytes": workspace_bytes(shapes, workload)}
 
 
 def problem(
     offered: Mapping[Slot, Sequence[Offer]],
-    shapes: Shapes,
     budget: Budget,
     workload: Workload,
     *,
@@ -152,7 +154,7 @@ def problem(
     A throughput bound becomes a bound on time: sequences * new tokens / rate >= prefill + new * decode seconds.
     """
     bounds = budget.bounds()
-    fixed = fixed_spending(shapes, workload)
+    fixed = fixed_spending(offered, workload)
     if "tokens_per_second" in bounds:
         bounds["tokens_per_second"] = workload.concurrency * workload.new / bounds["tokens_per_second"]
     spent = {
@@ -178,7 +180,41 @@ def problem(
     )
 
 
-def in_users_words(err: Infeasible, shapes: Shapes, budget: Budget, workload: Workload) -> Infeasible:
+Found = TypeVar("Found")
+
+
+def met(budget: Budget, workload: Workload, solve: Callable[[Workload], Found]) -> Iterator[tuple[Workload, Found]]:
+    """Every batch that meets the budget, and what `solve` finds for it, fewest sequences at once first: the one grid
+    that a plan, its solution and the margins of that are looked for on.
+
+    Raises Infeasible when all have been tried and none meets it: the one that misses its bound by the least share.
+    """
+    failed: list[Infeasible] = []
+    grid = batches(budget, workload)
+    some = False
+    for batch in grid:
+        try:
+            found = solve(batch)
+        except Infeasible as err:
+            told = f"{err}, {at_once(batch.concurrency)}"
+            failed.append(err if len(grid) == 1 else Infeasible(err.bound, err.limit, err.nearest, told))
+            continue
+        some = True
+        yield batch, found
+    if not some:
+        raise min(failed, key=_miss)
+
+
+def _miss(err: Infeasible) -> float:
+    """How far a bound is from what could be met, as a ratio; 1: not at all."""
+    if not err.limit or not err.nearest:
+        return math.inf
+    return max(err.limit / err.nearest, err.nearest / err.limit)
+
+
+def in_users_words(
+    err: Infeasible, offered: Mapping[Slot, Sequence[Offer]], budget: Budget, workload: Workload
+) -> Infeasible:
     """The same failure as numbers of the budget: the bound as asked, and the nearest one that could be met."""
     if err.bound is None or err.nearest is None:
         return err
@@ -187,12 +223,17 @@ def in_users_words(err: Infeasible, shapes: Shapes, budget: Budget, workload: Wo
         nearest = workload.concurrency * workload.new / err.nearest
         message = f"tokens_per_second of {asked:.4g} cannot be met; the most possible is {nearest:.4g}"
     else:
-        nearest = err.nearest + fixed_spending(shapes, workload).get(err.bound, 0)
+        nearest = err.nearest + fixed_spending(offered, workload).get(err.bound, 0)
         show = show_bytes if err.bound.endswith("bytes") else show_seconds
         message = f"{err.bound} of {show(asked)} cannot be met; the least possible is {show(nearest)}"
         if err.bound.endswith("bytes"):
             nearest = math.ceil(nearest)
             message += f" ({nearest} bytes)"
-    return Infeasible(
-        err.bound, asked, nearest, message + (", given the other bounds" if len(budget.bounds()) > 1 else "")
-    )
+    if len(budget.bounds()) > 1:
+        message += ", given the other bounds"
+    return Infeasible(err.bound, asked, nearest, message)
+
+
+def at_once(sequences: int) -> str:
+    """How many sequences run together, in words."""
+    return f"with {sequences} sequence{'s' if sequences > 1 else ''} at once"

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 from pennyweight import families, formats, kinds, variants
 from pennyweight.model.blocks import Blocks
-from pennyweight.model.demand import Budget, Workload
+from pennyweight.model.demand import Budget, Workload, batches
 from pennyweight.model.shapes import Shapes, parameters
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16
 from pennyweight.prices import offers
-from pennyweight.prices.cost import Seconds, computed, figures, total, workspace_bytes
+from pennyweight.prices.cost import Seconds, computed, model_figures, price
 from pennyweight.prices.machine import Machine
-from pennyweight.search import Infeasible
+from pennyweight.prices.memory import workspace_bytes
+from pennyweight.search import Infeasible, Solution
 from pennyweight.units import show_bytes
 
 CONTEXTS = (8192, 16384, 65536, 131072)
@@ -25,15 +27,15 @@ CONTEXTS = (8192, 16384, 65536, 131072)
 @dataclass(frozen=True)
 class Plan:
     """parameters; bytes of weights at 16, 8 and 4 bits; the most tokens the model takes (None: it does not say); KV
-    bytes of one sequence by context; `figures` in Budget's words on the given machine; the smallest weights the axes
-    can reach; and the verdict on the budget."""
+    bytes of one sequence by context; `figures` in Budget's words on the given machine and the work space, both by how
+    many sequences run at once; the smallest weights the axes can reach; and the verdict on the budget."""
 
     parameters: int
     weight_bytes: dict[int, int]
     longest: int | None
     kv_bytes: dict[int, float]
-    workspace_bytes: int
-    figures: dict[str, float]
+    workspace_bytes: dict[int, int]
+    figures: dict[int, dict[str, float]]
     smallest_bytes: float
     verdict: str
 
@@ -41,54 +43,71 @@ class Plan:
         return dataclasses.asdict(self)
 
 
+Offered = Mapping[Slot, list[offers.Offer]]
+
+
 @dataclass(frozen=True)
 class Prospect:
-    """What may become of every slot, unscored: how many choices there are to score, and all their combinations."""
+    """What may become of every slot, unscored: how many choices there are to score, and all their combinations, by the
+    batches that the budget allows. The parent's own come first."""
 
     choices: int
-    offered: dict[Slot, list[offers.Offer]]
+    workload: Workload
+    offered: Mapping[Workload, Offered]
 
-    def hold_against(self, budget: Budget, shapes: Shapes, workload: Workload) -> None:
-        """Raises Infeasible, in the words of the budget, if no combination meets it."""
-        cheapest = {slot: offers.undominated(row) for slot, row in self.offered.items()}
-        try:
-            kinds.load("search", "mip").solve(offers.problem(cheapest, shapes, budget, workload))
-        except Infeasible as err:
-            raise offers.in_users_words(err, shapes, budget, workload) from None
+    def hold_against(self, budget: Budget) -> None:
+        """Raises Infeasible, in the words of the budget, if no combination meets it in any batch."""
 
-    def meets(self, budget: Budget, shapes: Shapes, workload: Workload) -> bool:
+        def solve(batch: Workload) -> Solution:
+            cheapest = {slot: offers.undominated(row) for slot, row in self.offered[batch].items()}
+            try:
+                return kinds.load("search", "mip").solve(offers.problem(cheapest, budget, batch))
+            except Infeasible as err:
+                raise offers.in_users_words(err, cheapest, budget, batch) from None
+
+        next(offers.met(budget, self.workload, solve))
+
+    def meets(self, budget: Budget) -> bool:
         try:
-            self.hold_against(budget, shapes, workload)
+            self.hold_against(budget)
         except Infeasible:
             return False
         return True
 
     def within(self, axes: Collection[str]) -> Prospect:
         """What remains of it if only these axes may change something."""
-        inside = {
-            slot: [offer for offer in row if all(axis in axes for axis, _ in offer.choice.specs)]
-            for slot, row in self.offered.items()
-        }
-        return Prospect(self.choices, inside)
+
+        def inside(row: Sequence[offers.Offer]) -> list[offers.Offer]:
+            return [offer for offer in row if all(axis in axes for axis, _ in offer.choice.specs)]
+
+        left = {w: {slot: inside(row) for slot, row in table.items()} for w, table in self.offered.items()}
+        return Prospect(self.choices, self.workload, left)
 
     @property
     def smallest_bytes(self) -> float:
-        return sum(min(offer.file_bytes for offer in row) for row in self.offered.values())
+        table = next(iter(self.offered.values()))
+        return sum(min(offer.file_bytes for offer in row) for row in table.values())
 
 
 def prospect(
-    blocks: Blocks, axes: Sequence[str], workload: Workload, seconds: Seconds, *, scored_tokens: int
+    blocks: Blocks, axes: Sequence[str], budget: Budget, workload: Workload, seconds: Seconds, *, scored_tokens: int
 ) -> Prospect:
     """Every slot's offers, each with a score of 0. Raises ValueError for an axis that does not exist."""
     for axis in axes:
         kinds.load("variants", axis)
-    choices, offered = 0, {}
-    for slot, block in blocks.items():
-        singles = offers.single_choices(block.shape, axes, scored_tokens=scored_tokens)
-        choices += len(singles)
-        free = {choice.key(): 0.0 for choice in singles}
-        offered[slot] = offers.offers(block, free, workload, seconds)
-    return Prospect(choices, offered)
+    singles = {
+        slot: offers.single_choices(block.shape, axes, scored_tokens=scored_tokens) for slot, block in blocks.items()
+    }
+    free = {slot: {choice.key(): 0.0 for choice in own} for slot, own in singles.items()}
+    first, *others = batches(budget, workload)
+    offered = {first: {slot: offers.offers(block, free[slot], first, seconds) for slot, block in blocks.items()}}
+    for batch in others:  # the same offers at other costs
+        cost = cache(partial(price, workload=batch, seconds=seconds))
+        offered[batch] = {
+            slot: [dataclasses.replace(offer, cost=cost(offer.shape)) for offer in row]
+            for slot, row in offered[first].items()
+        }
+    return Prospect(sum(map(len, singles.values())), workload, offered)
 
 
 def plan(
@@ -105,10 +124,10 @@ def plan(
     blocks = families.blocks(config)
     shapes = {slot: block.shape for slot, block in blocks.items()}
     seconds, longest = computed(machine), config.get("max_position_embeddings")
-    parent = figures(total(shapes, workload, seconds), workload, workspace_bytes(shapes, workload))
-    found = prospect(blocks, axes, workload, seconds, scored_tokens=min(scored_tokens, longest or scored_tokens))
     limits = budget.bounds() or {"memory_bytes": machine.memory_bytes}
     bounded = Budget(**{k: int(v) if k.endswith("bytes") else v for k, v in limits.items()})  # type: ignore[arg-type]
+    scored_tokens = min(scored_tokens, longest or scored_tokens)
+    found = prospect(blocks, axes, bounded, workload, seconds, scored_tokens=scored_tokens)
     contexts = {workload.context, *CONTEXTS} if longest is None else {workload.context, longest, *CONTEXTS}
     return Plan(
         parameters=parameters(shapes),
@@ -119,39 +138,42 @@ def plan(
             for tokens in sorted(contexts)
             if longest is None or tokens <= longest
         },
-        workspace_bytes=workspace_bytes(shapes, workload),
-        figures=parent,
+        workspace_bytes={batch.concurrency: workspace_bytes(shapes.values(), batch) for batch in found.offered},
+        figures={batch.concurrency: model_figures(shapes, batch, seconds) for batch in found.offered},
         smallest_bytes=found.smallest_bytes,
-        verdict=_verdict(found, bounded, shapes, workload),
+        verdict=_verdict(found, bounded, shapes),
     )
 
 
-def _verdict(found: Prospect, budget: Budget, shapes: Shapes, workload: Workload) -> str:
-    if offers.problem(found.offered, shapes, budget, workload).allows((0,) * len(found.offered)):
-        return "fits as it is"  # the parent's own offers come first
+def _verdict(found: Prospect, budget: Budget, shapes: Shapes) -> str:
+    for batch, table in found.offered.items():
+        alone = {slot: row[:1] for slot, row in table.items()}
+        if offers.problem(alone, budget, batch).allows((0,) * len(alone)):
+            return "fits as it is" + (f", {offers.at_once(batch.concurrency)}" if len(found.offered) > 1 else "")
     try:
-        found.hold_against(budget, shapes, workload)
+        found.hold_against(budget)
     except Infeasible as err:
         return f"does not fit: {err}"
-    axes = _enough(found, budget, shapes, workload)
+    axes = _enough(found, budget)
     least, whole = found.within(axes).smallest_bytes, stored_bytes(shapes, 16)
     how = f"{axes[0]} alone leaves" if len(axes) == 1 else f"{' and '.join(axes)} together leave"
     share = f"{least / whole:.0%} of the parent's {show_bytes(whole)} in 16 bits"
     return f"fits after shrinking: {how} {show_bytes(least)} of weights at the least, {share}"
 
 
-def _enough(found: Prospect, budget: Budget, shapes: Shapes, workload: Workload) -> list[str]:
+def _enough(found: Prospect, budget: Budget) -> list[str]:
     """Few axes that meet a budget which all of them meet. How weights are kept comes first and taking blocks out last,
     as it changes most; then what can be left out again is."""
-    offered = {axis for row in found.offered.values() for offer in row for axis, _ in offer.choice.specs}
+    tables = found.offered.values()
+    offered = {axis for table in tables for row in table.values() for offer in row for axis, _ in offer.choice.specs}
     axes: list[str] = []
     for axis in reversed([axis for axis in variants.order() if axis in offered]):
         axes.append(axis)
-        if found.within(axes).meets(budget, shapes, workload):
+        if found.within(axes).meets(budget):
             break
     for axis in axes[:-1]:
         fewer = [other for other in axes if other != axis]
-        if found.within(fewer).meets(budget, shapes, workload):
+        if found.within(fewer).meets(budget):
             axes = fewer
     return axes
 

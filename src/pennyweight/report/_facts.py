@@ -68,12 +68,28 @@ def promises(report: Mapping[str, Any]) -> list[Promise]:
 def _how(report: Mapping[str, Any], bound: str) -> str:
     if bound == "weight_bytes":
         return "measured on the written files"
+    speed, memory = report["verified"]["speed"], report["verified"].get("memory")
     if bound == "memory_bytes":
-        return "computed, not measured"
-    speed = report["verified"]["speed"]
+        if memory is None:
+            return "computed, not measured"
+        return f"computed; {show(bound, memory['child'])} at most were resident while it served"
+    together = report["workload"]["concurrency"]
+    told = "predicted" + (f" for {together} texts at once" if bound == "tokens_per_second" and together > 1 else "")
     if speed is None:
-        return "predicted, not measured"
-    return f"predicted; {show(bound, speed['child'][bound.removesuffix('_seconds')])} measured in the native engine"
+        return f"{told}, not measured"
+    return f"{told}; {show(bound, speed['child'][bound.removesuffix('_seconds')])} measured in the native engine"
+
+
+_BUSIER = 1.15
+"""A machine takes so many times as long before anything is said of it: what prices are allowed to be wrong by."""
+
+
+def busier(report: Mapping[str, Any]) -> str | None:
+    """What to say of a machine that has become busier since prices were made; None if it has not."""
+    slowdown = report["verified"].get("slowdown")
+    if slowdown is None or slowdown < _BUSIER:
+        return None
+    return f"the machine is busier than when prices were made: the same work takes {slowdown:.2f} x as long now"
 
 
 def kept(report: Mapping[str, Any]) -> bool:

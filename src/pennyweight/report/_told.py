@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 from typing_extensions import TypedDict
 
 from pennyweight.disk.reading import checked, json_file
+from pennyweight.model.demand import Cache
 from pennyweight.report._facts import BOUNDS
 
 _MOST = 1e15  # of anything: no chart and no sum overflows
@@ -47,6 +48,7 @@ class Workload(Told):
     new: Count
     concurrency: Count
     context: Count
+    cache: NotRequired[Cache]
 
 
 class Solution(Told):
@@ -121,6 +123,11 @@ class Speeds(Told):
     child: Speed
 
 
+class Memory(Told):
+    parent: Positive
+    child: Positive
+
+
 class Verified(Told):
     checks: list[Check]
     whole: bool
@@ -128,6 +135,8 @@ class Verified(Told):
     samples: Samples
     speed: Speeds | None
     speed_how: str
+    slowdown: NotRequired[Positive | None]
+    memory: NotRequired[Memory | None]
 
 
 class Parent(Told):

@@ -85,7 +85,8 @@ def _table(report: Mapping[str, Any]) -> str:
     """Parent beside child, measured; predicted where a prediction was made."""
     parent, child, agreement = (report["verified"]["quality"][name] for name in ("parent", "child", "agreement"))
     before, after = _facts.bits_per_byte(parent), _facts.bits_per_byte(child)
-    predicted, speed = best(report)["predicted"], report["verified"]["speed"]
+    predicted, speed, memory = best(report)["predicted"], report["verified"]["speed"], report["verified"].get("memory")
+    taken = [show_bytes(memory[who]) for who in ("parent", "child")] if memory else ["", ""]
     whole, size = report["parent"]["bytes"], report["file_bytes"]
     score = f"{predicted['score']:.3g}" if report["metric"] == "kl" else ""
     rows = [
@@ -95,7 +96,7 @@ def _table(report: Mapping[str, Any]) -> str:
         ["perplexity per token", f"{_facts.perplexity(parent):.2f}", f"{_facts.perplexity(child):.2f}", ""],
         ["KL to the parent, nats per token", "0", f"{agreement['kl']:.3g}", score],
         ["same first choice as the parent", "100 %", f"{100 * agreement['top1']:.1f} %", ""],
-        ["memory", "", "", show_bytes(predicted["memory_bytes"])],
+        ["memory", *taken, show_bytes(predicted["memory_bytes"])],
     ]
     for name, key in (("time to first token", "ttft"), ("time per output token", "tpot")):
         measured = [show_seconds(speed[who][key]) for who in ("parent", "child")] if speed else ["", ""]

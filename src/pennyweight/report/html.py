@@ -141,6 +141,8 @@ def _comparison(report: Mapping[str, Any]) -> list[list[str]]:
     parent, child, agreement = (report["verified"]["quality"][name] for name in ("parent", "child", "agreement"))
     before, after = report["parent"]["figures"], best(report)["predicted"]
     speed, metric, score = report["verified"]["speed"], report["metric"], _number(after["score"])
+    memory = report["verified"].get("memory")
+    taken = [show_bytes(memory[who]) for who in ("parent", "child")] if memory else ["", ""]
     rows = [["File size", "", *map(show_bytes, (after["file_bytes"], report["parent"]["bytes"], report["file_bytes"]))]]
     unhealed = report.get("unhealed")
     if unhealed is not None:
@@ -155,13 +157,14 @@ def _comparison(report: Mapping[str, Any]) -> list[list[str]]:
         ["KL, nats per token", *(["0", score] if metric == "kl" else ["", ""]), "0", _number(agreement["kl"])],
         ["Bits per byte", "", "", *(f"{_facts.bits_per_byte(loss):.4f}" for loss in (parent, child))],
         ["Perplexity per token", "", "", *(f"{_facts.perplexity(loss):.2f}" for loss in (parent, child))],
-        ["Memory", show_bytes(before["memory_bytes"]), show_bytes(after["memory_bytes"]), "", ""],
+        ["Memory", *(show_bytes(model["memory_bytes"]) for model in (before, after)), *taken],
     ]
     for name, key in (("Time to first token", "ttft"), ("Time per output token", "tpot")):
         measured = [show_seconds(speed[who][key]) for who in ("parent", "child")] if speed else ["", ""]
         rows.append([name, *(show_seconds(model[f"{key}_seconds"]) for model in (before, after)), *measured])
     rate = "tokens_per_second"
-    rows.append(["Throughput", *(_facts.show(rate, model[rate]) for model in (before, after)), "", ""])
+    measured = [_facts.show(rate, speed[who][rate]) for who in ("parent", "child")] if speed else ["", ""]
+    rows.append(["Throughput", *(_facts.show(rate, model[rate]) for model in (before, after)), *measured])
     return rows
 
 

@@ -23,7 +23,7 @@ def render(report: Mapping[str, Any]) -> str:
     ]
     if speed is not None:
         before, after = speed["parent"]["tpot"], speed["child"]["tpot"]
-        ratio = f"{before / after:.2f} x as fast"
+        ratio = _facts.busier(report) or f"{before / after:.2f} x as fast"
         together = report["workload"]["concurrency"]
         how = "median in the native engine" + (f", {together} texts at once" if together > 1 else "")
         lines.append(f"speed      {show_seconds(after)} per token, parent {show_seconds(before)} ({ratio}; {how})")

@@ -103,4 +103,6 @@ def _left(seconds: float | None, counted: bool) -> str:
     """In words; `counted`: all that is counted is done, and what follows it is not."""
     if counted:
         return "finishing"
-    return "eta ?" if seconds is None else f"eta {show_seconds(seconds)}"
+    if seconds is None:
+        return "eta ?"
+    return f"eta {show_seconds(seconds)}" if seconds >= 1 else "eta under 1 s"
