@@ -330,7 +330,7 @@ def test_what_an_earlier_call_did_is_not_told_as_done_now(finished, tmp_path):
     run(model, tmp_path / "out", wanted, listen=StopAfterBlocks())
     assert stages["heal blocks"] == (blocks, blocks)
     assert not {"stats", "score", "solve", "build"} & set(stages)
-    assert {"pack", "verify", "loss of parent", "loss of child", "agreement", "samples", "report"} <= set(stages)
+    assert {"pack", "verify", "agreement", "samples", "report"} <= set(stages)
 
 
 def run_folder(out: Path) -> Path:

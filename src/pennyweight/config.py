@@ -87,8 +87,19 @@ class HealConfig(_Strict):
     batch_rows: int = Field(default=2, ge=1)
 
 
+class UniformConfig(_Strict):
+    """Every matrix in the same bits instead of a search: in the fewest bits from `bits` up that a slot is offered, and
+    the widest of its groups up to `group`."""
+
+    bits: int = Field(ge=1)
+    group: int = Field(default=32, ge=1)
+
+
 class FitConfig(_Strict):
     """Everything that decides the result of a fit, except the model and its text.
+
+    Scores are of children with one slot changed, compared by `metric`; "error" runs no child and goes by second moments
+    (judge/moments.py), which only tells ways of storing apart. With `uniform` nothing is judged.
 
     `seed` deals out the rows of text; `search_seed` (None: the same) is that of searches which draw. max_pending bounds
     the hidden states held while scoring; max_ram (a size, or a share of this machine's memory) says whether whole
@@ -100,7 +111,8 @@ class FitConfig(_Strict):
     data: DataConfig = DataConfig()
     heal: HealConfig = HealConfig()
     axes: tuple[str, ...] = Field(default_factory=variants.default)
-    metric: Literal["kl", "lm", "cosine", "nmse"] = "kl"
+    metric: Literal["kl", "lm", "cosine", "nmse", "error"] = "kl"
+    uniform: UniformConfig | None = None
     search: str = "mip"
     search_seed: int | None = Field(default=None, ge=0)
     solutions: int = Field(default=1, ge=1)
@@ -131,6 +143,8 @@ class FitConfig(_Strict):
         for axis in self.axes:
             kinds.load("variants", axis)
         kinds.load("search", self.search)
+        if self.metric == "error" or self.uniform is not None:
+            self._only_stores("--metric error" if self.uniform is None else "uniform bits")
         self.workload.resolve()
         share_of = 2**40  # of what is not known before the model is read
         for budget in (self.budget, *(self.budget.swept(bound) for bound in self.sweep)):
@@ -142,6 +156,13 @@ class FitConfig(_Strict):
             Machine.load(self.machine)
             if self.prices == "measured":
                 raise ValueError(f"prices of {self.machine} cannot be measured here; use --prices computed")
+
+    def _only_stores(self, what: str) -> None:
+        """Raises ValueError for an axis that does more than keep the same matrices in fewer bits."""
+        other = [axis for axis in self.axes if not variants.only_quantises(axis)]
+        if other:
+            able = [axis for axis in variants.order() if variants.only_quantises(axis)]
+            raise ValueError(f"{what} cannot judge the axis {other[0]}; choose --axes among {', '.join(able)}")
 
 
 def asked(
@@ -190,7 +211,7 @@ def merged(base: FitConfig, changes: dict[str, Any]) -> FitConfig:
     data = base.model_dump()
     for key, value in changes.items():
         if isinstance(value, dict):
-            data[key] |= {k: v for k, v in value.items() if v is not None}
+            data[key] = (data[key] or {}) | {k: v for k, v in value.items() if v is not None}
         elif value is not None:
             data[key] = value
     try:

@@ -55,16 +55,20 @@ def evaluate(
                 documents = texts.stdlib(held_out=True) if text == "builtin" else texts.from_path(Path(text))
                 measured = texts.rows(documents, tokenizer, context_tokens or min(512, longest)).take(rows)
                 measured.hold_within(child.config.vocab_size)
-            found = loss.loss(child, measured, listen=listen)
+            agreement = {}
+            if against is None:
+                found = loss.loss(child, measured, listen=listen)
+            else:
+                with waiting(listen, "load parent"):
+                    parent = load_model(against)
+                compared = agree.compare(parent, child, measured, listen=listen)
+                found, agreement = compared.child, {"agreement": asdict(compared.agreement)}
             result: dict[str, Any] = {
                 "bits_per_byte": found.bits_per_byte,
                 "perplexity": found.perplexity,
                 "tokens": found.tokens,
+                **agreement,
             }
-            if against is not None:
-                with waiting(listen, "load parent"):
-                    parent = load_model(against)
-                result["agreement"] = asdict(agree.agree(parent, child, measured, listen=listen))
             if tasks or task_file:
                 from pennyweight.evals import tasks as task_room
 

@@ -1,4 +1,4 @@
-"""penny fit, penny demo, penny train: long jobs that make models."""
+"""penny fit, penny quantize, penny demo, penny train: jobs that make models."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from pennyweight.cli._common import DEFAULT_AXES, Json, Model, app, errors, own_
 
 if TYPE_CHECKING:
     from pennyweight.config import FitConfig
+
+_QUANTISES = "bits,mixed_bits"
+_SCORE_ROWS, _HELD_OUT_ROWS = 4, 8  # of `quantize`: what is measured takes as long as what is made
 
 
 @app.command()
@@ -46,7 +49,7 @@ def fit(
     calibration_rows: Annotated[int | None, typer.Option(min=1)] = None,
     score_rows: Annotated[int | None, typer.Option(min=1)] = None,
     held_out_rows: Annotated[int | None, typer.Option(min=1)] = None,
-    metric: Annotated[str | None, typer.Option(help="kl, lm, cosine or nmse.")] = None,
+    metric: Annotated[str | None, typer.Option(help="kl, lm, cosine or nmse; error: no child is run.")] = None,
     search: Annotated[str | None, typer.Option(help="mip, greedy, uniform, random or evolve.")] = None,
     search_seed: Annotated[int | None, typer.Option(min=0, help="Of searches that draw; default: --seed.")] = None,
     solutions: Annotated[int | None, typer.Option(min=1, help="How many different solutions to list.")] = None,
@@ -126,6 +129,64 @@ def fit(
         _fit(model, out, effective, run=run, engine=engine, dry_run=dry_run, as_json=as_json)
 
 
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of the result.")],
+    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Every matrix in so many bits.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Or a mix of bits for these bytes: 700MB, or a share of the parent's in 16 bits: 30%."),
+    ] = None,
+    group: Annotated[
+        int | None, typer.Option(min=1, help="With --bits: most columns that share a scale; by default 32.")
+    ] = None,
+    axes: Annotated[str | None, typer.Option(help=f"What a mix is of; by default {_QUANTISES}.")] = None,
+    text: Annotated[str | None, typer.Option(help='"builtin", "parent", or a text file or folder.')] = None,
+    context_tokens: Annotated[int | None, typer.Option(min=16, help="Tokens per row of calibration text.")] = None,
+    calibration_rows: Annotated[int | None, typer.Option(min=1)] = None,
+    held_out_rows: Annotated[int | None, typer.Option(min=1)] = None,
+    max_ram: Annotated[
+        str | None, typer.Option(help="Memory the job may take: a size, or a share of this machine's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder; by default OUT.run.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Keep a model in fewer bits, within minutes: no child is run to choose, nothing is trained."""
+    with errors(resumes=True):
+        from pennyweight.config import FitConfig, merged
+
+        if (bits is None) == (weights is None):
+            raise ValueError("give either --bits, the same for every matrix, or --weights, what a mix may take")
+        if bits is None and group is not None:
+            raise ValueError("--group goes with --bits; a mix chooses its groups")
+        wanted = {
+            "budget": {"weights": weights},
+            "uniform": None if bits is None else {"bits": bits, **({} if group is None else {"group": group})},
+            "axes": tuple((axes or (_QUANTISES if bits is None else _offering(bits))).split(",")),
+            "metric": "error",
+            "heal": {"whole_tokens": 0, "local_tokens": 0},
+            "data": {
+                "text": text,
+                "context": context_tokens,
+                "calibration_rows": calibration_rows,
+                "score_rows": _SCORE_ROWS,
+                "held_out_rows": held_out_rows or _HELD_OUT_ROWS,
+            },
+            "max_ram": max_ram,
+            "seed": seed,
+        }
+        effective = merged(FitConfig(), wanted)
+        effective.check()
+        _fit(model, out, effective, run=run, engine="local", dry_run=False, as_json=as_json)
+
+
+def _offering(bits: int) -> str:
+    """The axes of uniform bits: few of them are no usual wish."""
+    return "bits" if bits >= 4 else "bits,few_bits"
+
+
 def _fit(
     model: Path, out: Path, config: FitConfig, *, run: Path | None, engine: str, dry_run: bool, as_json: bool
 ) -> None:
@@ -138,7 +199,7 @@ def _fit(
     from pennyweight.runs.progress import Terminal
     from pennyweight.runs.space import full_disk_is_one_error
 
-    if not any(config.budget.model_dump().values()):
+    if not any(config.budget.model_dump().values()) and config.uniform is None:
         raise ValueError("a budget is needed: at least one of --memory, --weights, --ttft, --tpot, --throughput")
     with (
         _one_at_a_time(),

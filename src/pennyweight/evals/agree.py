@@ -1,4 +1,4 @@
-"""How closely a child follows its parent on given text: KL per token and top-1 agreement.
+"""A child beside its parent on given text: the loss of both, KL per token and top-1 agreement.
 
 Beside them stands what the best guess without context would reach on the same text: of all distributions that are the
 same for every token, the parent's mean has the least KL. A model that is further away follows nothing.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pennyweight.evals.loss import by_row
+from pennyweight.evals.loss import Loss, by_row
 from pennyweight.runs.events import Listener, Silent
 from pennyweight.texts import Rows
 
@@ -27,13 +27,23 @@ class Agreement:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Compared:
+    """The losses of two models on one text, and how they agree."""
+
+    parent: Loss
+    child: Loss
+    agreement: Agreement
+
+
 @torch.no_grad()
-def agree(parent: Any, child: Any, rows: Rows, *, listen: Listener | None = None) -> Agreement:
-    """Run two causal LMs over the same rows, logits in float32. Raises ValueError if their vocabularies differ."""
+def compare(parent: Any, child: Any, rows: Rows, *, listen: Listener | None = None) -> Compared:
+    """Run two causal LMs over the same rows once, logits in float32. Raises ValueError if their vocabularies differ."""
     listen = listen or Silent()
     pairs = zip(by_row(parent, rows), by_row(child, rows), strict=True)
     listen.begin("agreement", total=len(rows.ids), unit="rows")
     kl, entropy, same, tokens = 0.0, 0.0, 0, 0
+    nats = [0.0, 0.0]
     mean = torch.zeros((), dtype=torch.float64)
     for number, (p, q) in enumerate(pairs, 1):
         if p.shape != q.shape:
@@ -42,6 +52,9 @@ def agree(parent: Any, child: Any, rows: Rows, *, listen: Listener | None = None
             )
         same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
         log_p, log_q = p.log_softmax(dim=-1), q.log_softmax(dim=-1)
+        targets = torch.from_numpy(rows.ids[number - 1, 1:][rows.scored[number - 1]]).unsqueeze(-1)
+        for which, each in enumerate((log_p, log_q)):
+            nats[which] -= float(each.gather(-1, targets).double().sum())
         each = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1)
         kl += float(each.double().sum())
         p = log_p.exp()
@@ -51,4 +64,10 @@ def agree(parent: Any, child: Any, rows: Rows, *, listen: Listener | None = None
         listen.advance(number)
     listen.end()
     blind_kl = float(torch.special.entr(mean / tokens).sum()) - entropy / tokens
-    return Agreement(kl / tokens, blind_kl, same / tokens, tokens)
+    losses = (Loss(each, tokens, int(rows.nbytes.sum())) for each in nats)
+    return Compared(*losses, Agreement(kl / tokens, blind_kl, same / tokens, tokens))
+
+
+def agree(parent: Any, child: Any, rows: Rows, *, listen: Listener | None = None) -> Agreement:
+    """How two models agree alone, as `compare` finds it."""
+    return compare(parent, child, rows, listen=listen).agreement

@@ -13,6 +13,8 @@ A format is a file with
     random(rows, columns, spec, generator, distinct)    tensors of nothing in particular, to be timed
     config_group(spec, targets)             its entry of `config_groups`; where there is a CONFIG_FORMAT
     BITS            numbers of bits that it keeps rows in; the axis `bits` goes by it
+    codes(parts)        codes (rows, columns) int8 around zero and scales (rows, groups), w = code * scale; of formats
+                        that keep rows so
     can_stack, stack    matrices on one input as one; may be left out
 
 On disk the parts of the matrix `x.up_proj.weight` are `x.up_proj.weight<rest of the suffix>`. Nothing here imports
@@ -201,6 +203,12 @@ def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The matrix (rows, columns), in the float type that its format computes. Raises ValueError for parts that do not
     belong together."""
     return of_parts(parts).unpack(parts)
+
+
+def codes(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Codes (rows, columns) int8 around zero and scales (rows, groups) of a matrix kept by rows so; else None."""
+    module = of_parts(parts)
+    return module.codes(parts) if hasattr(module, "codes") else None
 
 
 def native(name: str, parts: Mapping[str, torch.Tensor], *, in_place: bool = False) -> Any:

@@ -80,7 +80,7 @@ def _pack(codes: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def _codes(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _planes(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """(rows, columns) int8, -4 to 3. Raises ValueError if the tensors do not belong together."""
     import torch
 
@@ -90,6 +90,11 @@ def _codes(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     bits = planes.unsqueeze(-1) >> torch.arange(_WORD, dtype=torch.int32) & 1
     codes = (bits << torch.arange(3, dtype=torch.int32).view(3, 1)).sum(dim=2)
     return (codes.view(rows, -1)[:, :columns] - 4).to(torch.int8)
+
+
+def codes(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (rows, columns) int8, -4 to 3, and scales (rows, groups)."""
+    return _planes(parts), parts["weight_scale"]
 
 
 def spec_of(parts: Mapping[str, torch.Tensor]) -> Spec:
@@ -107,11 +112,11 @@ def shape_of(parts: Mapping[str, torch.Tensor]) -> tuple[int, int]:
 def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """code * scale in bfloat16, rounded once. Raises ValueError if the tensors do not belong together."""
     spec_of(parts)
-    return packed_int.dequantize(_codes(parts), parts["weight_scale"])
+    return packed_int.dequantize(_planes(parts), parts["weight_scale"])
 
 
 def slice_rows(parts: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
-    return _pack(_codes(parts)[:rows], parts["weight_scale"][:rows])
+    return _pack(_planes(parts)[:rows], parts["weight_scale"][:rows])
 
 
 def slice_columns(parts: Mapping[str, torch.Tensor], columns: int) -> dict[str, torch.Tensor]:
@@ -119,7 +124,7 @@ def slice_columns(parts: Mapping[str, torch.Tensor], columns: int) -> dict[str, 
     group = spec_of(parts).group
     if columns % group:
         raise ValueError(f"{columns} columns are not whole groups of {group}")
-    return _pack(_codes(parts)[:, :columns], parts["weight_scale"][:, : columns // group])
+    return _pack(_planes(parts)[:, :columns], parts["weight_scale"][:, : columns // group])
 
 
 def native(name: str, parts: Mapping[str, torch.Tensor], *, in_place: bool) -> Any:
@@ -127,7 +132,7 @@ def native(name: str, parts: Mapping[str, torch.Tensor], *, in_place: bool) -> A
     from pennyweight.formats import Grid
 
     spec = spec_of(parts)
-    wider = packed_int.pack(_codes(parts), Grid(parts["weight_scale"]), packed_int.Spec(4, spec.group))
+    wider = packed_int.pack(_planes(parts), Grid(parts["weight_scale"]), packed_int.Spec(4, spec.group))
     return packed_int.native(name, wider, in_place=in_place)
 
 

@@ -127,16 +127,31 @@ def unpack(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
     spec = spec_of(parts)
     rows, columns = shape_of(parts)
-    low, _ = spec.limits
-    mask = (1 << spec.bits) - 1
     out = torch.empty(rows, columns, dtype=parts["weight_scale"].dtype)
     step = max(1, BLOCK_VALUES // columns)
     for start in range(0, rows, step):
-        words = parts["weight_packed"][start : start + step]
-        codes = torch.stack([(words >> (spec.bits * i)) & mask for i in range(32 // spec.bits)], dim=-1)
-        codes = codes.view(len(words), -1)[:, :columns] + low
-        out[start : start + step] = _times(codes, parts["weight_scale"][start : start + step])
+        part = _codes(parts["weight_packed"][start : start + step], spec, columns)
+        out[start : start + step] = _times(part, parts["weight_scale"][start : start + step])
     return out
+
+
+def codes(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (rows, columns) int8 and scales (rows, groups). Raises ValueError as `unpack`."""
+    import torch
+
+    spec, (_, columns) = spec_of(parts), shape_of(parts)
+    words = parts["weight_packed"].split(max(1, BLOCK_VALUES // columns))
+    return torch.cat([_codes(part, spec, columns).to(torch.int8) for part in words]), parts["weight_scale"]
+
+
+def _codes(words: torch.Tensor, spec: Spec, columns: int) -> torch.Tensor:
+    """Of packed rows, (rows, columns) int32."""
+    import torch
+
+    low, _ = spec.limits
+    mask = (1 << spec.bits) - 1
+    unpacked = torch.stack([(words >> (spec.bits * i)) & mask for i in range(32 // spec.bits)], dim=-1)
+    return unpacked.view(len(words), -1)[:, :columns] + low
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

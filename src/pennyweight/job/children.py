@@ -83,7 +83,8 @@ def build(job: Job, layout: Mapping[Slot, Choice], folder: Path) -> Path:
 
 
 def _stats(job: Job, layer: int) -> dict[str, torch.Tensor]:
-    return job.store.tensors(f"stats/{layer}")
+    """None are gathered where nothing is judged."""
+    return job.store.tensors(f"stats/{layer}") if job.config.uniform is None else {}
 
 
 def _in_16_bits(config: dict[str, Any]) -> dict[str, Any]:

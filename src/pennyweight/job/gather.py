@@ -1,4 +1,8 @@
-"""Stages stats and score: the calibration pass over the parent, then what each choice alone costs in quality."""
+"""Stages stats and score: the calibration pass over the parent, then what each choice alone costs in quality.
+
+Under the metric "error" the pass is all there is: where a layer's moments are at hand, so are the errors of its choices
+(judge/moments.py).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from pennyweight import texts, units, variants
+from pennyweight.config import UniformConfig
 from pennyweight.job.job import Job
-from pennyweight.judge import codes, score, stats
+from pennyweight.judge import codes, moments, score, stats
 from pennyweight.model.choices import Choice
+from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
 from pennyweight.prices import offers
 from pennyweight.runs import executor, scratch
@@ -20,30 +26,61 @@ Choices = Mapping[Slot, Collection[Choice]]
 
 
 def singles(job: Job) -> dict[Slot, list[Choice]]:
-    """Every choice that is scored."""
+    """Every choice that is scored; of a job that treats all alike the one of each slot. Raises ValueError for uniform
+    bits that a slot is not offered."""
     found = {
         slot: offers.single_choices(shape, job.config.axes, scored_tokens=job.row_tokens)
         for slot, shape in job.shapes.items()
     }
-    return {slot: offered for slot, offered in found.items() if offered}
+    found = {slot: offered for slot, offered in found.items() if offered}
+    if job.config.uniform is None:
+        return found
+    if not found:
+        sizes = f"hidden size {job.checkpoint.config['hidden_size']}"
+        raise ValueError(f"no matrix of {job.model} can be kept in fewer bits: {sizes} is not a multiple of 32")
+    return {slot: [_alike(slot, job.shapes[slot], offered, job.config.uniform)] for slot, offered in found.items()}
+
+
+def _alike(slot: Slot, shape: Shape, offered: Collection[Choice], wanted: UniformConfig) -> Choice:
+    """The choice that stores all matrices of a slot as `wanted` says."""
+    ways = {choice: {w.stored for w in variants.reshape(shape, choice).weights() if w.is_matrix} for choice in offered}
+    one = {choice: (way.bits, way.group) for choice, stored in ways.items() if len(stored) == 1 for way in stored}
+    bits = sorted({bits for bits, _ in one.values()})
+    if wanted.bits > bits[-1]:
+        raise ValueError(f"{slot} can be kept in {', '.join(map(str, bits))} bits, not in {wanted.bits} or more")
+    nearest = next(each for each in bits if each >= wanted.bits)
+    groups = sorted(group for each, group in one.values() if each == nearest)
+    widest = max((group for group in groups if group <= wanted.group), default=groups[0])
+    return next(choice for choice, way in one.items() if way == (nearest, widest))
 
 
 def chunk_count(job: Job) -> int:
-    return -(-job.config.data.score_rows // job.config.data.rows_per_chunk)
+    """Parts of the scored text; errors are not of any text."""
+    return 1 if job.config.metric == "error" else -(-job.config.data.score_rows // job.config.data.rows_per_chunk)
 
 
-def _key(chunk: int, slot: Slot, choice: Choice) -> str:
-    return f"score/{chunk}/{slot}/{choice.key()}"
+def _kind(job: Job) -> str:
+    return "error" if job.config.metric == "error" else "score"
+
+
+def _key(job: Job, chunk: int, slot: Slot, choice: Choice) -> str:
+    return f"{_kind(job)}/{chunk}/{slot}/{choice.key()}"
 
 
 def unscored(job: Job) -> list[dict[Slot, list[Choice]]]:
     """By chunk, the choices that have no score yet."""
-    known, every = job.store.values("score/", dict[str, float]), singles(job)
+    known, every = job.store.values(f"{_kind(job)}/", dict[str, float]), singles(job)
     missing = []
     for chunk in range(chunk_count(job)):
-        left = {slot: [c for c in offered if _key(chunk, slot, c) not in known] for slot, offered in every.items()}
+        left = {slot: [c for c in offered if _key(job, chunk, slot, c) not in known] for slot, offered in every.items()}
         missing.append({slot: offered for slot, offered in left.items() if offered})
     return missing
+
+
+def wanted_of(job: Job, slot: Slot) -> tuple[str, ...]:
+    """Names of the statistics that are gathered of a slot."""
+    found = variants.wanted(job.shapes[slot], job.config.axes)
+    return (*found, moments.STAT) if found and job.config.metric == "error" else found
 
 
 def gather_stats(job: Job, choices: Choices | None = None) -> None:
@@ -63,12 +100,13 @@ class _Gathering:
 
     def __init__(self, job: Job, choices: Choices) -> None:
         self.job = job
+        self.known = job.store.values("error/", dict[str, float]) if job.config.metric == "error" else {}
         self.layers: dict[int | None, dict[Slot, Collection[Choice]]] = {}
         for slot, offered in choices.items():
             self.layers.setdefault(slot.layer, {})[slot] = offered
 
     def run(self) -> None:
-        lacking = {layer for layer in self.layers if not self._codes_are_there(layer)}
+        lacking = {layer for layer in self.layers if not (self._codes_are_there(layer) and self._is_judged(layer))}
         passed = {layer for layer in self.layers if layer is not None and not self._stats_are_there(layer, lacking)}
         lacking |= passed
         if not lacking:
@@ -88,6 +126,7 @@ class _Gathering:
         self._heard = heard
         for layer in sorted((layer for layer in lacking - passed), key=lambda layer: -1 if layer is None else layer):
             self._find(layer, job.store.path(f"stats/{layer}"))
+            self._judge(layer, job.store.path(f"stats/{layer}"))
         if passed and first == 0:
             ids = {number: chunk.ids[:, :-1] for number, chunk in enumerate(chunks)}
             list(executor.run(stats.embed, [(job.model, ids, job.scratch, job.dtype)], job.where))
@@ -113,6 +152,12 @@ class _Gathering:
         self.job.codes_seen |= files
         return True
 
+    def _is_judged(self, layer: int | None) -> bool:
+        """Whether nothing is to be judged while its moments are at hand, or it has been."""
+        job, own = self.job, self.layers[layer]
+        every = (_key(job, 0, slot, choice) for slot, offered in own.items() for choice in offered)
+        return job.config.metric != "error" or all(key in self.known for key in every)
+
     def _stats_are_there(self, layer: int, lacking: Collection[int | None]) -> bool:
         """Whether the layer's file has what the slots' axes read, whole where codes have yet to be found."""
         job, kept = self.job, self.job.store.path(f"stats/{layer}")
@@ -122,7 +167,7 @@ class _Gathering:
         for slot in self.layers[layer]:
             own, shape = told.get(str(slot), {"names": [], "spent": []}), job.shapes[slot]
             spent = set() if layer in lacking else codes.spent(shape, job.config.axes)
-            if not set(variants.wanted(shape, job.config.axes)) <= set(own["names"]) or not set(own["spent"]) <= spent:
+            if not set(wanted_of(job, slot)) <= set(own["names"]) or not set(own["spent"]) <= spent:
                 return False
         return True
 
@@ -136,7 +181,7 @@ class _Gathering:
     def _pass(self, layer: int, chunks: list[texts.Rows], *, gather: bool) -> None:
         job = self.job
         slots = [slot for slot in job.shapes if slot.layer == layer]
-        wanted = {slot: variants.wanted(job.shapes[slot], job.config.axes) for slot in slots} if gather else {}
+        wanted = {slot: wanted_of(job, slot) for slot in slots} if gather else {}
         every = list(range(len(chunks)))
         parts = [every] if job.where == "local" else [[chunk] for chunk in every]
         tasks = [(job.model, layer, part, wanted, job.scratch, job.dtype) for part in parts]
@@ -145,6 +190,7 @@ class _Gathering:
             whole, tokens = job.scratch / f"stats-{layer}.safetensors", sum(chunk.ids[:, :-1].size for chunk in chunks)
             scratch.keep(whole, stats.merge(job.scratch, len(chunks), layer, tokens))
             self._find(layer, whole)
+            self._judge(layer, whole)
             tensors = scratch.needed(whole)
             told: dict[str, dict[str, list[str]]] = {}
             for slot in slots:
@@ -168,6 +214,15 @@ class _Gathering:
         known = job.store.get(f"codes/{layer}", dict[str, list[str]]) or {}
         job.store.put(f"codes/{layer}", {**known, **found})
         job.codes_seen |= {file for files in found.values() for file in files}
+
+    def _judge(self, layer: int | None, tensors: Path | None) -> None:
+        """Errors of the layer's choices, under the metric that they are."""
+        job, here = self.job, {slot: tuple(own) for slot, own in self.layers.get(layer, {}).items()}
+        if job.config.metric == "error" and here:
+            task = (job.model, here, tensors, job.codes, job.dtype)
+            (found,) = executor.run(moments.errors, [task], job.where)
+            keys = {(slot, choice): _key(job, 0, slot, choice) for slot, own in here.items() for choice in own}
+            job.store.put_all({key: {"error": found[str(s)][choice.key()]} for (s, choice), key in keys.items()})
 
 
 def score_choices(job: Job) -> None:
@@ -207,7 +262,7 @@ def score_choices(job: Job) -> None:
     ended = total - sum(sizes) + sum(before)
     for (c, group), size, found, result in zip(todo, sizes, before, ran, strict=True):
         kept = {(slot, choice): result[str(slot)][choice.key()] for slot, offered in group.slots for choice in offered}
-        job.store.put_all({_key(c, slot, choice): sums for (slot, choice), sums in kept.items()})
+        job.store.put_all({_key(job, c, slot, choice): sums for (slot, choice), sums in kept.items()})
         score.forget(job.scratch, c, group)
         ended += size - found
         heard(ended - done)  # where tasks run elsewhere nobody has heard their steps
@@ -221,12 +276,14 @@ def _chunks(job: Job, rows: texts.Rows) -> list[texts.Rows]:
 
 
 def scores(job: Job) -> dict[Slot, dict[str, dict[str, float]]]:
-    """{slot: {choice key: {metric: mean}}} over all chunks, summed in a fixed order."""
-    known = job.store.values("score/", dict[str, float])
+    """{slot: {choice key: {metric: mean}}} over all chunks, summed in a fixed order; empty where nothing is judged."""
+    if job.config.uniform is not None:
+        return {}
+    known = job.store.values(f"{_kind(job)}/", dict[str, float])
     found: dict[Slot, dict[str, dict[str, float]]] = {}
     for slot, offered in singles(job).items():
         for choice in offered:
-            sums = [known[_key(chunk, slot, choice)] for chunk in range(chunk_count(job))]
+            sums = [known[_key(job, chunk, slot, choice)] for chunk in range(chunk_count(job))]
             total = {name: sum(each[name] for each in sums) for name in sums[0]}
-            found.setdefault(slot, {})[choice.key()] = score.mean(total)
+            found.setdefault(slot, {})[choice.key()] = total if _kind(job) == "error" else score.mean(total)
     return found

@@ -10,7 +10,7 @@ from typing import Any
 
 from pennyweight import units, variants
 from pennyweight.heal.schedule import JUDGES
-from pennyweight.job.gather import chunk_count, singles
+from pennyweight.job.gather import chunk_count, singles, wanted_of
 from pennyweight.job.job import Job
 from pennyweight.job.library import learns
 from pennyweight.judge import codes
@@ -49,7 +49,7 @@ def plan(job: Job) -> dict[str, Any]:
         "parent_bytes": job.parent_bytes,
         "parent": {str(batch.concurrency): model_figures(job.shapes, batch, seconds) for batch in found.offered},
         "prices": how,
-        "choices": found.choices,
+        "choices": sum(map(len, singles(job).values())),
         "slots": len(job.shapes),
         "dtype": str(job.dtype),
     }
@@ -125,7 +125,7 @@ def _stats_bytes(job: Job, slot: Slot, spent: Collection[str]) -> int:
     """Of a slot's statistics, with the diagonal of the moments in `spent`."""
     shape, found = job.shapes[slot], 0
     widths = {"input_moment": shape.hidden_size, "cross_moment": shape.hidden_size, "inner_moment": shape.inner_size}
-    for name in variants.wanted(shape, job.config.axes):
+    for name in wanted_of(job, slot):
         if name in widths:
             found += 4 * widths[name] ** (1 if name in spent else 2)
         else:

@@ -63,7 +63,9 @@ def facts(
                 "choice": str(layout.get(slot, PARENT)),
                 "axes": layout.get(slot, PARENT).to_json(),
                 "score": sum(
-                    scored[slot][Choice((spec,)).key()][job.config.metric] for spec in layout.get(slot, PARENT).specs
+                    scored[slot][Choice((spec,)).key()][job.config.metric]
+                    for spec in layout.get(slot, PARENT).specs
+                    if slot in scored
                 ),
                 "bytes": offers.file_bytes(block.having(shapes[slot])),
                 "parent_bytes": offers.file_bytes(block),
@@ -71,7 +73,7 @@ def facts(
             }
             for slot, block in job.blocks.items()
         ],
-        "metric": job.config.metric,
+        "metric": "none" if job.config.uniform is not None else job.config.metric,
         "margins": margins(job),
         "unhealed": job.store.get("unhealed"),
         "verified": verified,

@@ -37,7 +37,7 @@ from pennyweight.model.slots import Slot
 from pennyweight.runs import allocator
 from pennyweight.runs.events import waiting
 from pennyweight.runs.space import full_disk_is_one_error
-from pennyweight.variants import layout_from_json, structural
+from pennyweight.variants import layout_from_json, rounded, structural
 
 
 @full_disk_is_one_error()
@@ -92,7 +92,8 @@ class _Run:
 
     @cached_property
     def planned(self) -> dict[str, Any]:
-        inputs = self._asked("axes", "budget", "heal", "max_disk", "max_pending", "workload") | self._machine
+        inputs = self._asked("axes", "budget", "heal", "max_disk", "max_pending", "metric", "uniform", "workload")
+        inputs |= self._machine
         return self._kept("plan", "plan", inputs, lambda: self.job.planned or plan(self.job), dict[str, Any])
 
     @cached_property
@@ -101,10 +102,12 @@ class _Run:
         job = self.job
         _ = self.planned
         self._kept("parent", "parent", {}, lambda: hold_parent(job).to_json(), dict[str, Any])
-        self._timed("stats", lambda: gather_stats(job))
-        self._timed("library", lambda: train_library(job))
-        self._timed("score", lambda: score_choices(job))
-        inputs = self._asked("axes", "budget", "metric", "min_different", "search", "solutions", "sweep", "workload")
+        if job.config.uniform is None:
+            self._timed("stats", lambda: gather_stats(job))
+            self._timed("library", lambda: train_library(job))
+            self._timed("score", lambda: score_choices(job))
+        inputs = self._asked("axes", "budget", "metric", "min_different", "search", "solutions", "sweep", "uniform")
+        inputs |= self._asked("workload")
         inputs |= self._machine | self._library | {"seed": job.config.drawn_by}
         return self._kept("chosen", "solve", inputs, lambda: solve_all(job), dict[str, list[dict[str, Any]]])
 
@@ -134,12 +137,15 @@ class _Run:
 
     def unhealed(self) -> None:
         def measured() -> dict[str, float]:
+            if self.job.config.uniform is not None:  # no moments to fit codes to; those of pack have to do better
+                return measure_unhealed(self.job, {slot: rounded(choice) for slot, choice in self.layout.items()})
             chosen = {slot: [choice] for slot, choice in self.layout.items() if choice}
             gather_stats(self.job, chosen)
             train_library(self.job, chosen)
             return measure_unhealed(self.job, self.layout)
 
-        self._kept("unhealed", "measure child", self._whole_layout | self._library, measured, dict[str, float])
+        inputs = self._whole_layout | self._library | self._asked("uniform")
+        self._kept("unhealed", "measure child", inputs, measured, dict[str, float])
 
     def built(self) -> Path:
         def build_it(folder: Path) -> None:

@@ -71,13 +71,15 @@ def solve(job: Job, budget: Budget, *, solutions: int = 1) -> list[Chosen]:
 def offered(job: Job, workload: Workload, seconds: Seconds) -> dict[Slot, list[Offer]]:
     """Every slot's offers, scored. For the best solution alone undominated ones are enough; the runners-up may need
     an offer that is worse than the one the best took."""
-    scored = scores(job)
-    table = {
-        slot: offers.offers(
-            block, {k: v[job.config.metric] for k, v in scored.get(slot, {}).items()}, workload, seconds
-        )
-        for slot, block in job.blocks.items()
-    }
+    scored, metric = scores(job), job.config.metric
+    costs = {slot: {key: found[metric] for key, found in own.items()} for slot, own in scored.items()}
+    table = {}
+    for slot, block in job.blocks.items():
+        table[slot] = offers.offers(block, costs.get(slot, {}), workload, seconds)
+    if job.config.uniform is not None:
+        for slot, (choice,) in singles(job).items():
+            alike = offers.offers(job.blocks[slot], {choice.key(): 0.0}, workload, seconds)
+            table[slot] = [offer for offer in alike if offer.choice]
     return table if job.config.solutions > 1 else {slot: offers.undominated(row) for slot, row in table.items()}
 
 
@@ -106,9 +108,9 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
         predicted = model_figures(shapes, workload, seconds)
         predicted["file_bytes"] = sum(offer.file_bytes for offer in picked.values()) + offers.FILE_OVERHEAD
         predicted["score"] = solution.score
-        predicted["lm"] = sum(
-            scored[slot][Choice((spec,)).key()]["lm"] for slot, offer in picked.items() for spec in offer.choice.specs
-        )
+        if job.config.uniform is None and job.config.metric != "error":
+            taken = ((slot, Choice((spec,)).key()) for slot, offer in picked.items() for spec in offer.choice.specs)
+            predicted["lm"] = sum(scored[slot][key]["lm"] for slot, key in taken)
         layout = {slot: offer.choice for slot, offer in picked.items() if offer.choice}
         found.append(Chosen(layout, workload, solution, predicted))
     return found

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from pennyweight.disk.checkpoint import Checkpoint
-from pennyweight.evals.agree import agree
-from pennyweight.evals.loss import loss
+from pennyweight.evals.agree import compare
 from pennyweight.job import checks as verify
 from pennyweight.job import packed
 from pennyweight.job.job import Job
@@ -60,13 +59,9 @@ def verify_child(
         listen.begin(f"read {name}", total=model.walk.layers, unit="layers")
         model.read(torch.from_numpy(rows.ids[:, :-1]))
         listen.end()
-    quality = {
-        "parent": asdict(loss(parent, rows, listen=listen, stage="loss of parent")),
-        "child": asdict(loss(child, rows, listen=listen, stage="loss of child")),
-    }
-    agreement = agree(parent, child, rows, listen=listen)
-    quality["agreement"] = asdict(agreement)
-    follows = verify.check_follows(agreement, job.store.get("unhealed")["kl"])
+    compared = compare(parent, child, rows, listen=listen)
+    quality = asdict(compared)
+    follows = verify.check_follows(compared.agreement, job.store.get("unhealed")["kl"])
     checks = [verify.Check(**job.store.get("parent")), *alone, *follows, *opened]
     samples = {}
     if whole:

@@ -7,6 +7,8 @@ o_proj or down_proj multiplies):
     cross_moment    (hidden, hidden)      mean y x^T        fitted linear blocks
     inner_moment    (channels, channels)  mean z z^T        KV head ranking; GPTQ of matrices that read z
     activation_mean_abs  (channels,)      mean |z|          FFN width ranking
+    share                (1,)                  mean |a|^2 / |h|^2, a what the block adds to the residual stream (after
+                                               a norm behind it), h the stream that leaves the layer
     magnitudes           histograms of |x| and |z|, plain and weighted: *_counts of live/magnitudes.py
 
 Layers are visited one at a time, all rows through one before the next, so that memory and disk hold the sums of one
@@ -37,7 +39,7 @@ from pennyweight.model.slots import Slot
 from pennyweight.runs import executor, scratch
 from pennyweight.runs.scratch import Remembered
 
-NAMES = ("input_moment", "cross_moment", "inner_moment", "activation_mean_abs", "magnitudes")
+NAMES = ("input_moment", "cross_moment", "inner_moment", "activation_mean_abs", "share", "magnitudes")
 
 Wanted = Mapping[Slot, tuple[str, ...]]
 """Names of what is to be gathered, by slot."""
@@ -117,6 +119,8 @@ class Collector:
                 self._handles.append(parts.block.register_forward_hook(self._on_output(slot.kind)))
             if {"inner_moment", "activation_mean_abs"} & {*wanted} and parts.shape.readers("inner"):
                 self._before(parts.reading("inner")[0], self._on_inner(slot.kind, wanted))
+            if "share" in wanted:
+                self._on_share(slot.kind, parts)
             for activation in ("input", "inner") if "magnitudes" in wanted else ():
                 module, readers = parts.reading(activation)
                 weights = magnitudes.importance([linear.weight for linear in readers])
@@ -167,6 +171,23 @@ class Collector:
                 self.sums[name] = self.sums.get(name, 0.0) + z.abs().sum(dim=0)
 
         return hear
+
+    def _on_share(self, kind: str, parts: Parts) -> None:
+        """Token by token: a few with huge states would speak for all."""
+        added: list[torch.Tensor] = []
+
+        def left(output: Any) -> torch.Tensor:
+            return (output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2).float()
+
+        def block(module: Any, args: Any, output: Any) -> None:
+            added.append(left(output).mul(parts.place.residual).square().sum(dim=-1))
+
+        def layer(module: Any, args: Any, output: Any) -> None:
+            stream = left(output).square().sum(dim=-1).clamp_min(1e-30)
+            self.sums[f"{kind}.share"] = self.sums.get(f"{kind}.share", 0.0) + (added.pop() / stream).sum().view(1)
+
+        self._handles.append((parts.norm("post_norm") or parts.block).register_forward_hook(block))
+        self._handles.append(parts.root.register_forward_hook(layer))
 
     def _on_magnitudes(self, which: str, importance: torch.Tensor) -> Any:
         def hear(x: torch.Tensor) -> None:

@@ -272,6 +272,11 @@ class RotaryEmbedding:
         if not bool(torch.isfinite(getattr(self._module, self._frequencies)).all()):
             raise ValueError(f"{found.where}: its rope parameters give frequencies that are no numbers")
 
+    @property
+    def frequencies(self) -> torch.Tensor:
+        """(turning channels / 2,) float32, in radians a position."""
+        return getattr(self._module, self._frequencies)
+
     def divide(self, by: torch.Tensor) -> None:
         """Make frequencies so many times lower."""
         setattr(self._module, self._frequencies, getattr(self._module, self._frequencies) / by)

@@ -14,6 +14,8 @@ METRICS = {
     "lm": "increase of the loss in nats per token",
     "cosine": "cosine distance of the final hidden states",
     "nmse": "normalised squared error of the final hidden states",
+    "error": "squared error of what the slot adds, as a share of the residual stream, by second moments",
+    "none": "not judged",
 }
 
 BOUNDS = {
@@ -47,6 +49,11 @@ class Promise:
     came: str
     kept: bool
     how: str
+
+
+def unhealed_metric(report: Mapping[str, Any]) -> str:
+    """What children in memory were measured by: the metric of the scores, or KL where these are of no child."""
+    return "kl" if report["metric"] in ("error", "none") else report["metric"]
 
 
 def promises(report: Mapping[str, Any]) -> list[Promise]:

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from pennyweight.disk.reading import checked, json_file
 from pennyweight.model.demand import Cache
-from pennyweight.report._facts import BOUNDS
+from pennyweight.report._facts import BOUNDS, unhealed_metric
 
 _MOST = 1e15  # of anything: no chart and no sum overflows
 Real = Annotated[float, Field(ge=-_MOST, le=_MOST)]
@@ -160,12 +160,18 @@ class Heal(Told):
     whole_tokens: int
 
 
+class Uniform(Told):
+    bits: Count
+    group: Count
+
+
 class Config(Told):
     budget: dict[str, str | None]
     data: Data
     heal: Heal
     axes: list[str]
     search: str
+    uniform: NotRequired[Uniform | None]
     prices: Literal["computed", "measured"]
 
 
@@ -189,7 +195,7 @@ class Report(Told):
     parent: Parent
     chosen: Chosen
     slots: Annotated[list[SlotChoice], Field(min_length=1)]
-    metric: Literal["kl", "lm", "cosine", "nmse"]
+    metric: Literal["kl", "lm", "cosine", "nmse", "error", "none"]
     margins: dict[Bound, Margin]
     unhealed: NotRequired[dict[str, Real] | None]
     verified: Verified
@@ -232,8 +238,8 @@ def _contradiction(report: Any) -> str | None:
         return "samples are not as many as prompts"
     if report["whole_heal"] and report.get("whole_heal_judged") is None:
         return "whole_heal was not judged"
-    if report.get("unhealed") is not None and report["metric"] not in report["unhealed"]:
-        return f"unhealed has no {report['metric']}"
+    if report.get("unhealed") is not None and unhealed_metric(report) not in report["unhealed"]:
+        return f"unhealed has no {unhealed_metric(report)}"
     quality = report["verified"]["quality"]
     if any(quality[name]["nats"] / quality[name]["tokens"] > math.log(_MOST) for name in ("parent", "child")):
         return "a loss per token is beyond any model's"

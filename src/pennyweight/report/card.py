@@ -31,10 +31,9 @@ def render(report: dict[str, Any]) -> str:
     return f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---
 
-# {report["model"]}, fitted to a budget
+# {report["model"]}, {"quantised" if report["metric"] == "none" else "fitted to a budget"}
 
-{report["model"]} made smaller by pennyweight: for every attention, every FFN and the embedding, one variant was chosen,
-so that together they lose least within the budget.
+{report["model"]} made smaller by pennyweight: {_said(report)}
 
 {_budget(report)}
 
@@ -74,7 +73,18 @@ Scores are {_facts.METRICS[report["metric"]]}, of each choice alone, before heal
 """
 
 
+def _said(report: Mapping[str, Any]) -> str:
+    if (uniform := report["config"].get("uniform")) is not None:
+        return f"every matrix is kept in {uniform['bits']} bits, or in the fewest above them that its slot is offered."
+    return (
+        "for every attention, every FFN and the embedding, one variant was chosen, so that together they lose least "
+        "within the budget."
+    )
+
+
 def _budget(report: Mapping[str, Any]) -> str:
+    if report["metric"] == "none":
+        return "No budget was asked for."
     lines = [f"The budget was {'kept' if _facts.kept(report) else '**not kept**'}:", ""]
     for promise in _facts.promises(report):
         lines.append(f"- {promise.asked}: {promise.came} ({promise.how}{'' if promise.kept else '; **not kept**'})")
@@ -124,11 +134,13 @@ def _history(report: Mapping[str, Any]) -> str:
     before, local, whole = (
         f"{config['heal'].get(key, 0):,} tokens" for key in ("library_tokens", "local_tokens", "whole_tokens")
     )
-    steps = [
-        f"{report['plan']['choices']} choices (axes: {', '.join(config['axes'])}) were scored, each alone in its slot, "
-        f"by {_facts.METRICS[report['metric']]}.",
-        f"The combination of least summed score within the budget was found by `{config['search']}`, {proven}.",
-    ]
+    steps = ["All slots are kept in the same bits; nothing was searched."]
+    if report["metric"] != "none":
+        steps = [
+            f"{report['plan']['choices']} choices (axes: {', '.join(config['axes'])}) were scored, each alone in its "
+            f"slot, by {_facts.METRICS[report['metric']]}.",
+            f"The combination of least summed score within the budget was found by `{config['search']}`, {proven}.",
+        ]
     if config["heal"].get("library_tokens"):
         steps.insert(0, f"Every variant that can learn was distilled against the parent's block, on up to {before}.")
     if report["local_heal"]:

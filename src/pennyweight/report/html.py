@@ -146,12 +146,14 @@ def _comparison(report: Mapping[str, Any]) -> list[list[str]]:
     rows = [["File size", "", *map(show_bytes, (after["file_bytes"], report["parent"]["bytes"], report["file_bytes"]))]]
     unhealed = report.get("unhealed")
     if unhealed is not None:
-        name = f"Before healing, on the scored text: {_facts.METRICS[metric]}"
-        rows.append([name, "0", score, "0", _number(unhealed[metric])])
+        measured = _facts.unhealed_metric(report)
+        name = f"Before healing, on the scored text: {_facts.METRICS[measured]}"
+        name = f"{name}, rounded to nearest" if metric == "none" else name
+        rows.append([name, "0", score if measured == metric else "", "0", _number(unhealed[measured])])
     if metric == "lm":
         added = (child["nats"] - parent["nats"]) / child["tokens"]
         rows.append(["Loss added, nats per token", "0", score, "0", _number(added)])
-    elif metric != "kl":
+    elif metric not in ("kl", "none"):
         rows.append([f"Score: {_facts.METRICS[metric]}", "0", score, "", ""])
     rows += [
         ["KL, nats per token", *(["0", score] if metric == "kl" else ["", ""]), "0", _number(agreement["kl"])],

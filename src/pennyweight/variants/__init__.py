@@ -16,6 +16,7 @@ An axis is a file with
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pennyweight import kinds
@@ -41,6 +42,12 @@ def default() -> tuple[str, ...]:
 def stores(axis: str) -> bool:
     """Whether an axis only says how matrices are kept and read."""
     return getattr(kinds.load("variants", axis), "STORES", False)
+
+
+def only_quantises(axis: str) -> bool:
+    """Whether an axis does nothing but keep the same matrices in fewer bits: what it costs is the error of these."""
+    module = kinds.load("variants", axis)
+    return stores(axis) and set(module.STATS) <= {"input_moment", "inner_moment"}
 
 
 def storing(choice: Choice) -> tuple[str, Any] | None:
@@ -93,6 +100,12 @@ def structural(choice: Choice) -> Choice:
 def unstructural(choice: Choice) -> Choice:
     """What `structural` leaves out."""
     return Choice(tuple(item for item in choice.specs if stores(item[0])))
+
+
+def rounded(choice: Choice) -> Choice:
+    """With codes that are rounded to nearest, however they were to be found."""
+    specs = ((axis, replace(spec, method="rtn") if stores(axis) else spec) for axis, spec in choice.specs)
+    return Choice(tuple(specs))
 
 
 def choice_from_json(data: Mapping[str, Mapping[str, Any]]) -> Choice:

@@ -182,6 +182,24 @@ def _split_q6_k(blocks: np.ndarray) -> Parts:
     return Parts(_flat(low | high.reshape(low.shape) << 4, 32), scale.reshape(len(blocks), -1))
 
 
+def q4_0(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Rows of Q4_0, (rows, bytes) uint8, of codes (rows, columns) from -8 to 7 and scales (rows, columns / 32)."""
+    columns = (codes + 8).astype(np.uint8).reshape(*scale.shape, Rows.GROUP)
+    low, high = np.split(columns, 2, axis=-1)
+    return np.concatenate([_bytes(scale), low | high << 4], axis=-1).reshape(len(codes), -1)
+
+
+def q8_0(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Rows of Q8_0, as `q4_0`, of codes from -128 to 127."""
+    columns = codes.astype(np.int8).view(np.uint8).reshape(*scale.shape, Rows.GROUP)
+    return np.concatenate([_bytes(scale), columns], axis=-1).reshape(len(codes), -1)
+
+
+def _bytes(scale: np.ndarray) -> np.ndarray:
+    """(rows, blocks, 2) uint8: a float16 for each block."""
+    return np.ascontiguousarray(scale.astype("<f2")[..., None]).view(np.uint8)
+
+
 _ROUNDED = "scales and minima rounded to float16"
 
 KINDS = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from gguf import MODEL_ARCH, TensorNameMap, dequantize, get_tensor_name_map
 from pennyweight import families
 from pennyweight.families import MOST_POSITIONS
 from pennyweight.sources.gguf import ggml
-from pennyweight.sources.gguf.architectures import ARCHITECTURES
+from pennyweight.sources.gguf.architectures import ARCHITECTURES, Architecture
 from pennyweight.sources.gguf.file import File, Tensor, read
 from pennyweight.sources.source import Vocabulary, rearranged
 
-_DIVISORS = "rope_freqs.weight"
+DIVISORS = "rope_freqs.weight"
 _CHUNK_WEIGHTS = 2**22  # converted at once, to bound what is held in between
 
 
@@ -46,12 +46,12 @@ class GgufSource:
         names = get_tensor_name_map(MODEL_ARCH[arch.upper()], n_blocks=1)
         left = dict(self._file.tensors)
         parts = self._take_apart(left, names)
-        divisors = left.pop(_DIVISORS, None)
+        divisors = left.pop(DIVISORS, None)
         for block in self.blocks.values():
             for name, weight in block.tensors().items():
                 if name.endswith("norm.weight"):
                     self._lacking[name] = block.norm_offset
-                stored = parts.get(name) or _stored_name(names, name)
+                stored = parts.get(name) or stored_name(names, name)
                 tensor = left.pop(stored, None)
                 if tensor is None or tensor.shape != weight.shape:
                     came = "is missing" if tensor is None else f"has shape {tensor.shape}"
@@ -66,7 +66,7 @@ class GgufSource:
         if divisors is not None:
             half, found = self.config["head_dim"] // 2, self._floats(divisors, 0, self._file.read(divisors))[0]
             if divisors.shape != (half,) or not (found > 0).all():
-                raise ValueError(f"{path}: {_DIVISORS} of shape {divisors.shape}; expected {half} positive numbers")
+                raise ValueError(f"{path}: {DIVISORS} of shape {divisors.shape}; expected {half} positive numbers")
             self.rotary_divisors = found
 
     @property
@@ -121,7 +121,7 @@ class GgufSource:
         called: dict[str, str] = {}
         weights = {name: weight for block in self.blocks.values() for name, weight in block.tensors().items()}
         for whole, parts in families.joined(self.config).items():
-            stored, first = _stored_name(names, f"{whole}.weight"), 0
+            stored, first = stored_name(names, f"{whole}.weight"), 0
             tensor = left.get(stored)
             rows = {f"{part}.weight": weights[f"{part}.weight"].shape[0] for part in parts}
             if tensor is None or len(tensor.shape) != 2 or tensor.shape[0] != sum(rows.values()):
@@ -167,17 +167,21 @@ class GgufSource:
         return ValueError(f"{self._file.path}: {tensor.name} from byte {start} on: {what}; the file is damaged")
 
     def _order(self, name: str) -> np.ndarray | None:
-        """Which stored row belongs in each place, or None if they lie in their places."""
-        if not self._architecture.interleaved or ".self_attn." not in name:
-            return None
-        config, part = self.config, name.split(".")[-2]
-        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(part)
-        if heads is None:
-            return None
-        return np.arange(heads * config["head_dim"]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        return order_of(self._architecture, self.config, name, self._tensors[name].shape[0])
 
 
-def _stored_name(names: TensorNameMap, name: str) -> str:
+def order_of(architecture: Architecture, config: Mapping[str, Any], name: str, rows: int) -> np.ndarray | None:
+    """Which stored row belongs in each place of the tensor `name`, or None if they lie in their places."""
+    if not architecture.interleaved or ".self_attn." not in name:
+        return None
+    part = name.split(".")[-2]
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(part)
+    if heads is None:
+        return None
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def stored_name(names: TensorNameMap, name: str) -> str:
     """model.layers.3.self_attn.q_proj.bias -> blk.3.attn_q.bias, from a map of one layer: a map of all has 270 entries
     for each, and how many there are is the file's word."""
     layer = "".join(re.findall(r"^model\.layers\.(\d+)\.", name))

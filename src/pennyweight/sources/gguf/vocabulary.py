@@ -21,7 +21,7 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-_RULES = {
+RULES = {
     "gpt-2": "gpt-2",
     "smollm": "smollm",
     "llama-bpe": "llama-bpe",
@@ -142,8 +142,8 @@ def _byte_level(file: File, numbered: dict[str, int], notes: list[str]) -> Any:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= numbered.keys():
             raise ValueError(f"{file.path}: merge {i}, {' '.join(merge)!r}, is not of tokens to a token; damaged")
     name = file.get("tokenizer.ggml.pre", str, "")
-    rule = _RULES.get(name, "gpt-2")
-    if name not in _RULES:
+    rule = RULES.get(name, "gpt-2")
+    if name not in RULES:
         said = f"names the rule {name!r}, unknown here" if name else "does not name the rule"
         notes.append(f"the file {said}, for splitting text into words; GPT-2's is used, which may cost quality")
     made = Tokenizer(models.BPE(vocab=numbered, merges=merges, ignore_merges=rule == "llama-bpe"))
