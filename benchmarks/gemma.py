@@ -13,7 +13,6 @@ import sys
 from typing import Any
 
 import numpy as np
-from gguf import dequantize
 
 import _bench
 import _llama
@@ -21,7 +20,7 @@ import real_models
 from pennyweight import _native
 from pennyweight.runtime.engine import Engine
 from pennyweight.runtime.model import open_model
-from pennyweight.sources.gguf.source import GgufSource
+from pennyweight.sources.gguf import GgufSource
 
 PROMPTS, TOKENS, ANSWER, THREADS = 20, 48, 32, 2
 KL, TIE = 0.005, 0.1
@@ -32,8 +31,7 @@ class Exact(GgufSource):
     """A file whose matrices are the floats that it says, to the bit."""
 
     def matrix(self, name: str) -> Any:
-        tensor = self._tensors[name]
-        values = dequantize(self._file.read(tensor), tensor.kind.type).reshape(tensor.shape).astype(np.float32)
+        values = self._checkpoint.read(name).float().numpy()
         return _native.Matrix.wide(values.view(np.uint8), _native.Float.float32, False)
 
 

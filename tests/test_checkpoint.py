@@ -18,7 +18,8 @@ from pennyweight.disk import tensors, writer
 from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
 from pennyweight.disk.model_config import read_config
 from pennyweight.disk.tensors import header_bytes, read_entry, read_header
-from pennyweight.disk.writer import Writer, accompanying, write_atomic
+from pennyweight.disk.tokenizer import accompanying
+from pennyweight.disk.writer import Writer, write_atomic
 
 CONFIG = {"model_type": "llama", "hidden_size": 64}
 DTYPES = [getattr(torch, name) for name in tensors._TORCH.values()]
@@ -218,7 +219,7 @@ def test_a_file_holds_its_old_or_its_new_content(tmp_path, monkeypatch):
 
 def test_a_missing_folder_says_what_a_model_is(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"nowhere is not a model: expected a folder with config.json.*download it first"
+        FileNotFoundError, match=r"nowhere is not a model: expected a folder with config.json.*or a GGUF file"
     ):
         Checkpoint(tmp_path / "nowhere")
 

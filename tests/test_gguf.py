@@ -16,9 +16,9 @@ from gguf.constants import GGMLQuantizationType as Type
 from typer.testing import CliRunner
 
 from pennyweight.cli import app
-from pennyweight.sources.gguf import file as gguf
-from pennyweight.sources.gguf import ggml
-from pennyweight.sources.gguf.architectures import ARCHITECTURES
+from pennyweight.disk.gguf import file as gguf
+from pennyweight.disk.gguf import ggml
+from pennyweight.disk.gguf.architectures import ARCHITECTURES
 from tests.gguf_files import convert, interleaved, parent_of, quantise
 
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
@@ -187,7 +187,7 @@ def test_types_may_differ_from_matrix_to_matrix(pico, tmp_path):
 def test_large_tensors_are_read_by_parts(pico, tmp_path, monkeypatch):
     file, _ = convert(pico("llama"), tmp_path, lambda name: "F16" if "gate" in name else "Q4_1")
     whole = Engine(file, threads=1).logits(IDS)
-    monkeypatch.setattr("pennyweight.sources.gguf.source._CHUNK_WEIGHTS", 1000)
+    monkeypatch.setattr("pennyweight.disk.gguf.checkpoint._CHUNK_WEIGHTS", 1000)
     np.testing.assert_array_equal(Engine(file, threads=1).logits(IDS), whole)
 
 
@@ -286,10 +286,7 @@ def test_files_are_served(brain, family):
         assert post(f"{address}/v1/completions", json=ask).json()["usage"]["prompt_tokens"] > 1
 
 
-def test_commands_that_take_folders_say_so(brain, tmp_path):
-    for command in (("plan", brain), ("fit", brain, "--weights", "30%", "--out", tmp_path / "out")):
-        done = penny(*command)
-        assert done.exit_code == 2 and "is a GGUF file; penny run, bench and serve take those" in done.stderr
+def test_a_file_that_is_not_there(tmp_path):
     gone = penny("run", tmp_path / "gone.gguf", "hello")
     assert gone.exit_code == 2 and "gone.gguf does not exist" in gone.stderr
 

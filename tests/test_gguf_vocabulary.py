@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from pennyweight.sources.gguf.file import File
-from pennyweight.sources.gguf.vocabulary import vocabulary
+from pennyweight.disk.gguf.file import File
+from pennyweight.disk.gguf.vocabulary import vocabulary
 
 WORDS = "Ünïcode naïve façade 東京 и ещё we'll WE'LL I'd  \n\n\n\t x\r\n 10,000.00 …🦊 " + "1234567 2024 1999 333 " * 9
 TEXT = Path(__file__).read_text() + WORDS * 20

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from pennyweight import formats
 from pennyweight.cli import app
+from pennyweight.disk.gguf import file as gguf_file
+from pennyweight.disk.gguf import ggml
 from pennyweight.disk.tokenizer import encode, load_tokenizer
+from pennyweight.export.gguf import write
 from pennyweight.formats import Grid, int3, packed_int
-from pennyweight.sources.gguf import file as gguf_file
-from pennyweight.sources.gguf import ggml
-from pennyweight.sources.gguf.write import write
 
 pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 from pennyweight.runtime.alike import compare
@@ -222,7 +222,7 @@ def test_the_command_compares_and_names_the_file(pico, tmp_path):
 
 def test_a_file_that_reads_back_as_another_is_deleted(pico, tmp_path, monkeypatch):
     """As if rows of q_proj had been left in transformers' order."""
-    monkeypatch.setattr("pennyweight.sources.gguf.write.order_of", lambda *_: None)
+    monkeypatch.setattr("pennyweight.export.gguf.order_of", lambda *_: None)
     out = tmp_path / "model.gguf"
     found = CliRunner().invoke(app, ["export", str(pico("llama")), "--out", str(out)])
     assert found.exit_code == 4 and "logits of the file read back" in found.stderr and not out.exists()

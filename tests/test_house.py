@@ -15,7 +15,7 @@ ROOT = Path(pennyweight.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 BENCHMARKS = sorted((ROOT.parents[1] / "benchmarks").glob("*.py"))
 
-KNOW_NAMES = ("families", "sources/gguf")
+KNOW_NAMES = ("families", "disk/gguf")
 """Rooms that may name tensors and modules of checkpoints."""
 
 PATHS = re.compile(

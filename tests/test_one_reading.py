@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pennyweight import families, formats
 from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
+from pennyweight.disk.gguf import file as gguf
 from pennyweight.disk.model_config import read_config
 from pennyweight.formats import packed_int, zigzag
 from pennyweight.live.load import load_model
@@ -27,7 +28,6 @@ from pennyweight.live.streamed import Streamed
 from pennyweight.live.walk import Walk
 from pennyweight.model.choices import Choice
 from pennyweight.model.slots import Slot
-from pennyweight.sources.gguf import file as gguf
 from pennyweight.variants import ffn_width, noop, reshape_all, window
 from tests.conftest import FAMILIES
 from tests.test_heterogeneous import build

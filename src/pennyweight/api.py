@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight import families
 from pennyweight.config import BudgetConfig, FitConfig, WorkloadConfig
-from pennyweight.disk.model_config import read_config
+from pennyweight.disk import hub
+from pennyweight.disk.opened import open_config, open_vocabulary
 from pennyweight.disk.writer import Writer
 from pennyweight.prices import planning
 from pennyweight.prices.machine import Machine
@@ -38,13 +39,15 @@ def plan(
     axes: tuple[str, ...] = FitConfig().axes,
 ) -> planning.Plan:
     """What a model needs and whether it can be made to fit, from its config.json alone; times are computed, for this
-    computer unless another `machine` is named.
+    computer unless another `machine` is named. `model`: a folder, a config.json, a GGUF file or a hub's name, of which
+    no more is fetched.
 
-    Raises FileNotFoundError or ValueError for a folder or config that cannot be planned.
+    Raises FileNotFoundError or ValueError for what cannot be planned, hub.Unfetched for a name that cannot be fetched
+    now.
     """
     from pennyweight.prices import measure
 
-    config = read_config(Path(model))
+    config = open_config(hub.find(model, only_config=True))
     parent_bytes = planning.stored_bytes(families.shapes(config), 16)
     bounds = (budget or BudgetConfig()).resolve(parent_bytes=parent_bytes)
     device = measure.machine() if machine == "this" else Machine.load(machine)
@@ -63,13 +66,14 @@ def fit(
 ) -> Result:
     """Make the model that fits `budget` best, write it to folder `out`, return it.
 
-    `model` is a folder, or a live transformers model with its `tokenizer`; a live one is first written to the run
-    folder, in bfloat16, and worked on from there, so that it need not stay in memory twice. `config` says the rest;
-    its budget is replaced by `budget`. A stopped call goes on where it was when made again.
+    `model` is a folder, a GGUF file, a hub's name, or a live transformers model with its `tokenizer`; a live one is
+    first written to the run folder, in bfloat16, and worked on from there, so that it need not stay in memory twice.
+    `config` says the rest; its budget is replaced by `budget`. A stopped call goes on where it was when made again.
 
-    Raises ValueError or FileNotFoundError for wrong input, search.Infeasible if the budget cannot be met,
-    runs.lock.Held if another process works on the run folder, OSError (ENOSPC) if the disk is full, after which the
-    same call goes on, checks.VerificationFailed if the result is not what was promised.
+    Raises ValueError or FileNotFoundError for wrong input, hub.Unfetched for a name that cannot be fetched now,
+    search.Infeasible if the budget cannot be met, runs.lock.Held if another process works on the run folder, OSError
+    (ENOSPC) if the disk is full, after which the same call goes on, checks.VerificationFailed if the result is not what
+    was promised.
     """
     from pennyweight.job import outputs
     from pennyweight.job.job import open_job
@@ -87,7 +91,7 @@ def fit(
         outputs.is_run_folder(folder)
         lock = Lock(folder)
         model = _written(model, tokenizer, folder / outputs.LIVE)
-    with open_job(Path(model), out, wanted, run=folder, listen=listen, lock=lock) as job:
+    with open_job(hub.find(model), out, wanted, run=folder, listen=listen, lock=lock) as job:
         report = run_job(job)
     found, own_tokenizer = load(out)
     return Result(found, own_tokenizer, report, out)
@@ -109,10 +113,10 @@ def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder:
 
 
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model, tokenizer) of a folder made by `fit`, or of any supported model: heterogeneous layers built, packed
-    matrices dequantised, in bfloat16 where the processor has it, else float32. Raises ValueError if the folder is not
-    complete."""
-    from pennyweight.disk.tokenizer import load_tokenizer
+    """(model, tokenizer) of a folder made by `fit`, or of any supported model, as of `fit`: heterogeneous layers built,
+    packed matrices dequantised, in bfloat16 where the processor has it, else float32. Raises ValueError if the folder
+    is not complete."""
     from pennyweight.live.load import load_model
 
-    return load_model(Path(folder)), load_tokenizer(Path(folder))
+    place = hub.find(folder)
+    return load_model(place), open_vocabulary(place).tokenizer

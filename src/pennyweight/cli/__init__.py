@@ -7,7 +7,7 @@ interrupted and to be started anew, 141 nobody reads what is printed any more.
 import os  # noqa: I001  the verbs below are in the order of --help
 import sys
 
-from pennyweight.cli import prices, making, judging, exporting, running  # noqa: F401
+from pennyweight.cli import prices, making, judging, exporting, running, models  # noqa: F401
 from pennyweight.cli._common import app
 
 

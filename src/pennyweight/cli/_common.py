@@ -25,7 +25,13 @@ app = typer.Typer(
 
 DEFAULT_AXES = ",".join(variants.default())
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A Hugging Face folder, a GGUF file, or a name of a hub: owner/name, with @revision, or :Q4_K_M for one "
+        "GGUF file of it; or a name that penny models lists."
+    ),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,11 +78,18 @@ def errors(*, resumes: bool = False) -> Iterator[None]:
         raise typer.Exit(2) from err
     except (ValueError, RuntimeError) as err:
         say(str(err))
-        raise typer.Exit(4 if type(err).__name__ == "VerificationFailed" else 2) from err
+        raise typer.Exit({"VerificationFailed": 4, "Unfetched": 75}.get(type(err).__name__, 2)) from err
 
 
 def say(message: str) -> None:
     print(f"penny: {message}", file=sys.stderr)
+
+
+def located(typed: str, *, only_config: bool = False) -> Path:
+    """The folder or GGUF file that somebody typed, fetched if it is a name."""
+    from pennyweight.disk import hub
+
+    return hub.find(typed, only_config=only_config, tell=say)
 
 
 @contextlib.contextmanager

@@ -36,10 +36,10 @@ def export(
     """Write a model folder as one file for another program, to the bit where that is possible, and read it back."""
     with errors():
         quiet_libraries()
+        from pennyweight.export.gguf import write
         from pennyweight.job.checks import VerificationFailed
         from pennyweight.runs.events import waiting
         from pennyweight.runs.progress import Terminal
-        from pennyweight.sources.gguf.write import write
 
         if to != "gguf":
             raise ValueError(f"--to {to}: there is gguf")

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pennyweight.cli._common import Json, Model, app, errors, quiet_libraries, table
+from pennyweight.cli._common import Json, Model, app, errors, located, quiet_libraries, table
 
 
 @app.command("eval")
 def evaluate(
     model: Model,
-    against: Annotated[Path | None, typer.Option(help="The parent: adds KL and agreement.")] = None,
+    against: Annotated[str | None, typer.Option(help="The parent, as MODEL: adds KL and agreement.")] = None,
     text: Annotated[str, typer.Option(help='"builtin" or a text file or folder.')] = "builtin",
     rows: Annotated[int, typer.Option(min=1, help="Rows to measure.")] = 32,
     context_tokens: Annotated[
@@ -35,19 +35,19 @@ def evaluate(
         from dataclasses import asdict
 
         from pennyweight import texts
-        from pennyweight.disk.checkpoint import Checkpoint
-        from pennyweight.disk.tokenizer import load_tokenizer
+        from pennyweight.disk.opened import open_checkpoint, open_vocabulary
         from pennyweight.evals import agree, loss
         from pennyweight.live.load import load_model
         from pennyweight.runs.events import waiting
         from pennyweight.runs.progress import Terminal
 
-        for folder in (model, against):
+        place, parent_place = located(model), None if against is None else located(against)
+        for folder in (place, parent_place):
             if folder is not None:
-                Checkpoint(folder)  # says in one line what is wrong with it, or what is meant instead
+                open_checkpoint(folder)  # says in one line what is wrong with it, or what is meant instead
         with Terminal() as listen:
             with waiting(listen, "load model"):
-                child, tokenizer = load_model(model), load_tokenizer(model)
+                child, tokenizer = load_model(place), open_vocabulary(place).tokenizer
             longest = child.config.max_position_embeddings
             if (context_tokens or 0) > longest:
                 raise ValueError(f"--context-tokens {context_tokens}: {model} takes up to {longest} tokens")
@@ -56,11 +56,11 @@ def evaluate(
                 measured = texts.rows(documents, tokenizer, context_tokens or min(512, longest)).take(rows)
                 measured.hold_within(child.config.vocab_size)
             agreement = {}
-            if against is None:
+            if parent_place is None:
                 found = loss.loss(child, measured, listen=listen)
             else:
                 with waiting(listen, "load parent"):
-                    parent = load_model(against)
+                    parent = load_model(parent_place)
                 compared = agree.compare(parent, child, measured, listen=listen)
                 found, agreement = compared.child, {"agreement": asdict(compared.agreement)}
             result: dict[str, Any] = {
@@ -97,8 +97,9 @@ def check(
         from pennyweight.report import tally
         from pennyweight.runs.progress import Terminal
 
+        folder = located(model)
         with Terminal() as listen:
-            checks = check_folder(model, tokens, listen=listen)
+            checks = check_folder(folder, tokens, listen=listen)
         if as_json:
             print(json.dumps([c.to_json() for c in checks]))
         else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pennyweight import variants
-from pennyweight.cli._common import DEFAULT_AXES, Json, Model, app, errors, own_stdout, quiet_libraries, say
+from pennyweight.cli._common import DEFAULT_AXES, Json, Model, app, errors, located, own_stdout, quiet_libraries, say
 
 if TYPE_CHECKING:
     from pennyweight.config import FitConfig
@@ -188,7 +188,7 @@ def _offering(bits: int) -> str:
 
 
 def _fit(
-    model: Path, out: Path, config: FitConfig, *, run: Path | None, engine: str, dry_run: bool, as_json: bool
+    model: str, out: Path, config: FitConfig, *, run: Path | None, engine: str, dry_run: bool, as_json: bool
 ) -> None:
     quiet_libraries()
     from pennyweight.job.job import open_job
@@ -201,11 +201,12 @@ def _fit(
 
     if not any(config.budget.model_dump().values()) and config.uniform is None:
         raise ValueError("a budget is needed: at least one of --memory, --weights, --ttft, --tpot, --throughput")
+    parent = located(model)
     with (
         _one_at_a_time(),
         Terminal() as listen,
         full_disk_is_one_error(),
-        open_job(model, out, config, run=run, where=engine, listen=listen, dry=dry_run) as job,
+        open_job(parent, out, config, run=run, where=engine, listen=listen, dry=dry_run) as job,
     ):
         if job.fits_whole:  # otherwise memory is what is short, not time
             allocator.keep_freed_memory()
@@ -237,19 +238,19 @@ def _one_at_a_time() -> Iterator[None]:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path(".demo/model"),
     weights: Annotated[str, typer.Option(help="Budget as a share of the parent's bytes.")] = "22%",
-    model: Annotated[Path | None, typer.Option(help="Another model folder; default: the shipped one.")] = None,
+    model: Annotated[str | None, typer.Option(help="Another model, as of fit; default: the shipped one.")] = None,
 ) -> None:
     """The whole job on the model that ships with pennyweight: about 4 minutes on 2 cores, offline."""
     with errors(resumes=True):
         from pennyweight.config import FitConfig, merged
 
-        parent = model or Path(__file__).parents[1] / "data" / "reference-dense"
+        parent = model or str(Path(__file__).parents[1] / "data" / "reference-dense")
         settings = {
             "budget": {"weights": weights},
             "sweep": tuple(f"weights={share}%" for share in (18, 25, 30, 40, 60)),
             "heal": {"local_tokens": 30_000, "whole_tokens": 120_000},
         }
-        print(f"fitting {parent.name} to {weights} of its bytes", file=sys.stderr)
+        print(f"fitting {Path(parent).name} to {weights} of its bytes", file=sys.stderr)
         _fit(parent, out, merged(FitConfig(), settings), run=None, engine="local", dry_run=False, as_json=False)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pennyweight.cli._common import DEFAULT_AXES, Json, app, errors, own_stdout, quiet_libraries
+from pennyweight.cli._common import DEFAULT_AXES, Json, app, errors, located, own_stdout, quiet_libraries
 
 if TYPE_CHECKING:
     from pennyweight.prices.machine import Machine
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 @app.command()
 def plan(
-    model: Annotated[Path, typer.Argument(help="A model folder or a config.json; weights are not read.")],
-    against: Annotated[Path | None, typer.Option(help="A parent to compare with: folder or config.json.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="As of penny fit, or a config.json. Weights are not read, and not fetched.")
+    ],
+    against: Annotated[str | None, typer.Option(help="A parent to compare with, as MODEL.")] = None,
     memory: str | None = None,
     weights: Annotated[str | None, typer.Option(help="Bytes, or a share of the model's in 16 bits: 22%.")] = None,
     ttft: str | None = None,
@@ -40,7 +42,7 @@ def plan(
     with errors():
         from pennyweight import families
         from pennyweight.config import FitConfig, asked, merged
-        from pennyweight.disk.model_config import read_config
+        from pennyweight.disk.opened import open_config
         from pennyweight.model.shapes import parameters
         from pennyweight.prices import planning
         from pennyweight.prices.machine import Machine
@@ -64,7 +66,7 @@ def plan(
             ),
         )
         wanted.check()
-        config, load = read_config(model), wanted.workload.resolve()
+        config, load = open_config(located(model, only_config=True)), wanted.workload.resolve()
         shapes = families.shapes(config)
         device = _this_machine() if machine == "this" else Machine.load(machine)
         bounds = wanted.budget.resolve(parent_bytes=planning.stored_bytes(shapes, 16))
@@ -72,7 +74,7 @@ def plan(
             found = planning.plan(config, load, device, bounds, wanted.axes, scored_tokens=wanted.data.context)
         result = found.to_json()
         if against is not None:
-            parent = families.shapes(read_config(against))
+            parent = families.shapes(open_config(located(against, only_config=True)))
             result["against"] = {
                 "parameters": parameters(parent),
                 "kv_bytes": {tokens: planning.sequence_kv_bytes(parent, tokens) for tokens in found.kv_bytes},
@@ -120,7 +122,9 @@ def _this_machine() -> Machine:
 
 @app.command()
 def machine(
-    model: Annotated[Path | None, typer.Argument(help="Also time the blocks this model could be made of.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Also time the blocks this model, as of penny plan, could be made of.")
+    ] = None,
     axes: Annotated[str | None, typer.Option(help=f"Comma-separated; by default {DEFAULT_AXES}.")] = None,
     prompt: str | None = None,
     new: str | None = None,
@@ -146,10 +150,11 @@ def machine(
             FitConfig(), asked(prompt=prompt, new=new, concurrency=concurrency, context=context, cache=cache, axes=axes)
         )
         wanted.check()
-        if save is not None and model is not None:
+        place = None if model is None else located(model, only_config=True)
+        if save is not None and place is not None:
             from pennyweight.disk.places import apart
 
-            apart(save, "--save", {"the model": model})
+            apart(save, "--save", {"the model": place})
         import dataclasses
 
         from pennyweight.prices import measure
@@ -161,13 +166,13 @@ def machine(
         result: dict[str, Any] = dataclasses.asdict(found)  # type: ignore[arg-type]
         if save is not None:
             save.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        if model is not None:
+        if place is not None:
             from pennyweight import families
-            from pennyweight.disk.model_config import read_config
+            from pennyweight.disk.opened import open_config
             from pennyweight.prices import offers
 
             quiet_libraries()
-            config = read_config(model)
+            config = open_config(place)
             shapes, load = families.shapes(config), wanted.workload.resolve()
             kept = measure.cache_folder() / "latencies.json"
             every = offers.all_shapes(shapes, wanted.axes, scored_tokens=context_tokens)

@@ -11,14 +11,11 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from inspect import Parameter, signature
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pennyweight.cli._common import Json, app, errors, quiet_libraries, say
-
-Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder or a GGUF file.")]
+from pennyweight.cli._common import Json, Model, app, errors, located, quiet_libraries, say
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,9 @@ def run(
         bool | None, typer.Option(help="Ask in the model's chat template (default: where it has one).")
     ] = None,
     context: Annotated[int, typer.Option(min=0, help="Most tokens of prompt and answer; 0: what both need.")] = 0,
-    draft: Annotated[Path | None, typer.Option(help="A smaller model of the same vocabulary to guess ahead.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A smaller model of the same vocabulary, as MODEL, to guess ahead.")
+    ] = None,
     lookup: Annotated[bool, typer.Option(help="Guess ahead what followed the same words before.")] = False,
     as_json: Json = False,
     *,
@@ -110,8 +109,9 @@ def run(
         from pennyweight.runtime.speculate import DraftModel, PromptLookup
         from pennyweight.runtime.words import Words
 
+        place, draft_place = located(model), None if draft is None else located(draft)
         started = time.perf_counter()
-        opened = open_model(model, **asdict(engine))
+        opened = open_model(place, **asdict(engine))
         _tell(opened.notes)
         loaded = time.perf_counter() - started
         sampling = sampling_of(
@@ -129,8 +129,8 @@ def run(
         ids = opened.chat([{"role": "user", "content": text}]) if converses else opened.encode(text)
         capacity = context or min(len(ids) + max_tokens, opened.engine.context)
         guesser = None
-        if draft is not None:
-            smaller = Engine(draft, **asdict(replace(engine, sparsity=None)))
+        if draft_place is not None:
+            smaller = Engine(draft_place, **asdict(replace(engine, sparsity=None)))
             _tell(smaller.notes)
             if smaller.vocab_size != opened.engine.vocab_size:
                 raise ValueError(
@@ -201,7 +201,7 @@ def bench(
         from pennyweight.runtime.engine import Engine
         from pennyweight.units import show_bytes, show_seconds
 
-        opened = Engine(model, context=prompt + new, **asdict(engine))
+        opened = Engine(located(model), context=prompt + new, **asdict(engine))
         _tell(opened.notes)
         found = run_bench(opened, Workload(prompt=prompt, new=new, concurrency=concurrency), repeats=repeats)
         bandwidth = measure.machine().bandwidth
@@ -258,7 +258,7 @@ def serve(
         bound = listening.getsockname()
         names = frozenset(name.lower() for name in (host, bound[0], *(allow_host or ())))
         limits = Limits(key=key, hosts=names, body_bytes=parse_bytes(max_body))
-        opened = open_model(model, context=context or None, **asdict(engine))
+        opened = open_model(located(model), context=context or None, **asdict(engine))
         _tell(opened.notes)
         batch = Batch(opened.engine, places=places, guesser=PromptLookup if lookup else None)
         app = create_app(opened, Worker(batch, most_waiting=most_waiting), limits)

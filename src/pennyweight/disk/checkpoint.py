@@ -50,18 +50,27 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
             + (f", only {others}, which transformers would not read" if others else "")
             + "; convert other weights with save_pretrained first"
         )
-    named = reading.json_file(index, _Index, most_bytes=_MAX_INDEX).weight_map
-    for name in sorted(set(named.values())):
-        if name in ("", ".", "..") or set(name) & set("/\\\0") or len(name) > 255:
-            raise ValueError(f"{index} names {name[:60]!r}; shards lie in the folder itself")
-    files = [folder / name for name in sorted(set(named.values()))]
-    if not files:
-        raise ValueError(f"{index} names no file")
+    names, tensors = shards(folder)
+    files = [folder / name for name in names]
     if missing := [file.name for file in files if not file.exists()]:
         raise FileNotFoundError(f"{folder}: the index names {missing[0]}, which is not there ({len(missing)} missing)")
     for file in files:
         reading.size_of(file)
-    return files, list(named)
+    return files, tensors
+
+
+def shards(folder: Path) -> tuple[list[str], list[str]]:
+    """The files that a folder's index names, whether they are there or not, and the tensors it promises. Raises
+    ValueError for names of files elsewhere."""
+    index = folder / INDEX
+    named = reading.json_file(index, _Index, most_bytes=_MAX_INDEX).weight_map
+    names = sorted(set(named.values()))
+    for name in names:
+        if name in ("", ".", "..") or set(name) & set("/\\\0") or len(name) > 255:
+            raise ValueError(f"{index} names {name[:60]!r}; shards lie in the folder itself")
+    if not names:
+        raise ValueError(f"{index} names no file")
+    return names, list(named)
 
 
 CHECKSUMS = "checksums.json"
@@ -74,7 +83,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         """Raises FileNotFoundError or ValueError if the folder is not a complete, undamaged model."""
-        self.folder = folder
+        self.path = folder
         self.config = read_config(folder)
         if (folder / _ADAPTER).exists():
             raise ValueError(f"{folder} holds an adapter beside its weights ({_ADAPTER}); merge it into them first")
@@ -124,7 +133,7 @@ class Checkpoint:
         if (shape or entry.shape or (0,))[0] != count:
             promised = (count, *(shape or entry.shape)[1:])
             raise ValueError(
-                f"{self.folder}: {name} has shape {tuple(shape or entry.shape)}; config.json promises shape {promised}"
+                f"{self.path}: {name} has shape {tuple(shape or entry.shape)}; config.json promises shape {promised}"
             )
         first = 0
         for part, rows in parts.items():
@@ -141,11 +150,11 @@ class Checkpoint:
 
     def _notes(self) -> Iterable[str]:
         read = {file.name for file in self.files}
-        others = [path.name for path in sorted(self.folder.glob("*.safetensors")) if path.name not in read]
-        if read == {WEIGHTS} and (self.folder / INDEX).exists():
+        others = [path.name for path in sorted(self.path.glob("*.safetensors")) if path.name not in read]
+        if read == {WEIGHTS} and (self.path / INDEX).exists():
             others.append(INDEX)
         if others:
-            yield f"{self.folder}: not read, as in transformers: {', '.join(others[:3])}{' ...' if others[3:] else ''}"
+            yield f"{self.path}: not read, as in transformers: {', '.join(others[:3])}{' ...' if others[3:] else ''}"
 
     def _has_a_head_of_its_own(self) -> bool:
         """Whether the files hold a head that is not the embedding, though it is tied; transformers uses that."""
@@ -190,7 +199,7 @@ class Checkpoint:
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
-            raise ValueError(f"{self.folder} has no tensor {name}; its config.json promises one")
+            raise ValueError(f"{self.path} has no tensor {name}; its config.json promises one")
         return self.entries[name]
 
     def _hold_against_checksum(self, name: str, tensor: torch.Tensor) -> None:

@@ -150,12 +150,7 @@ def read_config(folder: Path) -> families.Resolved:
     path = folder / CONFIG if folder.is_dir() else folder
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} is not a model: expected a folder with config.json and *.safetensors "
-            "(download it first: penny never reaches for a network)"
-        )
-    if path.suffix == ".gguf":
-        raise ValueError(
-            f"{path} is a GGUF file; penny run, bench and serve take those, everything else takes a folder"
+            f"{folder} is not a model: expected a folder with config.json and *.safetensors, or a GGUF file"
         )
     said = reading.json_file(path, dict[str, Any], most_bytes=_MAX_CONFIG)
     if "model_type" not in said:

@@ -7,16 +7,23 @@ may be anything, becomes a ValueError in one line.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from pennyweight.disk.reading import json_file
+from pennyweight.disk.reading import json_file, size_of
 from pennyweight.disk.templates import Templates
 
+GENERATION = "generation_config.json"
 _SHOWN = 300
+_VERSIONED = re.compile(r"tokenizer\..+\.json|tokenizer\.model.*|tekken\.json|tiktoken\.model")
+"""What transformers looks for beside the names that a tokenizer's class gives."""
+_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy)([._-].*)?", re.IGNORECASE)
+_CODE = re.compile(r".*\.(py|so|bin|pt|pth|pkl|pickle|safetensors|gguf)", re.IGNORECASE)
 _GIVEN = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
 """What a template is told of the conversation itself; nobody may say otherwise."""
 
@@ -43,9 +50,20 @@ class GenerationConfig(Ends):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """A transformers tokenizer, the tokens that it puts before plain text, those that end an answer, and how answers
+    are drawn where nobody says otherwise."""
+
+    tokenizer: Any
+    begin: tuple[int, ...]
+    stop: frozenset[int]
+    defaults: GenerationConfig = field(default_factory=GenerationConfig)
+
+
 def read_generation_config(model: Path) -> GenerationConfig:
     """A folder without the file says nothing. Raises ValueError for one that makes no sense."""
-    path = model / "generation_config.json"
+    path = model / GENERATION
     return json_file(path, GenerationConfig) if path.exists() else GenerationConfig()
 
 
@@ -66,6 +84,42 @@ def load_tokenizer(model: Path) -> Any:
 
     with _theirs(what):
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+
+
+def accompanying(folder: Path) -> list[str]:
+    """Names of the files that belong to a model beside its config and weights: all that transformers reads for its
+    tokenizer, its chat templates and its way of generating, and its licences; nothing that can be run.
+
+    Raises ValueError if the folder's tokenizer cannot be loaded or one of its files is not an ordinary file.
+    """
+    from transformers import tokenization_utils_base as base
+    from transformers.utils import FEATURE_EXTRACTOR_NAME, GENERATION_CONFIG_NAME, PROCESSOR_NAME, hub
+
+    names = {
+        base.ADDED_TOKENS_FILE,
+        base.SPECIAL_TOKENS_MAP_FILE,
+        base.TOKENIZER_CONFIG_FILE,
+        base.FULL_TOKENIZER_FILE,
+        hub.CHAT_TEMPLATE_FILE,
+        hub.LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+        GENERATION_CONFIG_NAME,
+        PROCESSOR_NAME,
+        FEATURE_EXTRACTOR_NAME,
+        *load_tokenizer(folder).vocab_files_names.values(),
+    }
+    found = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if not path.is_dir()
+        and (path.name in names or _VERSIONED.fullmatch(path.name) or _LICENCE.fullmatch(path.name))
+    ]
+    found += [
+        f"{hub.CHAT_TEMPLATE_DIR}/{path.name}" for path in sorted((folder / hub.CHAT_TEMPLATE_DIR).glob("*.jinja"))
+    ]
+    found = [name for name in found if not _CODE.fullmatch(name)]
+    for name in found:
+        size_of(folder / name)
+    return found
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

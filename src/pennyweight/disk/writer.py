@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,53 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight import formats
 from pennyweight.disk.checkpoint import CHECKSUMS
-from pennyweight.disk.reading import size_of
+from pennyweight.disk.opened import copy_words
 from pennyweight.disk.tensors import checksum
-from pennyweight.disk.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
-
-_VERSIONED = re.compile(r"tokenizer\..+\.json|tokenizer\.model.*|tekken\.json|tiktoken\.model")
-"""What transformers looks for beside the names that a tokenizer's class gives."""
-_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy)([._-].*)?", re.IGNORECASE)
-_CODE = re.compile(r".*\.(py|so|bin|pt|pth|pkl|pickle|safetensors|gguf)", re.IGNORECASE)
-
-
-def accompanying(folder: Path) -> list[str]:
-    """Names of the files that belong to a model beside its config and weights: all that transformers reads for its
-    tokenizer, its chat templates and its way of generating, and its licences; nothing that can be run.
-
-    Raises ValueError if the folder's tokenizer cannot be loaded or one of its files is not an ordinary file.
-    """
-    from transformers import tokenization_utils_base as base
-    from transformers.utils import FEATURE_EXTRACTOR_NAME, GENERATION_CONFIG_NAME, PROCESSOR_NAME, hub
-
-    names = {
-        base.ADDED_TOKENS_FILE,
-        base.SPECIAL_TOKENS_MAP_FILE,
-        base.TOKENIZER_CONFIG_FILE,
-        base.FULL_TOKENIZER_FILE,
-        hub.CHAT_TEMPLATE_FILE,
-        hub.LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
-        GENERATION_CONFIG_NAME,
-        PROCESSOR_NAME,
-        FEATURE_EXTRACTOR_NAME,
-        *load_tokenizer(folder).vocab_files_names.values(),
-    }
-    found = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if not path.is_dir()
-        and (path.name in names or _VERSIONED.fullmatch(path.name) or _LICENCE.fullmatch(path.name))
-    ]
-    found += [
-        f"{hub.CHAT_TEMPLATE_DIR}/{path.name}" for path in sorted((folder / hub.CHAT_TEMPLATE_DIR).glob("*.jinja"))
-    ]
-    found = [name for name in found if not _CODE.fullmatch(name)]
-    for name in found:
-        size_of(folder / name)
-    return found
 
 
 class Writer:
@@ -116,7 +73,8 @@ class Writer:
     def finish(
         self, config: Mapping[str, Any], *, like: Path | None = None, files: Mapping[str, Any] | None = None
     ) -> Path:
-        """Write config.json, the index, JSON `files`, and what is `accompanying` in folder `like`; then rename."""
+        """Write config.json, the index, JSON `files`, and the tokenizer, templates and licences of the model `like`;
+        then rename."""
         assert not self._waiting, f"parts of {sorted(self._waiting)} were not written"
         if self.pending:
             self._flush()
@@ -131,11 +89,8 @@ class Writer:
             )
         for i, name in enumerate(names):
             (self.partial / f"shard-{i}").replace(self.partial / name)
-        for name in [] if like is None else accompanying(like):
-            copy = self.partial / name
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(like / name, copy)  # type: ignore[operator]
-        for name, content in (files or {}).items():
+        words = {} if like is None else copy_words(like, self.partial)
+        for name, content in {**words, **(files or {})}.items():
             _write_json(self.partial / name, content)
         _write_json(self.partial / CHECKSUMS, self.checksums)
         _write_json(self.partial / "config.json", config)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.opened import open_checkpoint
 from pennyweight.heal import local, schedule
 from pennyweight.judge.stats import SlotStats, of_slot, read, variant_path
 from pennyweight.live.walk import Layer, Walk, autocast
@@ -54,7 +54,7 @@ def losses(folder: Path, slot: Slot, choice: Choice) -> list[float] | None:
 def pass_on(model: Path, layer: int, entering: Path, leaving: Path, batch_rows: int, dtype: torch.dtype) -> None:
     """Task: what leaves a layer of the parent, from what enters it."""
     if scratch.kept(leaving) is None:
-        walk = Walk(Checkpoint(model), dtype=dtype)
+        walk = Walk(open_checkpoint(model), dtype=dtype)
         with autocast(dtype):
             hidden = walk.layer(layer).run(scratch.needed(entering)["hidden"], together=batch_rows)
         scratch.keep(leaving, {"hidden": hidden})
@@ -72,7 +72,7 @@ def train(
 ) -> None:
     """Task: train a slot's variants on rows that enter its layer in the parent, (rows, tokens, hidden_size) in the file
     `entering`; what `folder` has already is not trained again. stats: the file of the layer's statistics."""
-    walk = Walk(Checkpoint(model), dtype=dtype)
+    walk = Walk(open_checkpoint(model), dtype=dtype)
     rows = scratch.needed(entering)["hidden"]
     layer, hidden, target = _alone(walk.layer(slot.layer or 0), slot, rows, course.batch_rows, dtype)
     own = of_slot({} if stats is None else read(stats), slot.kind)

@@ -11,9 +11,9 @@ import torch
 from pydantic import BaseModel
 
 from pennyweight.disk.checkpoint import Checkpoint, safetensors_bytes
-from pennyweight.disk.model_config import read_config
+from pennyweight.disk.gguf.file import gguf_of
+from pennyweight.disk.opened import generation_config, open_checkpoint, open_config, open_vocabulary
 from pennyweight.disk.reading import json_file
-from pennyweight.disk.tokenizer import load_tokenizer
 from pennyweight.evals.agree import Agreement
 from pennyweight.live import magnitudes
 from pennyweight.live.load import load_model
@@ -146,18 +146,17 @@ def check_tokenizer(parent: Path, child: Path) -> Check:
 
 def _words(folder: Path) -> dict[str, Any]:
     """What makes two tokenizers one, by what it is called."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_vocabulary(folder).tokenizer
     added = {str(id): repr(token) for id, token in tokenizer.added_tokens_decoder.items()}
     probe = _PROBE + "".join(f" a{token}{token} b" for token in tokenizer.get_added_vocab())
-    generation = folder / "generation_config.json"
     return {
         "vocabulary": (len(tokenizer), tokenizer.get_vocab()),
         "set of added tokens": added,
         "set of special tokens": (tokenizer.special_tokens_map, tokenizer.all_special_ids),
         "chat template": tokenizer.chat_template,
         "text of a probe": [tokenizer(probe, add_special_tokens=own)["input_ids"] for own in (True, False)],
-        "generation_config.json": json_file(generation, dict[str, Any]) if generation.exists() else None,
-        "end in config.json": [read_config(folder).get(f"{name}_token_id") for name in ("bos", "eos", "pad")],
+        "generation_config.json": generation_config(folder),
+        "end in config.json": [open_config(folder).get(f"{name}_token_id") for name in ("bos", "eos", "pad")],
     }
 
 
@@ -207,8 +206,9 @@ def check_engine(folder: Path, ids: torch.Tensor, model: Any, *, near: float = 0
     from pennyweight.runtime.lower import NotRun
 
     name = "logits in the native engine, relative error"
-    walk = Walk(Checkpoint(folder))
-    packed = any(stored != BFLOAT16 for slot in walk.shapes for stored in walk.stored(slot))
+    walk = Walk(open_checkpoint(folder))
+    stored = {way for slot in walk.shapes for way in walk.stored(slot)}
+    packed = gguf_of(folder) is not None or stored != {BFLOAT16}
     limit = _ENGINE_ERROR["packed" if packed else "16 bits"]
     with torch.no_grad():
         with magnitudes.whole(model):
@@ -304,13 +304,12 @@ def check_folder(folder: Path, tokens: int, *, listen: Listener | None = None) -
     from pennyweight.live.streamed import Streamed
 
     listen = listen or Silent()
-    walk = Walk(Checkpoint(folder))
+    walk = Walk(open_checkpoint(folder))
     checks = []
     if (folder / "penny.json").exists():
         with waiting(listen, "slots"):
             checks.append(check_shapes(folder, _promised(folder / "penny.json")))
-    vocabulary = read_config(folder)["vocab_size"]
-    ids = torch.arange(24).mul(7919).remainder(vocabulary).view(1, -1)
+    ids = torch.arange(24).mul(7919).remainder(walk.checkpoint.config["vocab_size"]).view(1, -1)
     with waiting(listen, "load model"):
         model = load_model(folder, dtype=torch.float32)
     listen.begin("greedy tokens", total=tokens, unit="tokens")

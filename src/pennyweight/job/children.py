@@ -136,7 +136,7 @@ def _heal_local(job: Job, changed: Mapping[Slot, Choice], ids: torch.Tensor, bui
 
 
 def _heal_whole(job: Job, ids: torch.Tensor, built: Path, folder: Path) -> Path:
-    needed = 10 * job.checkpoint.weight_bytes  # parent; child, its gradient and Adam's two moments in float32
+    needed = 10 * job.parent_bytes  # parent; child, its gradient and Adam's two moments in float32
     if needed > job.max_ram:
         raise ValueError(
             f"healing the whole model needs about {units.show_bytes(needed)} of memory and --max-ram allows "

@@ -15,8 +15,7 @@ import torch
 
 from pennyweight import families, texts, units
 from pennyweight.config import FitConfig
-from pennyweight.disk.checkpoint import Checkpoint
-from pennyweight.disk.tokenizer import load_tokenizer
+from pennyweight.disk.opened import Readable, open_checkpoint, open_vocabulary
 from pennyweight.job import outputs
 from pennyweight.job import text as _text
 from pennyweight.live.load import compute_dtype
@@ -55,7 +54,7 @@ class Job:
     run: Path
     where: executor.Where
     listen: Listener
-    checkpoint: Checkpoint
+    checkpoint: Readable
     tokenizer: Any
     origin: Mapping[str, Any]
     dry: bool = False
@@ -140,8 +139,8 @@ class Job:
 
     @property
     def fits_whole(self) -> bool:
-        """Whether whole models may be loaded: two of them in float32 and room to work, 5 times the parent's bytes."""
-        return 5 * self.checkpoint.weight_bytes < self.max_ram
+        """Whether whole models may be loaded: two in float32 and room to work, 5 times the parent in 16 bits."""
+        return 5 * self.parent_bytes < self.max_ram
 
     @property
     def scratch(self) -> Path:
@@ -186,7 +185,7 @@ def open_job(
     config.check()
     engine = executor.named(where)
     folder = outputs.run_folder(out, run)
-    checkpoint = Checkpoint(model)
+    checkpoint = open_checkpoint(model)
     if "quantization_config" in checkpoint.config:
         raise ValueError(
             f"{model} is quantised already; start from its 16-bit original, so that every slot can choose its bits"
@@ -195,7 +194,7 @@ def open_job(
     if not dry and lock is None and folder.exists():
         lock = Lock(folder)  # before anything that takes time
     walk_check = Walk(checkpoint)
-    tokenizer = load_tokenizer(model)
+    tokenizer = open_vocabulary(model).tokenizer
     documents = None if config.data.text in ("builtin", "parent") else texts.from_path(Path(config.data.text))
     listen = listen or Silent()
     with waiting(listen, "read inputs"):  # every byte of them

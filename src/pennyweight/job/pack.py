@@ -74,7 +74,7 @@ def pack(
     for key in ("pack/embed", *(f"pack/{index}" for index in range(child.layers)), "pack/head"):
         for name, tensor in store.tensors(key).items():
             writer.add(name, tensor)
-    made = writer.finish(_config(child, layout), like=child.checkpoint.folder, files=files)
+    made = writer.finish(_config(child, layout), like=child.checkpoint.path, files=files)
     listen.end()
     return made
 

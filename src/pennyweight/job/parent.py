@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import torch
 
+from pennyweight.disk.gguf.file import gguf_of
 from pennyweight.job.checks import Check
 from pennyweight.job.job import Job
-from pennyweight.live.load import load_stock
+from pennyweight.live.load import load_stock, why_no_stock
 from pennyweight.live.walk import Walk
 from pennyweight.runs.events import waiting
 from pennyweight.units import show_bytes
@@ -30,13 +31,19 @@ def hold_parent(job: Job) -> Check:
     """The check, kept. Raises ValueError if it is not: then every number that would follow were of another model."""
     layers = _loadable(job)
     limit = f"at most {LIMIT}"
+    reason = why_no_stock(job.model)
+    if reason is None and layers != job.walk.layers and gguf_of(job.model) is not None:
+        reason = "transformers reads a GGUF file only whole, and --max-ram does not hold that"
+    if reason is not None:
+        return Check(NAME, False, limit, None, not_run=reason)
     if layers == 0:
         needed = show_bytes(_float_bytes(job, 1))
         return Check(NAME, False, limit, None, not_run=f"--max-ram does not hold one layer in transformers ({needed})")
     ids = torch.arange(min(_TOKENS, job.row_tokens)).mul(7919).remainder(job.checkpoint.config["vocab_size"])[None]
     with waiting(job.listen, "parent"), torch.no_grad():
         walked = _walked(Walk(job.checkpoint), ids, layers)
-        loaded = load_stock(job.model, layers=layers)(ids, use_cache=False).logits
+        some = None if layers == job.walk.layers else layers
+        loaded = load_stock(job.model, layers=some)(ids, use_cache=False).logits
     error = float((walked - loaded).norm() / loaded.norm())
     if not error <= LIMIT:
         raise ValueError(

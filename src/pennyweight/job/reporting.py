@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from pennyweight.disk.opened import name_of
 from pennyweight.job import checks as verify
 from pennyweight.job.gather import scores
 from pennyweight.job.job import Job
@@ -28,7 +29,7 @@ def card(job: Job, chosen: Mapping[str, Any]) -> dict[str, Any]:
         "predicted": chosen["solutions"][0]["predicted"],
         "parent": {
             "sha256": job.origin["model"],
-            "name": job.model.resolve().name,
+            "name": name_of(job.model),
             "config": job.checkpoint.config,
         },
         "text_sha256": job.origin["text"].get("sha256"),
@@ -45,7 +46,7 @@ def facts(
     layout, scored, shapes = layouts[0], scores(job), reshape_all(job.shapes, layouts[0])
     workload = chosen["solutions"][0]["workload"]  # of the batch that was chosen
     return {
-        "model": str(job.model.resolve().name),
+        "model": name_of(job.model),
         "out": str(job.out),
         "budget": {k: v for k, v in asdict(job.budget).items() if v is not None},
         "workload": workload,

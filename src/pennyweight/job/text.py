@@ -12,7 +12,7 @@ import torch
 
 from pennyweight import texts
 from pennyweight.config import FitConfig
-from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.opened import Readable
 from pennyweight.heal.schedule import JUDGES
 from pennyweight.live.load import compute_dtype, load_model
 from pennyweight.runs.events import Listener, waiting
@@ -51,7 +51,7 @@ def origin(model: Mapping[str, Any], config: FitConfig, documents: Sequence[text
     return {"from": "builtin", "sha256": texts.fingerprint(texts.stdlib(held_out=False)), **found, **rows}
 
 
-def read(checkpoint: Checkpoint, tokenizer: Any, config: FitConfig, store: Store, listen: Listener) -> Text:
+def read(checkpoint: Readable, tokenizer: Any, config: FitConfig, store: Store, listen: Listener) -> Text:
     """Tokenise and deal out rows. Raises ValueError if there is too little text or a token outside the vocabulary."""
     data, seed = config.data, config.seed
     context = row_tokens(checkpoint.config, config)
@@ -91,14 +91,14 @@ def _rows_needed(config: FitConfig, context: int) -> int:
 
 
 def _sampled(
-    checkpoint: Checkpoint, tokenizer: Any, config: FitConfig, context: int, store: Store, listen: Listener
+    checkpoint: Readable, tokenizer: Any, config: FitConfig, context: int, store: Store, listen: Listener
 ) -> texts.Rows:
     """Rows drawn from the parent, kept in the run folder: sampling takes minutes."""
     from pennyweight.evals import sample
 
     if store.get("sampled") is None:
         count = config.data.sampled_rows
-        parent = load_model(checkpoint.folder, dtype=compute_dtype(config.compute))
+        parent = load_model(checkpoint.path, dtype=compute_dtype(config.compute))
         drawn = sample.rows(parent, tokenizer, count, context, seed=config.seed, listen=listen)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(drawn).items()}
         store.put_tensors("sampled", tensors)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.opened import open_checkpoint
 from pennyweight.evals.agree import compare
 from pennyweight.job import checks as verify
 from pennyweight.job import packed
 from pennyweight.job.job import Job
 from pennyweight.job.plan import described
-from pennyweight.live.load import load_model, load_stock
+from pennyweight.live.load import load_model, load_stock, why_no_stock
 from pennyweight.live.streamed import Streamed
 from pennyweight.live.walk import Walk
 from pennyweight.model.choices import Choice
@@ -48,7 +49,9 @@ def verify_child(
         opened = [verify.check_reload(candidate, memory_child, prompts, 32)]
         del memory_child
         listen.advance(len(alone) + 1)
-        parent, child = load_stock(job.model), load_model(candidate, dtype=torch.float32)
+        stock = why_no_stock(job.model) is None
+        parent = load_stock(job.model) if stock else load_model(job.model, dtype=torch.float32)
+        child = load_model(candidate, dtype=torch.float32)
         opened += verify.check_engine(candidate, torch.from_numpy(rows.ids[0, :_ENGINE_TOKENS]), child)
     else:
         opened = [_check_walk(job, layout, healed, candidate, prompts[:1])]
@@ -97,7 +100,7 @@ def _check_walk(
 
 
 def _streamed(folder: Path, job: Job) -> Streamed:
-    return Streamed(Walk(Checkpoint(folder), dtype=job.dtype), on_layer=job.listen.advance)
+    return Streamed(Walk(open_checkpoint(folder), dtype=job.dtype), on_layer=job.listen.advance)
 
 
 def _speed(job: Job, candidate: Path, workload: Workload) -> tuple[dict[str, Any] | None, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pennyweight import kinds, quantize, variants
-from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.opened import open_checkpoint
 from pennyweight.judge.stats import of_slot, read
 from pennyweight.live.walk import Walk
 from pennyweight.model.choices import Choice
@@ -65,7 +65,7 @@ def find(
 ) -> dict[str, list[str]]:
     """Task: find the codes of every choice, as far as `folder` does not keep them. The slots are those of one layer,
     with its statistics, or of none. {slot and matrix (wanted): names of files}."""
-    walk = Walk(Checkpoint(model), dtype=dtype)
+    walk = Walk(open_checkpoint(model), dtype=dtype)
     tensors = {} if stats is None else read(stats)
     layer = next((walk.layer(slot.layer) for slot in choices if slot.layer is not None), None)
     files: dict[str, list[str]] = {}

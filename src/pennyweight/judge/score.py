@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.opened import open_checkpoint
 from pennyweight.judge.stats import SlotStats, of_slot, read
 from pennyweight.live.walk import Walk, autocast, float_logits
 from pennyweight.model.choices import Choice
@@ -103,7 +103,7 @@ def hidden_path(folder: Path, chunk: int, layer: int) -> Path:
 def parent_chunk(model: Path, ids: np.ndarray, folder: Path, chunk: int, dtype: torch.dtype) -> None:
     """Task: cache the parent's hidden states at every layer for rows `ids` (rows, tokens + 1; the last is a target).
     Those that are there are not made again."""
-    walk = Walk(Checkpoint(model), dtype=dtype)
+    walk = Walk(open_checkpoint(model), dtype=dtype)
     missing = [i for i in range(walk.layers + 1) if scratch.kept(hidden_path(folder, chunk, i)) is None]
     if not missing:
         return
@@ -236,7 +236,7 @@ def score_chunk(
     ids (rows, tokens + 1), scored (rows, tokens) bool; stats: layer -> file of its statistics; codes: the folder of
     those that were found; library: that of variants that were trained.
     """
-    walk, found = Walk(Checkpoint(model), dtype=dtype), Remembered(codes)
+    walk, found = Walk(open_checkpoint(model), dtype=dtype), Remembered(codes)
     progress, wanted = _Progress(folder, chunk, group), dict(group.slots)
     progress.load()
     with autocast(dtype):

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.opened import open_checkpoint
 from pennyweight.disk.tensors import read_entry, read_header
 from pennyweight.live import magnitudes
 from pennyweight.live.parts import Parts
@@ -211,7 +211,7 @@ def sums_path(folder: Path, chunk: int, layer: int) -> Path:
 @torch.no_grad()
 def embed(model: Path, ids: Mapping[int, np.ndarray], folder: Path, dtype: torch.dtype) -> None:
     """Task: chunks of rows (rows, tokens), by number, as they enter the first layer, into `folder`."""
-    walk = Walk(Checkpoint(model), dtype=dtype)
+    walk = Walk(open_checkpoint(model), dtype=dtype)
     for chunk, rows in ids.items():
         path = hidden_path(folder, chunk, 0)
         if scratch.kept(path) is None:
@@ -227,7 +227,7 @@ def calibrate(model: Path, layer: int, chunks: Sequence[int], wanted: Wanted, fo
     for chunk in chunks:
         sums, leaving = sums_path(folder, chunk, layer), hidden_path(folder, chunk, layer + 1)
         if (wanted and scratch.kept(sums) is None) or scratch.kept(leaving) is None:
-            here = here or Walk(Checkpoint(model), dtype=dtype).layer(layer)
+            here = here or Walk(open_checkpoint(model), dtype=dtype).layer(layer)
             entering = scratch.needed(hidden_path(folder, chunk, layer))["hidden"]
             with Collector(here.parts, wanted) as collector, autocast(dtype):
                 hidden = here.run(entering, together=8)

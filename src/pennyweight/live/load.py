@@ -1,4 +1,4 @@
-"""A model folder as a whole transformers model."""
+"""A model folder or a GGUF file as a whole transformers model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 
 from pennyweight import families, formats
 from pennyweight.disk import reading
-from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.gguf.file import gguf_of
+from pennyweight.disk.gguf.file import read as read_gguf
+from pennyweight.disk.opened import open_checkpoint, open_config
 from pennyweight.live.joined import take_apart
 from pennyweight.live.patch import installed
 from pennyweight.live.walk import Walk, attention_of
@@ -26,15 +28,17 @@ def compute_dtype(wanted: str = "auto") -> torch.dtype:
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
-    """The whole model of a folder, ordinary or heterogeneous, packed matrices dequantised, as a transformers model, in
-    `dtype` or else what `compute_dtype` picks. Weights are safetensors, and no code of the folder runs.
+    """The whole model of a folder, ordinary or heterogeneous, or of a GGUF file, packed matrices dequantised, as a
+    transformers model, in `dtype` or else what `compute_dtype` picks. No pickle is read, and no code of a folder runs.
 
     Raises ValueError if tensors are missing from the folder or the model has no place for some of them.
     """
     from transformers import AutoModelForCausalLM
 
     dtype = compute_dtype() if dtype is None else dtype
-    walk = Walk(Checkpoint(folder))
+    walk = Walk(open_checkpoint(folder))
+    if gguf_of(folder) is not None:
+        return _load_own(walk, families.transformers_config(walk.checkpoint.config), dtype)
     generation = folder / "generation_config.json"
     if generation.exists():
         reading.json_file(generation, dict[str, Any])
@@ -66,17 +70,35 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
     return model.eval()
 
 
+def why_no_stock(folder: Path) -> str | None:
+    """Why transformers by itself cannot read a model that we can; None if it can."""
+    if (file := gguf_of(folder)) is None:
+        return None
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    arch = read_gguf(file).get("general.architecture", str)
+    return None if arch in GGUF_SUPPORTED_ARCHITECTURES else f"transformers reads no GGUF files of {arch}"
+
+
 def load_stock(folder: Path, *, layers: int | None = None) -> Any:
-    """What transformers by itself loads from a folder, in float32; with `layers`, of the first ones only. Nothing of
-    ours decides what is loaded, except where layers differ: those are beyond transformers alone.
+    """What transformers by itself loads from a folder or a GGUF file, in float32; with `layers`, of the first ones only
+    (of a folder). Nothing of ours decides what is loaded, except where layers differ, which is beyond transformers
+    alone, and for the config of a GGUF file: transformers leaves out some of the metadata, such as widths of heads.
 
     Raises ValueError if transformers cannot load it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if (file := gguf_of(folder)) is not None:
+        assert layers is None, "transformers reads GGUF files whole"
+        folder, options["gguf_file"] = file.parent, file.name
     try:
-        config: Any = AutoConfig.from_pretrained(folder, **options)
+        config: Any = (
+            AutoConfig.from_pretrained(folder, **options)
+            if file is None
+            else families.transformers_config(open_config(file))
+        )
         if layers is not None:
             config.num_hidden_layers = layers
             if getattr(config, "layer_types", None):
@@ -95,9 +117,10 @@ def _load_own(walk: Walk, config: Any, dtype: torch.dtype) -> Any:
 
     if walk.left:
         raise ValueError(
-            f"{walk.checkpoint.folder} does not fit the model its config describes: no place for {walk.left[:3]}"
+            f"{walk.checkpoint.path} does not fit the model its config describes: no place for {walk.left[:3]}"
         )
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with installed():
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention_of(walk.family)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pennyweight import families, formats
-from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.opened import Readable
 from pennyweight.live import patch
 from pennyweight.live.joined import take_apart
 from pennyweight.live.parts import Parts
@@ -71,7 +71,7 @@ class Walk:
     `left`: tensors of the files that the model has no place for.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, checkpoint: Readable, *, dtype: torch.dtype = torch.float32) -> None:
         """Raises ValueError for an unsupported family or tensors that are missing or of another shape."""
         self.checkpoint = checkpoint
         self.family: ModuleType = families.of(checkpoint.config["model_type"])
@@ -88,7 +88,7 @@ class Walk:
                 found = self._stored_shape(name)
                 if found != weight.shape:
                     raise ValueError(
-                        f"{checkpoint.folder}: {name} {'is missing' if found is None else f'has shape {found}'}; "
+                        f"{checkpoint.path}: {name} {'is missing' if found is None else f'has shape {found}'}; "
                         f"config.json promises shape {weight.shape}"
                     )
                 left -= {name} if name in left else formats.tensors_of(name)
@@ -102,7 +102,7 @@ class Walk:
         if not self.left:
             return ()
         named = f"{', '.join(self.left[:3])}{' ...' if self.left[3:] else ''}"
-        return (f"{self.checkpoint.folder}: tensors that the config has no place for are not read: {named}",)
+        return (f"{self.checkpoint.path}: tensors that the config has no place for are not read: {named}",)
 
     @property
     def layers(self) -> int:
@@ -116,7 +116,7 @@ class Walk:
     def _stored_shape(self, name: str) -> tuple[int, ...] | None:
         """Of a weight as it is on disk; None if it is not there. Raises ValueError for parts that do not belong
         together, and for other bits than config.json says."""
-        entries, folder = self.checkpoint.entries, self.checkpoint.folder
+        entries, folder = self.checkpoint.entries, self.checkpoint.path
         if name in entries:
             if (dtype := entries[name].dtype) not in _FLOATS:
                 raise ValueError(f"{folder}: {name} is stored as {dtype}; floats are expected")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import torch
 
 from pennyweight import formats
 from pennyweight.disk.checkpoint import Checkpoint
-from pennyweight.disk.reading import json_file
-from pennyweight.disk.tokenizer import Ends, added, load_tokenizer, read_generation_config
+from pennyweight.disk.opened import name_of, open_vocabulary
+from pennyweight.disk.tokenizer import Vocabulary
 from pennyweight.live.walk import Walk
-from pennyweight.sources.source import Vocabulary, rearranged
+from pennyweight.sources.source import rearranged
 
 
 class Folder:
@@ -26,7 +25,7 @@ class Folder:
 
     def __init__(self, path: Path, *, mapped: bool = False) -> None:
         self._checkpoint = Checkpoint(path)
-        self.name = _name(path)
+        self.name = name_of(path)
         self.config = self._checkpoint.config
         walk = Walk(self._checkpoint)
         self.blocks = walk.blocks
@@ -60,16 +59,4 @@ class Folder:
         return formats.read(name, checkpoint.entries, checkpoint.read, map_tensor=mapping)
 
     def vocabulary(self) -> Vocabulary:
-        folder = self._checkpoint.folder
-        tokenizer, defaults = load_tokenizer(folder), read_generation_config(folder)
-        stop = {tokenizer.eos_token_id, *defaults.ends, *json_file(folder / "config.json", Ends).ends}
-        return Vocabulary(tokenizer, tuple(added(tokenizer)[0]), frozenset(stop - {None}), defaults)
-
-
-def _name(path: Path) -> str:
-    """What a folder is called: by its own name or that of the link to it, or as `owner/model` if a hub's cache keeps it
-    under a hash (models--owner--model/snapshots/<hash>)."""
-    *_, repository, snapshots, _ = ("", "", *path.resolve().parts)
-    if snapshots == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/", 1)
-    return Path(os.path.abspath(path)).name  # noqa: PTH100  resolve() would follow the link
+        return open_vocabulary(self._checkpoint.path)

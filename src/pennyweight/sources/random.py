@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from pennyweight import families, formats
+from pennyweight.disk.tokenizer import Vocabulary
 from pennyweight.model.shapes import Shape, Shapes, Weight
 from pennyweight.model.stored import Stored
-from pennyweight.sources.source import Vocabulary
 
 _DISTINCT = 2**20
 """Random values; larger matrices repeat them. No time depends on it, and making them is not what is to be timed."""

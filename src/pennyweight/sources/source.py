@@ -7,24 +7,12 @@ order of rows or in other bytes sees to that itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from pennyweight.disk.tokenizer import GenerationConfig
+from pennyweight.disk.tokenizer import Vocabulary
 from pennyweight.model.blocks import Blocks
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A transformers tokenizer, the tokens that it puts before plain text, those that end an answer, and how answers
-    are drawn where nobody says otherwise."""
-
-    tokenizer: Any
-    begin: tuple[int, ...]
-    stop: frozenset[int]
-    defaults: GenerationConfig = field(default_factory=GenerationConfig)
 
 
 class Source(Protocol):

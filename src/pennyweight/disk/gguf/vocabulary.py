@@ -13,8 +13,8 @@ from typing import Any
 
 from gguf import TokenType
 
-from pennyweight.sources.gguf.file import File
-from pennyweight.sources.source import Vocabulary
+from pennyweight.disk.gguf.file import File
+from pennyweight.disk.tokenizer import Vocabulary
 
 # GPT-4's rule as Llama 3 and Qwen2 have it: they differ in how many digits stay together.
 _WORDS = (

@@ -1,4 +1,4 @@
-"""The tokenizer of a folder as a GGUF file says it: the other way round of vocabulary.py.
+"""The tokenizer of a folder as a GGUF file says it: the other way round of disk/gguf/vocabulary.py.
 
 A file names the rule that splits text into words instead of holding it. Which of the rules is this tokenizer's cannot
 be read off its tokenizer.json, since the same rule is written there in many ways; so each is tried, and a text in which
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from gguf import TokenType
 
+from pennyweight.disk.gguf.file import File
+from pennyweight.disk.gguf.vocabulary import RULES, vocabulary
 from pennyweight.disk.tokenizer import added, encode
 from pennyweight.sources.folder import Folder
-from pennyweight.sources.gguf.file import File
-from pennyweight.sources.gguf.vocabulary import RULES, vocabulary
 
 _PROBE = (
     "It's 1234567 tokens, I'LL say; don't\t we?  x=3.50 €\r\n\n\n    def f(a_b):\n\t\treturn [x*y for x in y]  # 42°C\n"

@@ -1,7 +1,7 @@
 """A model folder as a GGUF file: the same codes and scales where llama.cpp has a type for them.
 
 Everything is decided before a byte is written: the metadata that the file will have are read as a file's are
-(source.py, vocabulary.py), and a model that comes out another, in a shape, a rotary table or the ids of a text, is
+(disk/gguf/), and a model that comes out another, in a shape, a rotary table or the ids of a text, is
 refused. What is rounded for want of a type is rounded because `rounded` says so.
 
 llama.cpp's block types have a float16 scale for every 32 columns. Codes of 4 bits around zero are Q4_0, of 8 bits Q8_0;
@@ -27,15 +27,17 @@ from gguf.constants import LlamaFileType
 from pennyweight import families, formats
 from pennyweight.disk import places
 from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.gguf import ggml
+from pennyweight.disk.gguf.architectures import ARCHITECTURES, Architecture
+from pennyweight.disk.gguf.checkpoint import DIVISORS, order_of, stored_name
+from pennyweight.disk.gguf.config import config_of
+from pennyweight.disk.gguf.file import File, Tensor
+from pennyweight.export import gguf_tokens as tokens
 from pennyweight.live.walk import RotaryEmbedding, Walk
 from pennyweight.model.blocks import Block
 from pennyweight.model.shapes import Shape
 from pennyweight.model.stored import BFLOAT16
 from pennyweight.sources.folder import Folder
-from pennyweight.sources.gguf import ggml, tokens
-from pennyweight.sources.gguf.architectures import ARCHITECTURES, Architecture
-from pennyweight.sources.gguf.file import File, Tensor
-from pennyweight.sources.gguf.source import DIVISORS, config_of, order_of, stored_name
 
 Rounded = Literal["f16", "q8_0"]
 _FILE_TYPES = {

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
+from pennyweight.disk.gguf import ggml
 from pennyweight.disk.reading import size_of
-from pennyweight.sources.gguf import ggml
 
 MAGIC = b"GGUF"
 _LISTS = {"tokens": str, "merges": str, "scores": np.floating, "token_type": np.integer}
@@ -84,12 +84,21 @@ class File:
         return np.memmap(self.path, np.uint8, "c", tensor.start, (tensor.shape[0], tensor.row_bytes))
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a file calls itself one, by name or by its first bytes."""
+def gguf_of(path: Path) -> Path | None:
+    """The GGUF file that a path means: a file that calls itself one, by name or by its first bytes, or the only one in
+    a folder that has no config.json. None for anything else. Raises ValueError for a folder with several,
+    FileNotFoundError for a name of such a file that is not there."""
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise ValueError(f"{path} holds {len(files)} GGUF files; name one of them, such as {files[0]}")
+        return files[0] if files else None
     if not path.is_file():
-        return False
+        if path.suffix == ".gguf" and not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
+        return None
     with path.open("rb") as file:
-        return path.suffix == ".gguf" or file.read(len(MAGIC)) == MAGIC
+        return path if path.suffix == ".gguf" or file.read(len(MAGIC)) == MAGIC else None
 
 
 def read(path: Path) -> File:

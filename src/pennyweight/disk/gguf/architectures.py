@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pennyweight.sources.gguf.file import File
+from pennyweight.disk.gguf.file import File
 
 Config = dict[str, Any]
 
