@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from pennyweight import formats, quantize, variants
-from pennyweight.disk.checkpoint import Checkpoint
+from pennyweight.disk.opened import open_checkpoint
 from pennyweight.judge.stats import SlotStats, of_slot, read
 from pennyweight.live.parts import Parts
 from pennyweight.live.walk import Walk
@@ -37,7 +37,7 @@ def errors(
 ) -> dict[str, dict[str, float]]:
     """Task: {slot: {choice key: score}} of choices that only say how weights are kept. The slots are those of one
     layer, with its whole statistics, or of none. Codes that were found (codes.py) are used."""
-    walk = Walk(Checkpoint(model), dtype=dtype)
+    walk = Walk(open_checkpoint(model), dtype=dtype)
     tensors = {} if stats is None else read(stats)
     layer = next((walk.layer(slot.layer) for slot in choices if slot.layer is not None), None)
     found: dict[str, dict[str, float]] = {}
