@@ -110,7 +110,7 @@ def encode(text: str, vocabulary: Vocabulary) -> list[int]:
 def save_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
     """The same as a BPE of the tokenizers library: every way to split a token in two tokens is a merge, ranked by the
     score of the union."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
     names = ["<unk>", "<s>", "</s>", *(token.decode() for token in vocabulary.tokens[3:])]
@@ -122,6 +122,7 @@ def save_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Prepend(" ")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(folder)
 
