@@ -803,7 +803,7 @@ def test_time_bounds_choose_faster_models(pico, text, tmp_path):
     """Priced for a shipped machine: a bound on TPOT below the parent's own is met."""
     base = {"machine": "m2-max", "axes": ("noop", "ffn_width"), "heal": {"whole_tokens": 0, "local_tokens": 0}}
     job = open_job(pico("llama"), tmp_path / "a", config(text, budget={"weights": "100%"}, **base))
-    parent = plan(job)["parent"]["tpot_seconds"]
+    parent = plan(job)["parent"]["1"]["tpot_seconds"]
     bound = f"{parent * 0.8 * 1e6:.3f}us"
     report = run(pico("llama"), tmp_path / "b", config(text, budget={"tpot": bound}, **base))
     assert report["chosen"]["solutions"][0]["predicted"]["tpot_seconds"] <= 0.8 * parent
