@@ -130,8 +130,9 @@ def _edits(tree: ast.Module, *, constants: bool) -> Iterator[tuple[ast.AST, str,
                     if isinstance(each, ast.AST):
                         yield from visit(each, inside, statement, lambda new, v=value, i=i: v.__setitem__(i, new))
 
-    for i, statement in enumerate(tree.body):
-        yield from visit(statement, "", statement, lambda new, i=i: tree.body.__setitem__(i, new))
+    body: list[Any] = tree.body
+    for i, statement in enumerate(body):
+        yield from visit(statement, "", statement, lambda new, i=i: body.__setitem__(i, new))
 
 
 def _left_alone(node: ast.AST, where: str, constants: bool) -> bool:

@@ -93,7 +93,9 @@ def searched(model: Path, work: Path, parent: Any, rows: Rows, uniform: Path) ->
     """At the bytes of the uniform child: the mix by second moments and the searched one."""
     share = safetensors_bytes(uniform)
     mixed = quantize(model, work / "mixed", "--weights", share)
-    ways = {"mix by second moments": told("mix by second moments", mixed, quality(parent, work / "mixed", rows))}
+    ways: dict[str, Any] = {
+        "mix by second moments": told("mix by second moments", mixed, quality(parent, work / "mixed", rows))
+    }
     unhealed = ("--axes", "bits", "--heal-tokens", 0, "--local-tokens", 0, "--weights", share)
     seconds = quantize(model, work / "searched", *unhealed, command="fit")
     ways["searched"] = told("searched, bits axis", seconds, quality(parent, work / "searched", rows))

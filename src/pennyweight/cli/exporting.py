@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pennyweight.cli._common import Json, Model, app, errors, quiet_libraries, say
+from pennyweight.cli._common import Json, Model, app, errors, located, quiet_libraries, say
 
 if TYPE_CHECKING:
     from pennyweight.job.checks import Check
@@ -53,10 +53,11 @@ def export(
                 begun = True
                 listen.advance(done)
 
-            written = write(model, out, rounded=rounded, heard=heard)
+            place = located(model)
+            written = write(place, out, rounded=rounded, heard=heard)
             listen.end()
             with waiting(listen, "read back"):
-                checks = _compared(model, out, _ROUNDED if written.rounded else _EXACT)
+                checks = _compared(place, out, _ROUNDED if written.rounded else _EXACT)
         if any(check.failed for check in checks):
             out.unlink()
             raise VerificationFailed(checks)

@@ -64,8 +64,8 @@ def compare(parent: Any, child: Any, rows: Rows, *, listen: Listener | None = No
         listen.advance(number)
     listen.end()
     blind_kl = float(torch.special.entr(mean / tokens).sum()) - entropy / tokens
-    losses = (Loss(each, tokens, int(rows.nbytes.sum())) for each in nats)
-    return Compared(*losses, Agreement(kl / tokens, blind_kl, same / tokens, tokens))
+    of_parent, of_child = (Loss(each, tokens, int(rows.nbytes.sum())) for each in nats)
+    return Compared(of_parent, of_child, Agreement(kl / tokens, blind_kl, same / tokens, tokens))
 
 
 def agree(parent: Any, child: Any, rows: Rows, *, listen: Listener | None = None) -> Agreement:

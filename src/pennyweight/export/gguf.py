@@ -35,7 +35,6 @@ from pennyweight.disk.gguf.file import File, Tensor
 from pennyweight.export import gguf_tokens as tokens
 from pennyweight.live.walk import RotaryEmbedding, Walk
 from pennyweight.model.blocks import Block
-from pennyweight.model.shapes import Shape
 from pennyweight.model.stored import BFLOAT16
 from pennyweight.sources.folder import Folder
 
@@ -70,7 +69,7 @@ class _Matrix:
 
 
 def write(
-    folder: Path, out: Path, *, rounded: Rounded | None = None, heard: Callable[[int, int], None] = lambda *_: None
+    folder: Path, out: Path, *, rounded: str | None = None, heard: Callable[[int, int], None] = lambda *_: None
 ) -> Written:
     """Write a model folder as the file `out`; it appears whole. `rounded`: what matrices without a type of their own
     become. `heard` is told how many tensors are done, and of how many.
@@ -159,10 +158,10 @@ def _architecture(checkpoint: Checkpoint) -> tuple[str, Architecture]:
         if architecture.model_type == model_type:
             return name, architecture
     known = ", ".join(sorted({each.model_type for each in ARCHITECTURES.values()} | {"mistral"}))
-    raise ValueError(f"{checkpoint.folder}: {model_type} models are not written as GGUF; these are: {known}")
+    raise ValueError(f"{checkpoint.path}: {model_type} models are not written as GGUF; these are: {known}")
 
 
-def _bare(shape: Shape) -> Shape:
+def _bare(shape: Any) -> Any:
     """Without how its matrices are kept."""
     kept = {"stored": BFLOAT16, "apart": ()}
     return replace(shape, **{name: value for name, value in kept.items() if name in vars(shape)})
@@ -175,18 +174,18 @@ def _refuse_unlike_layers(checkpoint: Checkpoint, blocks: Collection[Block]) -> 
     for block in blocks:
         if getattr(block.shape, "sparsity", None) is not None:
             raise ValueError(
-                f"{checkpoint.folder}: {block.slot} leaves channels out (activation sparsity), which llama.cpp has "
+                f"{checkpoint.path}: {block.slot} leaves channels out (activation sparsity), which llama.cpp has "
                 "nothing for; fit without the axis sparsity"
             )
         if _bare(block.shape) != _bare(alike[block.slot].shape):
             raise ValueError(
-                f"{checkpoint.folder}: {block.slot} is not shaped as other layers are, and llama.cpp builds all layers "
+                f"{checkpoint.path}: {block.slot} is not shaped as other layers are, and llama.cpp builds all layers "
                 "alike; a child of penny quantize, or of penny fit --axes bits, can be exported"
             )
 
 
 def _matrices(
-    checkpoint: Checkpoint, blocks: Collection[Block], name: str, rounded: Rounded | None
+    checkpoint: Checkpoint, blocks: Collection[Block], name: str, rounded: str | None
 ) -> Iterator[tuple[str, _Matrix]]:
     """Every matrix of the file by its name there. Raises ValueError for one without a type, unless it is `rounded`."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], n_blocks=1)
@@ -202,7 +201,7 @@ def _matrices(
             yield stored_name(names, f"{whole}.weight"), _typed(checkpoint, members, rounded)
 
 
-def _typed(checkpoint: Checkpoint, members: tuple[str, ...], rounded: Rounded | None) -> _Matrix:
+def _typed(checkpoint: Checkpoint, members: tuple[str, ...], rounded: str | None) -> _Matrix:
     found = [_type(formats.read(each, checkpoint.entries, checkpoint.read)) for each in members]
     types = {kind for kind, _ in found}
     if len(types) == 1 and (kind := types.pop()) is not None:
@@ -210,16 +209,14 @@ def _typed(checkpoint: Checkpoint, members: tuple[str, ...], rounded: Rounded | 
     why = next((reason for _, reason in found if reason), "its parts are kept in different ways")
     if rounded is None:
         raise ValueError(
-            f"{checkpoint.folder}: llama.cpp has no type for {members[0]}: {why}; --round f16 or --round q8_0 rounds "
+            f"{checkpoint.path}: llama.cpp has no type for {members[0]}: {why}; --round f16 or --round q8_0 rounds "
             "such matrices"
         )
     columns = formats.of_parts(parts := formats.read(members[0], checkpoint.entries, checkpoint.read)).shape_of(parts)[
         1
     ]
     if rounded == "q8_0" and columns % ggml.Rows.GROUP:
-        raise ValueError(
-            f"{checkpoint.folder}: Q8_0 keeps whole 32 columns, {members[0]} has {columns}; use --round f16"
-        )
+        raise ValueError(f"{checkpoint.path}: Q8_0 keeps whole 32 columns, {members[0]} has {columns}; use --round f16")
     return _Matrix(members, {"f16": Type.F16, "q8_0": Type.Q8_0}[rounded], False)
 
 
@@ -297,7 +294,8 @@ def _metadata(
     checkpoint: Checkpoint, blocks: Collection[Block], name: str, planned: Mapping[str, _Matrix]
 ) -> dict[str, Any]:
     """What a file says of its model, tokenizer aside. What it cannot say is found by `_hold_against`."""
-    config, mixers = checkpoint.config, [block.shape for block in blocks if block.slot.kind == "mixer"]
+    config = checkpoint.config
+    mixers: list[Any] = [block.shape for block in blocks if block.slot.kind == "mixer"]
     (most, _), *_ = Counter(matrix.type for matrix in planned.values()).most_common()
     own: dict[str, Any] = {
         "context_length": config["max_position_embeddings"],
@@ -326,7 +324,7 @@ def _metadata(
         own["attention.sliding_window"] = config["sliding_window"]
     return {
         "general.architecture": name,
-        "general.name": checkpoint.folder.resolve().name,
+        "general.name": checkpoint.path.resolve().name,
         "general.file_type": int(_FILE_TYPES[most]),
         "general.quantization_version": int(gguf.GGML_QUANT_VERSION),
         **{f"{name}.{key}": value for key, value in own.items()},
@@ -347,7 +345,7 @@ def _rope(checkpoint: Checkpoint, mixer: Any) -> dict[str, Any]:
         return base
     if kind not in ("linear", "yarn"):
         raise ValueError(
-            f"{checkpoint.folder}: GGUF files cannot say rotary scaling {kind!r}; default, linear, yarn and "
+            f"{checkpoint.path}: GGUF files cannot say rotary scaling {kind!r}; default, linear, yarn and "
             "llama3 can be exported"
         )
     base |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
@@ -379,7 +377,7 @@ def _hold_against(checkpoint: Checkpoint, file: File, divisors: np.ndarray | Non
             differ = [name for name in vars(wanted) if vars(wanted)[name] != vars(other).get(name)]
             said = ", ".join(f"{name} {vars(other).get(name)} instead of {vars(wanted)[name]}" for name in differ)
             raise ValueError(
-                f"{checkpoint.folder}: llama.cpp would compute {slot} with {said}; it cannot hold this model"
+                f"{checkpoint.path}: llama.cpp would compute {slot} with {said}; it cannot hold this model"
             )
     kinds = {getattr(getattr(block.shape, "rotary", None), "of", None) for block in found.values()}
     for kind in sorted(kinds, key=str):
@@ -388,6 +386,4 @@ def _hold_against(checkpoint: Checkpoint, file: File, divisors: np.ndarray | Non
             theirs.divide(torch.from_numpy(divisors))
         error = (theirs.frequencies - ours.frequencies).abs() / ours.frequencies
         if float(error.max()) > _SAME_TURN:
-            raise ValueError(
-                f"{checkpoint.folder}: GGUF files cannot say its rotary frequencies; it cannot be exported"
-            )
+            raise ValueError(f"{checkpoint.path}: GGUF files cannot say its rotary frequencies; it cannot be exported")

@@ -284,6 +284,6 @@ def scores(job: Job) -> dict[Slot, dict[str, dict[str, float]]]:
     for slot, offered in singles(job).items():
         for choice in offered:
             sums = [known[_key(job, chunk, slot, choice)] for chunk in range(chunk_count(job))]
-            total = {name: sum(each[name] for each in sums) for name in sums[0]}
+            total = {name: float(sum(each[name] for each in sums)) for name in sums[0]}
             found.setdefault(slot, {})[choice.key()] = total if _kind(job) == "error" else score.mean(total)
     return found
