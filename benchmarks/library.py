@@ -112,7 +112,7 @@ def main() -> int:
     inputs = f"{options.model.resolve()} {SHARES} {SEEDS} {LIBRARY_TOKENS} {LOCAL_TOKENS} {WHOLE_TOKENS} {ROWS}"
     found = _bench.cached("library", inputs) if options.quick else measure(options.model, inputs)
     if found is None:
-        return _bench.skip("library", options.quick, "a full run takes two hours; none was made with this code")
+        return _bench.skip("library", options.quick, "a full run takes hours; none was made with this code")
     _bench.remember("library", inputs, found)
     before, after, rank = found["before"], found["after"], found["rank"]
     bars = [
