@@ -1,7 +1,7 @@
 // The arithmetic that has to be fast, as one table of functions per instruction set.
 //
 // kernels_scalar.cpp is the definition. The others give the same integer sums bit for bit, and the same floats too
-// where rows do not mix (products with Rows and Zigzag): every row adds its terms in the same order with fused
+// where rows do not mix (products with Rows, Trellis and Zigzag): every row adds its terms in the same order with fused
 // multiply-adds. Sums across lanes (norms, dot products of attention) agree within 1e-6 relative.
 #pragma once
 
@@ -28,6 +28,10 @@ struct Kernels {
     // y must have room for the padded rows of the last tile.
     void (*rows_times)(const Rows& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first,
                        int last) = nullptr;
+
+    // The same of trellis codes; `first` and `last` count 16 rows too.
+    void (*trellis_times)(const Trellis& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first,
+                          int last) = nullptr;
 
     // Columns with |x| * weight > threshold (weight may be null: all 1), ascending, and their x; returns how many.
     // `index` and `value` must have room for n + 16.

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "trellis_times.h"
 #include "vector_ops.h"
 #include "zigzag_step.h"
 
@@ -220,6 +221,57 @@ void rows_times(const Rows& w, const Activations* x, int count, float* y, std::p
     auto* run = w.bits == 4 ? (w.affine ? rows_times_as<4, true> : rows_times_as<4, false>)
                             : (w.affine ? rows_times_as<8, true> : rows_times_as<8, false>);
     run(w, x, count, y, stride, first, last);
+}
+
+// Trellis codes: eight rows of two columns to a register.
+struct TrellisOps {
+    static constexpr int kRows = 8;
+    using Floats = __m256;
+    struct Sums {
+        __m256i v = _mm256_setzero_si256();
+    };
+
+    template <int kBits>
+    struct Code {
+        static constexpr TrellisLanes<kBits> kLanes{};
+        const __m256i byte = load(kLanes.byte), mask = load(kLanes.mask), factor = load(kLanes.factor);
+
+        __m256i values(const std::uint8_t* at) const {
+            const __m256i raw = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+            const __m256i state = _mm256_and_si256(_mm256_shuffle_epi8(raw, byte), mask);
+            const __m256i t = _mm256_add_epi16(_mm256_mullo_epi16(state, factor), _mm256_set1_epi16(kLanes.kHalf));
+            const __m256i two = _mm256_mulhrs_epi16(t, t), four = _mm256_mulhrs_epi16(two, two);
+            __m256i even = _mm256_mulhrs_epi16(four, four);
+            if constexpr (kLanes.kThirteen) even = _mm256_mulhrs_epi16(even, four);
+            return _mm256_mulhrs_epi16(t, _mm256_avg_epu16(even, _mm256_set1_epi16(32767)));
+        }
+    };
+
+    static void add(Sums& sums, __m256i values, std::int32_t pair) {
+        sums.v = _mm256_add_epi32(sums.v, _mm256_madd_epi16(values, _mm256_set1_epi32(pair)));
+    }
+    static void widen(const std::int8_t* codes, std::int16_t* to) {
+        for (int i = 0; i < Rows::kBlock; i += 16) {
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(to + i), _mm256_cvtepi8_epi16(bytes));
+        }
+    }
+    static Floats zero() { return _mm256_setzero_ps(); }
+    static Floats fma(Sums sums, float by, Floats to) {
+        return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.v), _mm256_set1_ps(by), to);
+    }
+    static Floats fma(Floats part, const std::uint8_t* scale, Floats to) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scale));
+        return _mm256_fmadd_ps(part, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), to);
+    }
+    static void store(Floats v, const std::uint8_t* factor, float* to) {
+        _mm256_storeu_ps(to, _mm256_mul_ps(v, _mm256_castsi256_ps(load(factor))));
+    }
+};
+
+void trellis_times(const Trellis& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first,
+                   int last) {
+    trellis_times_with<TrellisOps>(w, x, count, y, stride, first, last);
 }
 
 // What stands in for a compress instruction: for each set of lanes, their numbers from the lowest on.
@@ -559,7 +611,8 @@ void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int
 const Kernels* kernels_avx2() {
     static const bool have =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    static const Kernels table = ops::with_lanes<Lanes>({.name = "avx2", .quantise = quantise, .rows_times = rows_times,
+    static const Kernels table = ops::with_lanes<Lanes>({.name = "avx2", .quantise = quantise,
+                                                         .rows_times = rows_times, .trellis_times = trellis_times,
                                                          .collect = collect, .zigzag_times = zigzag_times});
     return have ? &table : nullptr;
 }

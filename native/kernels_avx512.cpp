@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "trellis_times.h"
 #include "vector_ops.h"
 #include "zigzag_step.h"
 
@@ -147,6 +148,58 @@ void rows_times(const Rows& w, const Activations* x, int count, float* y, std::p
     auto* run = w.bits == 4 ? (w.affine ? rows_times_as<4, true> : rows_times_as<4, false>)
                             : (w.affine ? rows_times_as<8, true> : rows_times_as<8, false>);
     run(w, x, count, y, stride, first, last);
+}
+
+// Trellis codes: sixteen rows of two columns to a register.
+struct TrellisOps {
+    static constexpr int kRows = 16;
+    using Floats = __m512;
+    struct Sums {
+        __m512i v = _mm512_setzero_si512();
+    };
+
+    template <int kBits>
+    struct Code {
+        static constexpr TrellisLanes<kBits> kLanes{};
+        const __m512i byte = twice(kLanes.byte), mask = twice(kLanes.mask), factor = twice(kLanes.factor);
+
+        static __m512i twice(const void* at) { return _mm512_broadcast_i64x4(_mm256_load_si256(static_cast<const __m256i*>(at))); }
+
+        __m512i values(const std::uint8_t* at) const {
+            const __m512i low = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+            const __m512i raw = _mm512_mask_broadcast_i32x4(
+                low, 0xff00, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 2 * kBits)));
+            const __m512i state = _mm512_and_si512(_mm512_shuffle_epi8(raw, byte), mask);
+            const __m512i t = _mm512_add_epi16(_mm512_mullo_epi16(state, factor), _mm512_set1_epi16(kLanes.kHalf));
+            const __m512i two = _mm512_mulhrs_epi16(t, t), four = _mm512_mulhrs_epi16(two, two);
+            __m512i even = _mm512_mulhrs_epi16(four, four);
+            if constexpr (kLanes.kThirteen) even = _mm512_mulhrs_epi16(even, four);
+            return _mm512_mulhrs_epi16(t, _mm512_avg_epu16(even, _mm512_set1_epi16(32767)));
+        }
+    };
+
+    static void add(Sums& sums, __m512i values, std::int32_t pair) {
+        sums.v = _mm512_dpwssd_epi32(sums.v, values, _mm512_set1_epi32(pair));
+    }
+    static void widen(const std::int8_t* codes, std::int16_t* to) {
+        _mm512_store_si512(to, _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))));
+    }
+    static Floats zero() { return _mm512_setzero_ps(); }
+    static Floats fma(Sums sums, float by, Floats to) {
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums.v), _mm512_set1_ps(by), to);
+    }
+    static Floats fma(Floats part, const std::uint8_t* scale, Floats to) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scale));
+        return _mm512_fmadd_ps(part, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), to);
+    }
+    static void store(Floats v, const std::uint8_t* factor, float* to) {
+        _mm512_storeu_ps(to, _mm512_mul_ps(v, _mm512_loadu_ps(factor)));
+    }
+};
+
+void trellis_times(const Trellis& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first,
+                   int last) {
+    trellis_times_with<TrellisOps>(w, x, count, y, stride, first, last);
 }
 
 int collect(const float* x, const float* weight, float threshold, int n, std::int32_t* index, float* value) {
@@ -397,7 +450,8 @@ const Kernels* kernels_avx512() {
     static const bool have = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                              __builtin_cpu_supports("avx512vl") &&
                              __builtin_cpu_supports("avx512vnni");
-    static const Kernels table = ops::with_lanes<Lanes>({.name = "avx512", .quantise = quantise, .rows_times = rows_times,
+    static const Kernels table = ops::with_lanes<Lanes>({.name = "avx512", .quantise = quantise,
+                                                         .rows_times = rows_times, .trellis_times = trellis_times,
                                                          .collect = collect, .zigzag_times = zigzag_times});
     return have ? &table : nullptr;
 }

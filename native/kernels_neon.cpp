@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "trellis_times.h"
 #include "vector_ops.h"
 #include "zigzag_step.h"
 
@@ -159,6 +160,70 @@ void rows_times(const Rows& w, const Activations* x, int count, float* y, std::p
     auto* run = w.bits == 4 ? (w.affine ? rows_times_as<4, true> : rows_times_as<4, false>)
                             : (w.affine ? rows_times_as<8, true> : rows_times_as<8, false>);
     run(w, x, count, y, stride, first, last);
+}
+
+// Trellis codes: eight rows of two columns to two registers.
+struct TrellisOps {
+    static constexpr int kRows = 8;
+    struct Floats {
+        float32x4_t v[2];
+    };
+    struct Sums {
+        int32x4_t v[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
+    };
+
+    template <int kBits>
+    struct Code {
+        static constexpr TrellisLanes<kBits> kLanes{};
+
+        int16x8x2_t values(const std::uint8_t* at) const {
+            const uint8x16_t raw = vld1q_u8(at);
+            int16x8x2_t out;
+            for (int h = 0; h < 2; h++) {
+                const uint16x8_t bits = vreinterpretq_u16_u8(vqtbl1q_u8(raw, vld1q_u8(kLanes.byte + 16 * h)));
+                const uint16x8_t state = vandq_u16(bits, vld1q_u16(kLanes.mask + 8 * h));
+                const int16x8_t t = vreinterpretq_s16_u16(
+                    vaddq_u16(vmulq_u16(state, vld1q_u16(kLanes.factor + 8 * h)), vdupq_n_u16(kLanes.kHalf)));
+                const int16x8_t two = vqrdmulhq_s16(t, t), four = vqrdmulhq_s16(two, two);
+                int16x8_t even = vqrdmulhq_s16(four, four);
+                if constexpr (kLanes.kThirteen) even = vqrdmulhq_s16(even, four);
+                const uint16x8_t bent = vrhaddq_u16(vreinterpretq_u16_s16(even), vdupq_n_u16(32767));
+                out.val[h] = vqrdmulhq_s16(t, vreinterpretq_s16_u16(bent));
+            }
+            return out;
+        }
+    };
+
+    static void add(Sums& sums, int16x8x2_t values, std::int32_t pair) {
+        const int16x8_t by = vreinterpretq_s16_s32(vdupq_n_s32(pair));
+        for (int h = 0; h < 2; h++) {
+            const int32x4_t low = vmull_s16(vget_low_s16(values.val[h]), vget_low_s16(by));
+            sums.v[h] = vaddq_s32(sums.v[h], vpaddq_s32(low, vmull_high_s16(values.val[h], by)));
+        }
+    }
+    static void widen(const std::int8_t* codes, std::int16_t* to) {
+        for (int i = 0; i < Rows::kBlock; i += 8) vst1q_s16(to + i, vmovl_s8(vld1_s8(codes + i)));
+    }
+    static Floats zero() { return {{vdupq_n_f32(0), vdupq_n_f32(0)}}; }
+    static Floats fma(Sums sums, float by, Floats to) {
+        for (int h = 0; h < 2; h++) to.v[h] = vfmaq_n_f32(to.v[h], vcvtq_f32_s32(sums.v[h]), by);
+        return to;
+    }
+    static Floats fma(Floats part, const std::uint8_t* scale, Floats to) {
+        const uint16x8_t bytes = vmovl_u8(vld1_u8(scale));
+        to.v[0] = vfmaq_f32(to.v[0], part.v[0], vcvtq_f32_u32(vmovl_u16(vget_low_u16(bytes))));
+        to.v[1] = vfmaq_f32(to.v[1], part.v[1], vcvtq_f32_u32(vmovl_high_u16(bytes)));
+        return to;
+    }
+    static void store(Floats v, const std::uint8_t* factor, float* to) {
+        for (int h = 0; h < 2; h++)
+            vst1q_f32(to + 4 * h, vmulq_f32(v.v[h], vreinterpretq_f32_u8(vld1q_u8(factor + 16 * h))));
+    }
+};
+
+void trellis_times(const Trellis& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first,
+                   int last) {
+    trellis_times_with<TrellisOps>(w, x, count, y, stride, first, last);
 }
 
 // Without a compress instruction: written always, the place moves on only if the column is kept.
@@ -320,7 +385,8 @@ const Kernels* kernels_neon() {
 #else
     static const bool have = true;  // every Apple processor of 64 bits since the A13 and M1
 #endif
-    static const Kernels table = ops::with_lanes<Lanes>({.name = "neon", .quantise = quantise, .rows_times = rows_times,
+    static const Kernels table = ops::with_lanes<Lanes>({.name = "neon", .quantise = quantise,
+                                                         .rows_times = rows_times, .trellis_times = trellis_times,
                                                          .collect = collect, .zigzag_times = zigzag_times});
     return have ? &table : nullptr;
 }

@@ -6,6 +6,7 @@
 
 #include "half.h"
 #include "kernels.h"
+#include "trellis.h"
 #include "vector_ops.h"
 #include "zigzag_step.h"
 
@@ -88,6 +89,34 @@ void rows_times(const Rows& w, const Activations* x, int count, float* y, std::p
             }
 }
 
+void trellis_times(const Trellis& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first,
+                   int last) {
+    const TrellisCode& code = trellis_code(w.bits);
+    const int blocks = w.group / Rows::kBlock;
+    for (int row = Rows::kTile * first; row < Rows::kTile * last; row++) {
+        const int r = row % Trellis::kTile;
+        const std::uint8_t* tile = w.data + row / Trellis::kTile * w.tile_bytes();
+        for (int t = 0; t < count; t++) {
+            float out = 0;
+            const std::uint8_t* at = tile;
+            for (int g = 0; g < w.groups(); g++, at += w.group_bytes()) {
+                float part = 0;
+                for (int b = 0; b < blocks; b++) {
+                    std::int32_t exact = 0;
+                    for (int c = 0; c < Rows::kBlock; c++)
+                        exact += trellis_value(code, trellis_state(w, at, r, b * Rows::kBlock + c)) *
+                                 x[t].codes[g * w.group + b * Rows::kBlock + c];
+                    part = std::fma(float(exact), x[t].scale[g * blocks + b], part);
+                }
+                out = std::fma(part, float(at[w.group_bytes() - Trellis::kTile + r]), out);
+            }
+            float factor;
+            std::memcpy(&factor, at + sizeof(float) * r, sizeof(float));
+            y[t * stride + row - Rows::kTile * first] = out * factor;
+        }
+    }
+}
+
 int collect(const float* x, const float* weight, float threshold, int n, std::int32_t* index, float* value) {
     int found = 0;
     for (int j = 0; j < n; j++)
@@ -159,7 +188,8 @@ void zigzag_times(const Zigzag& w, int tile, int first, int last, const std::int
 }  // namespace
 
 const Kernels& kernels_scalar() {
-    static const Kernels table = ops::with_lanes<Lanes>({.name = "scalar", .quantise = quantise, .rows_times = rows_times,
+    static const Kernels table = ops::with_lanes<Lanes>({.name = "scalar", .quantise = quantise,
+                                                         .rows_times = rows_times, .trellis_times = trellis_times,
                                                          .collect = collect, .zigzag_times = zigzag_times});
     return table;
 }

@@ -1,4 +1,4 @@
-// Weight matrices as they lie in memory: the two layouts every kernel file knows. The bytes are told in docs/formats.md.
+// Weight matrices as they lie in memory: the layouts every kernel file knows. The bytes are told in docs/formats.md.
 #pragma once
 
 #include <cstddef>
@@ -71,6 +71,34 @@ struct Zigzag {
     std::size_t tile_bytes() const { return cols * chunk_bytes(); }
     std::size_t bytes() const { return tiles() * tile_bytes(); }
     int padded_rows() const { return tiles() * tile_rows; }
+};
+
+// Trellis codes (trellis.h): sequences run down the output within one input column, kRestart rows at a time. For a product
+// with every column.
+//
+// Tiles of 64 rows; in a tile one group of columns after the other: their bits, two columns at a time, then 64 scales of 8
+// bits; behind the last group 64 factors in float32. The bits of two columns lie byte by byte in turns: first the byte
+// before the tile's own, 0 where a sequence begins, then those of its rows, lowest first. A pair of columns so is 2 + 16 k
+// bytes of 64 rows in k bits, and what eight rows need of it lies within 16.
+// w = value * scale * factor of the row.
+struct Trellis {
+    static constexpr int kTile = 64;
+    static constexpr int kUnit = 8;  // rows that are read at once
+    static constexpr int kRestart = 1024;
+    static constexpr int kBeyond = 16;  // bytes behind the last one that are read, and left alone
+
+    int rows = 0, cols = 0;
+    int bits = 2;    // 2 to 6
+    int group = 64;  // columns that share a scale; a multiple of 32
+    const std::uint8_t* data = nullptr;
+
+    int tiles() const { return (rows + kTile - 1) / kTile; }
+    int padded_cols() const { return round_up(cols, group); }
+    int groups() const { return padded_cols() / group; }
+    std::size_t pair_bytes() const { return 2 + 2 * kTile / 8 * std::size_t(bits); }
+    std::size_t group_bytes() const { return group / 2 * pair_bytes() + kTile; }
+    std::size_t tile_bytes() const { return groups() * group_bytes() + kTile * sizeof(float); }
+    std::size_t bytes() const { return tiles() * tile_bytes() + kBeyond; }
 };
 
 // Plain rows of floats, as a checkpoint has them.

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "trellis.h"
+
 namespace pennyweight {
 
 namespace {
@@ -73,6 +75,40 @@ std::shared_ptr<Matrix> make_rows(const std::uint8_t* codes, std::size_t row_byt
                 if (minima) std::memcpy(halves + 2 * (Rows::kTile + r), minima + std::size_t(row) * groups + g, 2);
             }
         }
+    }
+    return made;
+}
+
+std::shared_ptr<Matrix> make_trellis(const std::uint8_t* columns, const std::uint8_t* scales, const float* factors,
+                                     int rows, int cols, int bits, int group) {
+    if (bits < kLeastTrellisBits || bits > kMostTrellisBits || group < 1 || (group % Rows::kBlock && group != cols) ||
+        (group != cols && cols % group))
+        throw std::invalid_argument("trellis codes of " + std::to_string(bits) + " bits in groups of " +
+                                    std::to_string(group) + " of " + std::to_string(cols) +
+                                    " columns; 2 to 6 bits and groups of whole 32 or a whole row");
+    auto made = std::make_shared<Matrix>();
+    made->layout = Matrix::Layout::trellis;
+    Trellis& w = made->trellis;
+    w = {rows, cols, bits, round_up(group, Rows::kBlock), nullptr};
+    made->bytes = Buffer(w.bytes());
+    w.data = made->bytes.data();
+    const int groups = w.groups();
+    const std::size_t column_bytes = (std::size_t(rows) * bits + 7) / 8, tile_column = Trellis::kTile / 8 * bits;
+    for (int tile = 0; tile < w.tiles(); tile++) {
+        const int row = tile * Trellis::kTile, filled = std::min(Trellis::kTile, rows - row);
+        const std::size_t first = tile * tile_column, count = std::min(tile_column, column_bytes - first);
+        std::uint8_t* at = made->bytes.data() + tile * w.tile_bytes();
+        for (int g = 0; g < groups; g++, at += w.group_bytes()) {
+            for (int c = 0; c < w.group && g * w.group + c < cols; c++) {
+                const std::uint8_t* from = columns + (g * w.group + c) * column_bytes + first;
+                std::uint8_t* to = at + c / 2 * w.pair_bytes() + c % 2;
+                if (row % Trellis::kRestart) *to = from[-1];
+                for (std::size_t i = 0; i < count; i++) to[2 * (i + 1)] = from[i];
+            }
+            std::uint8_t* of_rows = at + w.group_bytes() - Trellis::kTile;
+            for (int r = 0; r < filled; r++) of_rows[r] = scales[std::size_t(row + r) * groups + g];
+        }
+        std::memcpy(at, factors + row, sizeof(float) * filled);
     }
     return made;
 }

@@ -19,6 +19,11 @@ std::shared_ptr<Matrix> make_wide(const std::uint8_t* weights, int rows, int col
 std::shared_ptr<Matrix> make_rows(const std::uint8_t* codes, std::size_t row_bytes, const std::uint16_t* scales,
                                   const std::uint16_t* minima, int rows, int cols, int bits, int group, Half half);
 
+// Bits of each column (ceil(rows bits / 8) bytes, the first row lowest), scales (rows, groups) and factors (rows) as
+// docs/formats.md tells. A group that is no multiple of 32 must be the whole row.
+std::shared_ptr<Matrix> make_trellis(const std::uint8_t* columns, const std::uint8_t* scales, const float* factors,
+                                     int rows, int cols, int bits, int group);
+
 // Chunks as matrices.h tells, already in order. With a lender they stay where they lie, else they are copied.
 std::shared_ptr<Matrix> make_zigzag(const std::uint8_t* chunks, std::size_t bytes, int rows, int cols, int tile_rows,
                                     int group, Scales scales, std::shared_ptr<void> lender = nullptr);

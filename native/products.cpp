@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "half.h"
+#include "trellis.h"
 
 namespace pennyweight {
 namespace {
@@ -23,8 +24,7 @@ std::pair<int, int> share_of_units(const Zigzag& w, int t, int threads) {
 // Floats of one row of an input, its padding included.
 int padded_in(const Linear& linear) {
     int width = round_up(linear.in(), kPad);
-    for (const auto& part : linear.parts)
-        if (part->layout == Matrix::Layout::rows) width = std::max(width, round_up(part->rows.padded_cols(), kPad));
+    for (const auto& part : linear.parts) width = std::max(width, round_up(part->coded_in(), kPad));
     return width;
 }
 
@@ -47,13 +47,29 @@ void by_stretches(const std::int32_t* index, const float* value, int count, int 
 
 }  // namespace
 
-int Matrix::out() const { return layout == Layout::wide ? wide.rows : layout == Layout::rows ? rows.rows : zigzag.rows; }
-int Matrix::in() const { return layout == Layout::wide ? wide.cols : layout == Layout::rows ? rows.cols : zigzag.cols; }
+int Matrix::out() const {
+    return layout == Layout::wide      ? wide.rows
+           : layout == Layout::rows    ? rows.rows
+           : layout == Layout::trellis ? trellis.rows
+                                       : zigzag.rows;
+}
+
+int Matrix::in() const {
+    return layout == Layout::wide      ? wide.cols
+           : layout == Layout::rows    ? rows.cols
+           : layout == Layout::trellis ? trellis.cols
+                                       : zigzag.cols;
+}
+
+int Matrix::coded_in() const {
+    return layout == Layout::rows ? rows.padded_cols() : layout == Layout::trellis ? trellis.padded_cols() : 0;
+}
 
 std::size_t Matrix::nbytes() const {
-    const std::size_t weights = layout == Layout::wide   ? wide.rows * wide.row_bytes()
-                                : layout == Layout::rows ? rows.bytes()
-                                                         : zigzag.bytes();
+    const std::size_t weights = layout == Layout::wide      ? wide.rows * wide.row_bytes()
+                                : layout == Layout::rows    ? rows.bytes()
+                                : layout == Layout::trellis ? trellis.bytes()
+                                                            : zigzag.bytes();
     return weights + sizeof(float) * row_scale.size() + sizeof(std::int32_t) * order.size();
 }
 
@@ -79,6 +95,20 @@ void dequantise_row(const Matrix& matrix, int row, float* out) {
                 out[c] = load_half(at + 2 * c, w.type == Wide::Type::float16 ? Half::float16 : Half::bfloat16);
         return;
     }
+    if (matrix.layout == Matrix::Layout::trellis) {
+        const Trellis& w = matrix.trellis;
+        const TrellisCode& code = trellis_code(w.bits);
+        const int r = row % Trellis::kTile;
+        const std::uint8_t* tile = w.data + row / Trellis::kTile * w.tile_bytes();
+        float factor;
+        std::memcpy(&factor, tile + w.groups() * w.group_bytes() + sizeof(float) * r, sizeof(float));
+        for (int c = 0; c < w.cols; c++) {
+            const std::uint8_t* group = tile + c / w.group * w.group_bytes();
+            const float scale = group[w.group_bytes() - Trellis::kTile + r];
+            out[c] = float(trellis_value(code, trellis_state(w, group, r, c % w.group))) * (scale * factor);
+        }
+        return;
+    }
     if (matrix.layout != Matrix::Layout::rows) throw std::logic_error("a zigzag matrix has no rows to read");
     const Rows& w = matrix.rows;
     const int r = row % Rows::kTile, offset = w.affine ? 0 : w.bits == 4 ? 8 : 128;
@@ -99,9 +129,9 @@ void Products::expect(const Linear& linear, bool normed, bool output) {
     const int in = padded_in(linear);
     in_stride_ = std::max(in_stride_, in);
     for (const auto& part : linear.parts) {
-        if (part->layout == Matrix::Layout::rows) {
+        if (part->coded_in()) {
             coded_ = std::max(coded_, in);
-            normed = normed || part->rows.padded_cols() > part->in();
+            normed = normed || part->coded_in() > part->in();
         }
         if (part->layout != Matrix::Layout::zigzag) continue;
         zigzag_rows_ = std::max(zigzag_rows_, part->zigzag.padded_rows());
@@ -155,8 +185,7 @@ const Products::Input& Products::prepare(int t, const float* x, int count, int s
                                          const Linear& next, const std::vector<int>* rows) {
     const int width = next.in();
     int padded = 0;
-    for (const auto& part : next.parts)
-        if (part->layout == Matrix::Layout::rows) padded = std::max(padded, part->rows.padded_cols());
+    for (const auto& part : next.parts) padded = std::max(padded, part->coded_in());
     const auto one = [&](int i, float* normed, std::int8_t* codes, float* scale, std::int32_t* minus8, float* sum,
                          Input& input) {
         const float* from = x + std::size_t(rows ? (*rows)[i] : i) * stride;
@@ -197,15 +226,18 @@ void Products::multiply(int t, const Linear& linear, const Input& input, int cou
         const auto [first, last] = share_of_rows(part->out(), t, threads);
         if (part->layout == Matrix::Layout::zigzag) {
             zigzag(t, *part, input, count, y + row, stride, which);
-        } else if (part->layout == Matrix::Layout::rows) {
+        } else if (part->coded_in()) {
+            const auto times = [&](const Activations* of, int tokens, float* to, std::ptrdiff_t apart, int from, int end) {
+                if (part->layout == Matrix::Layout::rows) kernels_.rows_times(part->rows, of, tokens, to, apart, from, end);
+                else kernels_.trellis_times(part->trellis, of, tokens, to, apart, from, end);
+            };
             // The last tile may not be full: beside it lie rows of the next part, which it must not touch.
             const int from = first / Rows::kTile, full = last / Rows::kTile;
-            if (from < full)
-                kernels_.rows_times(part->rows, input.quantised.data(), count, y + row + first, stride, from, full);
+            if (from < full) times(input.quantised.data(), count, y + row + first, stride, from, full);
             for (int r = 0; r < count && full * Rows::kTile < last; r++) {
                 alignas(64) float tile[Rows::kTile];
                 const int at = full * Rows::kTile;
-                kernels_.rows_times(part->rows, input.quantised.data() + r, 1, tile, 0, full, full + 1);
+                times(input.quantised.data() + r, 1, tile, 0, full, full + 1);
                 std::memcpy(y + row + std::ptrdiff_t(r) * stride + at, tile, sizeof(float) * (last - at));
             }
         } else if (first < last) {

@@ -14,10 +14,11 @@ namespace pennyweight {
 
 // A matrix of one of the layouts, and its bytes.
 struct Matrix {
-    enum class Layout { wide, rows, zigzag };
+    enum class Layout { wide, rows, trellis, zigzag };
     Layout layout = Layout::wide;
     Wide wide;
     Rows rows;
+    Trellis trellis;
     Zigzag zigzag;
     // Of zigzag alone:
     std::vector<float> row_scale;     // multiplies each row at the end; empty: 1
@@ -29,6 +30,8 @@ struct Matrix {
 
     int out() const;
     int in() const;
+    // Of activations in 8 bits, which rows and trellis codes are multiplied with; 0 of others.
+    int coded_in() const;
     std::size_t nbytes() const;
     // The inputs as the columns lie: x itself, or `room` filled with them.
     const float* ordered(const float* x, float* room) const;

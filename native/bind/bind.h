@@ -59,5 +59,6 @@ void bind_matrices(nb::module_& module);
 void bind_blocks(nb::module_& module);
 void bind_engine(nb::module_& module);
 void bind_bench(nb::module_& module);
+void bind_trellis(nb::module_& module);
 
 }  // namespace pennyweight

@@ -55,6 +55,17 @@ void bind_matrices(nb::module_& module) {
             },
             "codes"_a.noconvert(), "scales"_a.noconvert(), "minima"_a.none(), "cols"_a, "bits"_a, "group"_a, "bfloat16"_a)
         .def_static(
+            "trellis",
+            [](In<std::uint8_t, 2> columns, In<std::uint8_t, 2> scales, In<float, 1> factors, int bits, int group) {
+                expect(group >= 1 && bits >= 1 && bits <= 8, "groups of one column or more, 1 to 8 bits");
+                const int rows = size(factors.size()), cols = size(columns.shape(0));
+                expect(columns.shape(1) == (std::size_t(rows) * bits + 7) / 8, "columns is the bytes of (columns, rows) codes");
+                expect(int(scales.shape(0)) == rows && int(scales.shape(1)) == cols / group, "scales is (rows, columns / group)");
+                nb::gil_scoped_release released;
+                return make_trellis(columns.data(), scales.data(), factors.data(), rows, cols, bits, group);
+            },
+            "columns"_a.noconvert(), "scales"_a.noconvert(), "factors"_a.noconvert(), "bits"_a, "group"_a)
+        .def_static(
             "zigzag",
             [](In<std::uint8_t, 1> chunks, int rows, int cols, int tile_rows, int group, Scales scales,
                std::optional<In<float, 1>> row_scale, std::optional<In<std::int32_t, 1>> order, bool in_place) {

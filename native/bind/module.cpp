@@ -17,4 +17,5 @@ NB_MODULE(_native, module) {
     bind_blocks(module);
     bind_engine(module);
     bind_bench(module);
+    bind_trellis(module);
 }

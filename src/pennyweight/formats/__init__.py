@@ -16,6 +16,7 @@ A format is a file with
     codes(parts)        codes (rows, columns) int8 around zero and scales (rows, groups), w = code * scale; of formats
                         that keep rows so
     can_stack, stack    matrices on one input as one; may be left out
+    join(matrices)      parts of one matrix, each one's rows below those before; may be left out where tensors are rows
 
 On disk the parts of the matrix `x.up_proj.weight` are `x.up_proj.weight<rest of the suffix>`. Nothing here imports
 torch until a tensor is there: a model is planned without.
@@ -228,6 +229,10 @@ def stacked(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.T
 def joined(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Matrices that are kept by rows in one way, as one: each one's rows below those before."""
     import torch
+
+    module = of_parts(matrices[0])
+    if hasattr(module, "join"):
+        return module.join(matrices)
 
     def together(suffix: str) -> torch.Tensor:
         found = [parts[suffix] for parts in matrices]

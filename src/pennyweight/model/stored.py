@@ -14,13 +14,15 @@ class Stored:
     """A way to keep a matrix: this one in 16 bits, as bfloat16. Each file of formats/ has another, its `Spec`.
 
     `bits` per code; `group` weights share a scale, along rows or, where `down`, down columns; `scales` symmetric: w =
-    scale * code, codes around zero; else w = scale * code + minimum, codes from zero.
+    scale * code, codes around zero; else w = scale * code + minimum, codes from zero. `coded`: each code by itself
+    ("rounded"), or all of a column together ("trellis").
     """
 
     bits: ClassVar[int] = 16
     group: ClassVar[int] = 0
     down: ClassVar[bool] = False
     scales: ClassVar[str] = "symmetric"
+    coded: ClassVar[str] = "rounded"
 
     @property
     def format(self) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pennyweight.live.parts import Parts
 
 _VALUES_AT_ONCE = 2**25
+_WHOLE = 1024  # rows that trellis codes do not part
 
 
 def pack(
@@ -33,7 +34,8 @@ def pack(
 
 def _parts(weight: torch.Tensor, stored: Stored) -> Iterator[torch.Tensor]:
     """Where groups run along rows these do not depend on each other: a large embedding is never held twice."""
-    yield from weight.split(len(weight) if stored.down else max(1, _VALUES_AT_ONCE // weight.shape[1]))
+    some = max(1, _VALUES_AT_ONCE // weight.shape[1] // _WHOLE) * _WHOLE
+    yield from weight.split(len(weight) if stored.down else some)
 
 
 def _pack(

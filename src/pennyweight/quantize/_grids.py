@@ -10,6 +10,7 @@ import torch
 
 from pennyweight.formats import SUPER_GROUPS, Grid, packed_int
 from pennyweight.model.stored import Stored
+from pennyweight.quantize import _trellis
 
 # Half-range of the codes over the largest magnitude; at 15/14 that one is the int4 code 7 itself.
 _SHRINKS = (15 / 14, *(1.035 - 0.035 * i for i in range(13)))
@@ -32,6 +33,8 @@ def grid(weight: torch.Tensor, spec: Stored, importance: torch.Tensor | None = N
     Raises ValueError if columns are not a multiple of the group.
     """
     rows, columns = weight.shape
+    if spec.coded == "trellis":
+        return _trellis.grid(weight, spec, importance)
     if not spec.down:
         if columns % spec.group:
             raise ValueError(f"{columns} columns are not a multiple of the group {spec.group}")
@@ -151,8 +154,19 @@ def expand(part: torch.Tensor, spec: Stored, rows: int) -> torch.Tensor:
     return part.float().repeat_interleave(spec.group, dim=1)
 
 
+def rounded(above: torch.Tensor, step: torch.Tensor, spec: Stored) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 of one column, and what they mean in steps; `above` the minimum and `step` are (rows,)."""
+    if spec.coded == "trellis":
+        symbols, made = _trellis.rounded(above.unsqueeze(0), step.unsqueeze(0), spec)
+        return symbols[0], made[0]
+    code = (above / step).round_().clamp_(*spec.limits)
+    return code.to(torch.int8), code
+
+
 def codes(weight: torch.Tensor, grid: Grid, spec: Stored) -> torch.Tensor:
     """Nearest codes on a given grid. (rows, columns) int8."""
+    if spec.coded == "trellis":
+        return _trellis.codes(weight, grid, spec)
     low, high = spec.limits
     out = torch.empty(weight.shape, dtype=torch.int8)
     if spec.down:

@@ -60,7 +60,6 @@ def quantize(weight: torch.Tensor, prepared: Prepared, spec: Stored) -> tuple[to
     step = _grids.expand(grid.scale, spec, len(weight))[:, order].T.contiguous()
     work = weight.float()[:, order].T.contiguous()
     lowest = None if grid.minimum is None else _grids.expand(grid.minimum, spec, len(weight))[:, order].T.contiguous()
-    low, high = spec.limits
     columns, rows = work.shape
     ordered = torch.empty(columns, rows, dtype=torch.int8)
     for start in range(0, columns, _BLOCK):
@@ -68,9 +67,8 @@ def quantize(weight: torch.Tensor, prepared: Prepared, spec: Stored) -> tuple[to
         errors = torch.empty(end - start, rows)
         for j in range(start, end):
             above = work[j] if lowest is None else work[j] - lowest[j]
-            code = (above / step[j]).round_().clamp_(low, high)
-            ordered[j] = code.to(torch.int8)
-            torch.sub(above, code.mul_(step[j]), out=errors[j - start]).div_(factor[j, j])
+            ordered[j], made = _grids.rounded(above, step[j], spec)
+            torch.sub(above, made.mul_(step[j]), out=errors[j - start]).div_(factor[j, j])
             work[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j - start], alpha=-1)
         work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     codes = torch.empty(columns, rows, dtype=torch.int8)
