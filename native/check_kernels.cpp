@@ -110,6 +110,39 @@ void check_rows(const Kernels& k, std::mt19937& random) {
                         }
 }
 
+// Products with trellis codes, in ranges of 16 rows.
+void check_trellis(const Kernels& k, std::mt19937& random) {
+    const Kernels& scalar = kernels_scalar();
+    for (int bits = 2; bits <= 6; bits++)
+        for (int group : {32, 64, 128})
+            for (int rows : {1, 64, 150})
+                for (int cols : {1, 32, 63, 257})
+                    for (int count : {1, 2, 4, 5, 13}) {
+                        Trellis w{rows, cols, bits, group};
+                        auto data = random_bytes(w.bytes(), random);
+                        w.data = data.get();
+                        for (int tile = 0; tile < w.tiles(); tile++)
+                            for (int r = 0; r < Trellis::kTile; r++) {
+                                const float factor = 1e-6f * float(1 + random() % 64);
+                                std::memcpy(data.get() + (tile + 1) * w.tile_bytes() - sizeof(float) * (Trellis::kTile - r),
+                                            &factor, sizeof(float));
+                            }
+                        std::vector<Quantised> kept;
+                        std::vector<Activations> x;
+                        for (int t = 0; t < count; t++) kept.push_back(quantised(scalar, activations(w.padded_cols(), random)));
+                        for (auto& q : kept) x.push_back(q.view());
+                        const int first = rows > 64 ? 2 : 0, last = (rows + Rows::kTile - 1) / Rows::kTile;
+                        const int made = Rows::kTile * (last - first);
+                        std::vector<float> wanted(made * count, kNaN), found(made * count, kNaN);
+                        scalar.trellis_times(w, x.data(), count, wanted.data(), made, first, last);
+                        k.trellis_times(w, x.data(), count, found.data(), made, first, last);
+                        expect_same(std::string(k.name) + " trellis_times, " + std::to_string(bits) + " bits, group " +
+                                        std::to_string(group) + ", " + std::to_string(rows) + " x " + std::to_string(cols) +
+                                        ", " + std::to_string(count) + " tokens",
+                                    found.data(), wanted.data(), made * count);
+                    }
+}
+
 // Products of one tile with several tokens, in ranges of units, also beyond what fits one table; every token must get
 // what it gets alone.
 void check_zigzag(const Kernels& k, std::mt19937& random) {
@@ -473,6 +506,7 @@ int main() {
         check_attend_to_nan(*k);
         check_quantise_and_collect(*k, random);
         check_rows(*k, random);
+        check_trellis(*k, random);
         check_zigzag(*k, random);
         std::printf("%s checked\n", k->name);
     }

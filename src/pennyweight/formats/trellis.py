@@ -1,8 +1,8 @@
 """Trellis codes: 2 to 6 bits a weight that mean more together than each alone, with half the error of rounding.
 
-Down every column the bits of the weights form one stream, begun anew every 1024 rows. A weight's value is computed from a
-window over the last bits of it (native/trellis.h; QTIP, arXiv:2406.11235, with a code of our own). A matrix W (rows, columns)
-becomes
+Down every column the bits of the weights form one stream, begun anew every 1024 rows. A weight's value is computed from
+a window over the last bits of it (native/trellis.h; QTIP, arXiv:2406.11235, with a code of our own). A matrix W (rows,
+columns) becomes
     <name>.weight_trellis  uint8 (columns, ceil(rows * bits / 8)): the first row's bits lowest
     <name>.weight_scale    uint8 (rows, columns / group)
     <name>.weight_factor   bfloat16 (rows,)
@@ -45,6 +45,7 @@ class Spec(Stored):
     bits: int = 3  # type: ignore[misc]
     group: int = 32  # type: ignore[misc]
     coded: ClassVar[str] = "trellis"
+    coding_flops: ClassVar[float] = 2.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number of bits that there is no code of, or groups that are empty."""
@@ -97,11 +98,13 @@ def encode(weight: torch.Tensor, spec: Spec, find: Find, activity: torch.Tensor 
 
 
 def factors(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales (rows, groups) in 8 bits, uint8, and the factors (rows,) bfloat16 that they are multiplied by; the greatest of
-    a row becomes 255."""
+    """Scales (rows, groups) in 8 bits, uint8, and the factors (rows,) bfloat16 that they are multiplied by; the greatest
+    of a row becomes 255."""
     import torch
 
-    factor = (scale.float().amax(dim=1) / HIGHEST_SCALE).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
+    exact = (scale.float().amax(dim=1) / HIGHEST_SCALE).clamp_min(torch.finfo(torch.bfloat16).tiny)
+    # Rounded down, or what should be 255 would be 254 and something.
+    factor = (exact.view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
     eighths = (scale.float() / factor.float().unsqueeze(1)).round().clamp(1, HIGHEST_SCALE)
     return eighths.to(torch.uint8), factor
 

@@ -15,7 +15,8 @@ class Stored:
 
     `bits` per code; `group` weights share a scale, along rows or, where `down`, down columns; `scales` symmetric: w =
     scale * code, codes around zero; else w = scale * code + minimum, codes from zero. `coded`: each code by itself
-    ("rounded"), or all of a column together ("trellis").
+    ("rounded"), or all of a column together ("trellis"). `coding_flops`: what making a weight of its code takes, in
+    operations of a product, once for all tokens of a step.
     """
 
     bits: ClassVar[int] = 16
@@ -23,6 +24,7 @@ class Stored:
     down: ClassVar[bool] = False
     scales: ClassVar[str] = "symmetric"
     coded: ClassVar[str] = "rounded"
+    coding_flops: ClassVar[float] = 0.0
 
     @property
     def format(self) -> str:

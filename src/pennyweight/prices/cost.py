@@ -61,8 +61,9 @@ def computed(machine: Machine) -> Seconds:
         prefill_bytes = sum(w.nbytes * (1 - (1 - w.active) ** prefill_tokens) for w in weights)
         if shape.makes_logits:  # only the last position of a prompt needs them
             prefill_tokens = batch
-        prefill_flops = prefill_tokens * shape.flops + batch * shape.prompt_mixing_flops(workload.prompt)
-        decode_flops = batch * (shape.flops + shape.mixing_flops(workload.mean_length))
+        coding = sum(w.stored.coding_flops * w.parameters * w.active for w in weights)
+        prefill_flops = coding + prefill_tokens * shape.flops + batch * shape.prompt_mixing_flops(workload.prompt)
+        decode_flops = coding + batch * (shape.flops + shape.mixing_flops(workload.mean_length))
         return (
             machine.block_seconds + max(prefill_bytes / bandwidth, prefill_flops / flops),
             machine.block_seconds + max(decode_bytes / bandwidth, decode_flops / flops),

@@ -52,8 +52,7 @@ def _errors(bits: int) -> np.ndarray:
 def grid(weight: torch.Tensor, spec: Stored, importance: torch.Tensor | None) -> Grid:
     """Scales (rows, columns / group) float32, as 8 bits times a row's factor keep them: of those tried that with the
     least error to expect, columns weighted by `importance` (columns,)."""
-    rows, columns = weight.shape
-    step = max(1, _VALUES_AT_ONCE // columns)
+    step = max(1, _VALUES_AT_ONCE // weight.shape[1])
     found = torch.cat([_scales(block, spec, importance) for block in weight.split(step)])
     eighths, factor = trellis.factors(found)
     return Grid(eighths.float() * factor.float().unsqueeze(1))
