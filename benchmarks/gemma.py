@@ -20,7 +20,7 @@ import real_models
 from pennyweight import _native
 from pennyweight.runtime.engine import Engine
 from pennyweight.runtime.model import open_model
-from pennyweight.sources.gguf import GgufSource
+from pennyweight.runtime.sources.gguf import GgufSource
 
 PROMPTS, TOKENS, ANSWER, THREADS = 20, 48, 32, 2
 KL, TIE = 0.005, 0.1

@@ -27,7 +27,7 @@ from pennyweight.prices.cost import computed, model_figures
 from pennyweight.prices.machine import Machine
 from pennyweight.runtime import footprint
 from pennyweight.runtime.engine import Engine
-from pennyweight.sources.random import RandomWeights, tensors
+from pennyweight.runtime.sources.random import RandomWeights, tensors
 from pennyweight.units import show_bytes
 
 CONFIG = {

@@ -550,11 +550,11 @@ def test_progress_is_told_row_by_row(pico, some_rows):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("eval", "GGUF"), "penny run, bench and serve take those"),
-        (("check", "GGUF"), "penny run, bench and serve take those"),
-        (("eval", "MODEL", "--against", "GGUF"), "penny run, bench and serve take those"),
-        (("eval", "MISSING"), "is not a model"),
-        (("check", "MISSING"), "is not a model"),
+        (("eval", "GGUF"), "version 0 at byte 4"),
+        (("check", "GGUF"), "version 0 at byte 4"),
+        (("eval", "MODEL", "--against", "GGUF"), "version 0 at byte 4"),
+        (("eval", "MISSING"), "nowhere does not exist"),
+        (("check", "MISSING"), "nowhere does not exist"),
         (("eval", "MODEL", "--context-tokens", 257, "--text", "TEXT"), "takes up to 256 tokens"),
         (("eval", "FOREIGN", "--context-tokens", 16, "--text", "TEXT"), "vocabulary ends at 199"),
         (("check", "BROKEN"), "penny.json"),

@@ -25,7 +25,7 @@ _native = pytest.importorskip("pennyweight._native", reason="the native module w
 from pennyweight.runtime.engine import Engine, Row, processors  # noqa: E402  (needs the native module)
 from pennyweight.runtime.generate import Batch, Request  # noqa: E402
 from pennyweight.runtime.lower import NotRun, RotaryTables  # noqa: E402
-from pennyweight.sources.folder import Folder  # noqa: E402
+from pennyweight.runtime.sources.folder import Folder  # noqa: E402
 
 IDS = [int(i) for i in torch.arange(70).mul(7919).remainder(300)]
 

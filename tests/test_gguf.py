@@ -24,8 +24,8 @@ from tests.gguf_files import convert, interleaved, parent_of, quantise
 _native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 from pennyweight.runtime.engine import Engine  # noqa: E402  (needs the native module)
 from pennyweight.runtime.model import open_model  # noqa: E402
-from pennyweight.sources.open import open_source  # noqa: E402
-from pennyweight.sources.source import rearranged  # noqa: E402
+from pennyweight.runtime.sources.open import open_source  # noqa: E402
+from pennyweight.runtime.sources.source import rearranged  # noqa: E402
 from tests.test_engine import IDS, TRAINED_TO, relative, wanted  # noqa: E402
 
 KINDS = {kind.name: kind for kind in ggml.KINDS.values()}

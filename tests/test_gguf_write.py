@@ -23,7 +23,7 @@ from pennyweight.formats import Grid, int3, packed_int
 
 pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 from pennyweight.runtime.alike import compare
-from pennyweight.sources.open import open_source
+from pennyweight.runtime.sources.open import open_source
 
 PROMPT = [1, 5, 9, 200, 77, 31, 3, 8]
 SAYABLE = {
@@ -174,7 +174,7 @@ def test_layers_that_differ_and_sparse_ones_are_refused(pico, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree(pico("llama"), folder)
     config = json.loads((folder / "config.json").read_text())
-    config["per_layer_config"] = {"1": {"sliding_window": 16}}
+    config |= {"sliding_window": None, "per_layer_config": {"1": {"sliding_window": 16}}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"1\.mixer is not shaped as other layers are.*penny quantize"):
         write(folder, tmp_path / "model.gguf")

@@ -583,7 +583,7 @@ def test_every_option_is_understood_before_anything_is_read(changes, said, text,
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"metric": "luck"}, "metric: Input should be 'kl', 'lm', 'cosine' or 'nmse'; found 'luck'"),
+        ({"metric": "luck"}, "metric: Input should be 'kl', 'lm', 'cosine', 'nmse' or 'error'; found 'luck'"),
         ({"prices": "low"}, "prices: Input should be 'computed' or 'measured'"),
         ({"data": {"score_rows": 0}}, "data.score_rows: Input should be greater than or equal to 1; found 0"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),

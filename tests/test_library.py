@@ -226,7 +226,7 @@ def test_how_a_variant_is_trained(pico, tmp_path, monkeypatch):
     scratch.keep(stats, {"ffn.activation_mean_abs": torch.arange(128.0)})
     ticks = []
     task = (
-        walk.checkpoint.folder,
+        walk.checkpoint.path,
         FFN,
         [slice_],
         entering,
@@ -246,7 +246,7 @@ def test_how_a_variant_is_trained(pico, tmp_path, monkeypatch):
         assert torch.equal(kept[name], ((parameter.data + 1).bfloat16().float() + 1).bfloat16())
     calls.clear()
     other = Choice((("ffn_width", ffn_width.Spec(48, "slice")),))
-    task = (walk.checkpoint.folder, FFN, [other], entering, stats, tmp_path, library.Course(1, 3e-4, 4), torch.float32)
+    task = (walk.checkpoint.path, FFN, [other], entering, stats, tmp_path, library.Course(1, 3e-4, 4), torch.float32)
     list(executor.run(library.train, [task]))
     assert [(call["steps"], call["first"], call["lr"]) for call in calls] == [(1, 0, 3e-4), (2, 1, 3e-4)]
 
@@ -259,10 +259,10 @@ def test_what_leaves_a_layer_is_passed_on_once(pico, tmp_path):
     walk, entering, leaving = Walk(Checkpoint(pico("llama"))), tmp_path / "in", tmp_path / "out"
     hidden = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(0))
     scratch.keep(entering, {"hidden": hidden})
-    library.pass_on(walk.checkpoint.folder, 1, entering, leaving, 2, torch.float32)
+    library.pass_on(walk.checkpoint.path, 1, entering, leaving, 2, torch.float32)
     with torch.no_grad():
         wanted = walk.layer(1).run(hidden)
     torch.testing.assert_close(scratch.needed(leaving)["hidden"], wanted, rtol=1e-5, atol=1e-6)
     scratch.keep(leaving, {"hidden": hidden})
-    library.pass_on(walk.checkpoint.folder, 1, entering, leaving, 2, torch.float32)
+    library.pass_on(walk.checkpoint.path, 1, entering, leaving, 2, torch.float32)
     assert torch.equal(scratch.needed(leaving)["hidden"], hidden)

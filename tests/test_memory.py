@@ -23,7 +23,7 @@ pytest.importorskip("pennyweight._native", reason="the native module was not bui
 from pennyweight.runtime import footprint
 from pennyweight.runtime.engine import Engine
 from pennyweight.runtime.lower import lower
-from pennyweight.sources.random import RandomWeights
+from pennyweight.runtime.sources.random import RandomWeights
 
 CONFIG = {
     "model_type": "llama",

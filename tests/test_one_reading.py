@@ -310,7 +310,7 @@ def test_a_tensor_in_two_shards(sharded):
 
 
 def test_a_hub_s_cache_is_read_through_its_links_and_named_by_its_model(pico, tmp_path):
-    from pennyweight.sources.open import open_source
+    from pennyweight.runtime.sources.open import open_source
 
     blobs = tmp_path / "models--owner--a--model" / "blobs"
     snapshot = blobs.parent / "snapshots" / "0123abcd"
@@ -373,7 +373,7 @@ def test_what_is_no_weight_file(pico, tmp_path, kind):
 
 
 def test_a_folder_that_holds_one_gguf_file_means_that(tmp_path):
-    from pennyweight.sources.open import open_source
+    from pennyweight.runtime.sources.open import open_source
 
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"a\.gguf: 4 bytes, the header alone has 24"):

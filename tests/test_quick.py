@@ -69,8 +69,8 @@ def uniform(pico, text, tmp_path_factory):
 
 def test_uniform_bits_are_the_same_everywhere_and_nothing_is_gathered(uniform):
     _, out, _, report, gathered = uniform
-    assert all(ways == {(4, 32)} for slot, ways in kept_in(out).items() if ways != {(16, 0)})
-    assert sum(ways == {(4, 32)} for ways in kept_in(out).values()) == 2 * 3 + 2
+    assert all(ways <= {(4, 32), (16, 0)} for ways in kept_in(out).values())
+    assert sum((4, 32) in ways for ways in kept_in(out).values()) == 2 * 3 + 2
     assert not gathered and all(slot["score"] == 0 for slot in report["slots"])
     assert len(report["verified"]["checks"]) == 8 and all(check["ok"] for check in report["verified"]["checks"])
     assert report["unhealed"]["kl"] > 0

@@ -106,7 +106,7 @@ def _finish(request, pico, text, folder):  # noqa: F811
     base = merged(base, {"data": {"calibration_rows": 16, "held_out_rows": 16}})
     model, out = pico(request.param), folder / "out"
     parent = plan(open_job(model, folder / "probe", merged(base, {"budget": {"weights": "100%"}})))
-    bound = f"{parent['parent']['tpot_seconds'] * 0.68 * 1e6:.4f}us"
+    bound = f"{parent['parent']['1']['tpot_seconds'] * 0.68 * 1e6:.4f}us"
     return model, out, run(model, out, merged(base, {"budget": {"tpot": bound}}))
 
 

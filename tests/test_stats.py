@@ -65,12 +65,19 @@ def test_moments_are_means_over_tokens(folder, tmp_path):
         a, b = a.flatten(0, 1), b.flatten(0, 1)
         return a.T @ b / len(a)
 
+    def share(part, output):
+        added = output if part.norm("post_norm") is None else part.norm("post_norm")(output)
+        leaving = layer.run(hidden)
+        return ((part.place.residual * added).square().sum(-1) / leaving.square().sum(-1)).mean().view(1)
+
     expected = {
         "mixer.input_moment": mean_product(x, x),
         "mixer.cross_moment": mean_product(attended, x),
         "ffn.input_moment": mean_product(z, z),
         "ffn.cross_moment": mean_product(y, z),
         "ffn.inner_moment": mean_product(inner, inner),
+        "mixer.share": share(mixer, attended),
+        "ffn.share": share(ffn, y),
         "ffn.activation_mean_abs": inner.abs().flatten(0, 1).mean(dim=0),
     }
     for name, value in expected.items():

@@ -36,7 +36,7 @@ from pennyweight.export import gguf_tokens as tokens
 from pennyweight.live.walk import RotaryEmbedding, Walk
 from pennyweight.model.blocks import Block
 from pennyweight.model.stored import BFLOAT16
-from pennyweight.sources.folder import Folder
+from pennyweight.runtime.sources.folder import Folder
 
 Rounded = Literal["f16", "q8_0"]
 _FILE_TYPES = {
@@ -379,7 +379,8 @@ def _hold_against(checkpoint: Checkpoint, file: File, divisors: np.ndarray | Non
             raise ValueError(
                 f"{checkpoint.path}: llama.cpp would compute {slot} with {said}; it cannot hold this model"
             )
-    kinds = {getattr(getattr(block.shape, "rotary", None), "of", None) for block in found.values()}
+    turning = (getattr(block.shape, "rotary", None) for block in found.values())
+    kinds = {rotary.of for rotary in turning if rotary is not None}
     for kind in sorted(kinds, key=str):
         theirs, ours = RotaryEmbedding(config, kind), RotaryEmbedding(checkpoint.config, kind)
         if divisors is not None:

@@ -18,7 +18,7 @@ from gguf import TokenType
 from pennyweight.disk.gguf.file import File
 from pennyweight.disk.gguf.vocabulary import RULES, vocabulary
 from pennyweight.disk.tokenizer import added, encode
-from pennyweight.sources.folder import Folder
+from pennyweight.runtime.sources.folder import Folder
 
 _PROBE = (
     "It's 1234567 tokens, I'LL say; don't\t we?  x=3.50 €\r\n\n\n    def f(a_b):\n\t\treturn [x*y for x in y]  # 42°C\n"

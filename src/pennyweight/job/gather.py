@@ -38,13 +38,13 @@ def singles(job: Job) -> dict[Slot, list[Choice]]:
     if not found:
         sizes = f"hidden size {job.checkpoint.config['hidden_size']}"
         raise ValueError(f"no matrix of {job.model} can be kept in fewer bits: {sizes} is not a multiple of 32")
-    return {slot: [_alike(slot, job.shapes[slot], offered, job.config.uniform)] for slot, offered in found.items()}
+    return {slot: [_alike(slot, offered, job.config.uniform)] for slot, offered in found.items()}
 
 
-def _alike(slot: Slot, shape: Shape, offered: Collection[Choice], wanted: UniformConfig) -> Choice:
+def _alike(slot: Slot, offered: Collection[Choice], wanted: UniformConfig) -> Choice:
     """The choice that stores all matrices of a slot as `wanted` says."""
-    ways = {choice: {w.stored for w in variants.reshape(shape, choice).weights() if w.is_matrix} for choice in offered}
-    one = {choice: (way.bits, way.group) for choice, stored in ways.items() if len(stored) == 1 for way in stored}
+    ways = {choice: getattr(spec, "stored", None) for choice in offered for _, spec in choice.specs}
+    one = {choice: (way.bits, way.group) for choice, way in ways.items() if way is not None}
     bits = sorted({bits for bits, _ in one.values()})
     if wanted.bits > bits[-1]:
         raise ValueError(f"{slot} can be kept in {', '.join(map(str, bits))} bits, not in {wanted.bits} or more")

@@ -34,7 +34,7 @@ from pennyweight.runs.events import Listener, Silent, waiting
 from pennyweight.runs.shared import Shared
 from pennyweight.runtime.bench import Stepper, prefill_seconds
 from pennyweight.runtime.engine import Engine, native_module, physical_cores
-from pennyweight.sources.random import RandomWeights, tensors
+from pennyweight.runtime.sources.random import RandomWeights, tensors
 
 _Timed = Attention | GatedMLP | Dense  # blocks that the engine runs; everything else is the rest
 _STACK_BYTES = 2**26  # a stack need not be larger to be read from memory; a smaller one has as many blocks as the model

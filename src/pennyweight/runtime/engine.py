@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 
 from pennyweight.runtime.lower import lower
-from pennyweight.sources.open import open_source
-from pennyweight.sources.source import Source
+from pennyweight.runtime.sources.open import open_source
+from pennyweight.runtime.sources.source import Source
 from pennyweight.units import show_bytes
 
 

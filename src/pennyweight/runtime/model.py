@@ -13,7 +13,7 @@ from pennyweight.disk.templates import Templates
 from pennyweight.disk.tokenizer import GenerationConfig
 from pennyweight.runtime.engine import Engine
 from pennyweight.runtime.generate import TooLong
-from pennyweight.sources.open import open_source
+from pennyweight.runtime.sources.open import open_source
 
 _CHARACTERS = 8  # of a text for every token that fits, to begin with
 _SPARE = 64

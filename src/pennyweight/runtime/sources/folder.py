@@ -14,7 +14,7 @@ from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.disk.opened import name_of, open_vocabulary
 from pennyweight.disk.tokenizer import Vocabulary
 from pennyweight.live.walk import Walk
-from pennyweight.sources.source import rearranged
+from pennyweight.runtime.sources.source import rearranged
 
 
 class Folder:

@@ -14,7 +14,7 @@ from pennyweight.disk.gguf.checkpoint import GgufCheckpoint
 from pennyweight.disk.gguf.file import Tensor
 from pennyweight.disk.gguf.vocabulary import vocabulary
 from pennyweight.disk.tokenizer import Vocabulary
-from pennyweight.sources.source import rearranged
+from pennyweight.runtime.sources.source import rearranged
 
 
 class GgufSource:

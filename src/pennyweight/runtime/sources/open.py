@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from pennyweight.disk.gguf.file import gguf_of
-from pennyweight.sources.folder import Folder
-from pennyweight.sources.gguf import GgufSource
-from pennyweight.sources.source import Source
+from pennyweight.runtime.sources.folder import Folder
+from pennyweight.runtime.sources.gguf import GgufSource
+from pennyweight.runtime.sources.source import Source
 
 
 def open_source(path: Path, *, mapped: bool = False) -> Source:
