@@ -233,7 +233,7 @@ def score_choices(job: Job) -> None:
     chunks, layers = _chunks(job, job.text.score), job.checkpoint.config["num_hidden_layers"]
     needed = [chunk for chunk, left in enumerate(missing) if left]
     job.listen.begin("score parent", total=len(needed), unit="chunks")
-    parents = [(job.model, chunks[c].ids, job.scratch, c, job.dtype) for c in needed]
+    parents = [(job.model, chunks[c].ids, chunks[c].scored, job.scratch, c, job.dtype) for c in needed]
     for number, _ in enumerate(executor.run(score.parent_chunk, parents, job.where), 1):
         job.listen.advance(number)
     job.listen.end()
