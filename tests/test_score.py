@@ -307,7 +307,7 @@ SHAPES = {
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 0.2, 2.0])
 @torch.no_grad()
 def test_short_distributions_give_the_kl_of_whole_ones(scale):
-    """Small damage and large; at 2.0 children are more than a nat away and are compared whole."""
+    """Small damage and large; at 2.0 children are far away and are compared whole."""
     wide = Wide()
     assert shortened.shortens(SHAPES[Slot("head")], SHAPES[Slot("head")])
     for short, whole in zip(wide.sums(scale, True), wide.sums(scale, False), strict=True):
@@ -337,14 +337,15 @@ def test_capped_logits_and_small_vocabularies_are_not_shortened():
 
 def test_comparing_short_distributions_counts_for_less():
     """The passes of a choice, in a model whose vocabulary is most of it."""
-    shapes = {Slot("embed"): Embedding(hidden_size=48, vocab_size=4000), **SHAPES}
+    large = {"hidden_size": 48, "vocab_size": 40_000}
+    shapes = {**SHAPES, Slot("embed"): Embedding(**large), Slot("head"): Head(**large)}
     of_head, of_ffn = (score.passes(slot, shapes) for slot in (Slot("head"), Slot("ffn", 0)))
     assert of_ffn - 1 < of_head / 2
 
 
 @pytest.fixture(scope="module")
 def wide_vocabulary(pico, tmp_path_factory):
-    return Scored(pico("llama", vocab_size=1200), tmp_path_factory.mktemp("wide"))
+    return Scored(pico("llama", vocab_size=2200), tmp_path_factory.mktemp("wide"))
 
 
 def test_scores_by_short_distributions(wide_vocabulary, monkeypatch, tmp_path):

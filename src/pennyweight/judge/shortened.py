@@ -1,4 +1,4 @@
-"""The parent's next-token distributions in short, so that comparing a child takes hundreds of logits a token instead of
+"""The parent's next-token distributions in short, so that comparing a child takes a thousand logits a token instead of
 the vocabulary.
 
 With differences of logits d and their mean m = sum p d, KL(parent || child) = log sum p e^(d - m), and since the terms
@@ -29,8 +29,8 @@ from pennyweight.live.walk import Walk, float_logits
 from pennyweight.model.shapes import Shape
 from pennyweight.runs.scratch import Tensors
 
-TOP, DRAWN = 256, 256
-BROKEN = 1.0
+TOP, DRAWN = 256, 768
+BROKEN = 0.25
 TOGETHER = 32  # children in a product: always as many, so that a sum does not depend on who came along
 _CONTEXTLESS = 256  # tokens whose mean distribution is that of the text
 _LOGITS_AT_ONCE = 2**23
