@@ -50,6 +50,10 @@ def fit(
     score_rows: Annotated[int | None, typer.Option(min=1)] = None,
     held_out_rows: Annotated[int | None, typer.Option(min=1)] = None,
     metric: Annotated[str | None, typer.Option(help="kl, lm, cosine or nmse; error: no child is run.")] = None,
+    race: Annotated[
+        bool | None,
+        typer.Option("--race/--no-race", help="Score on all of the text only what may be chosen (metric kl)."),
+    ] = None,
     search: Annotated[str | None, typer.Option(help="mip, greedy, uniform, random or evolve.")] = None,
     search_seed: Annotated[int | None, typer.Option(min=0, help="Of searches that draw; default: --seed.")] = None,
     solutions: Annotated[int | None, typer.Option(min=1, help="How many different solutions to list.")] = None,
@@ -109,6 +113,7 @@ def fit(
                 },
                 "heal": {"whole_tokens": heal_tokens, "local_tokens": local_tokens, "library_tokens": library_tokens},
                 "metric": metric,
+                "race": race,
                 "search": search,
                 "search_seed": search_seed,
                 "solutions": solutions,

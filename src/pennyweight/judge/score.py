@@ -29,11 +29,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
 from pennyweight.disk.opened import open_checkpoint
 from pennyweight.judge import shortened
@@ -104,7 +104,7 @@ def groups(choices: Mapping[Slot, Sequence[Choice]], hidden_bytes: int, max_pend
 
 def passes(slot: Slot, shapes: Shapes) -> float:
     """The work of scoring one choice of a slot on one chunk, in passes through a layer."""
-    return _passes_left(0 if slot.kind == "embed" else slot.layer, shapes) + _logit_passes(slot, shapes)
+    return _passes_left(0 if slot.kind == "embed" else slot.layer, shapes) + logit_passes(slot, shapes)
 
 
 def _passes_left(layer: int | None, shapes: Shapes) -> int:
@@ -112,7 +112,7 @@ def _passes_left(layer: int | None, shapes: Shapes) -> int:
     return 0 if layer is None else 1 + max(slot.layer or 0 for slot in shapes) - layer
 
 
-def _logit_passes(slot: Slot, shapes: Shapes) -> float:
+def logit_passes(slot: Slot, shapes: Shapes) -> float:
     """How many passes through a layer comparing logits of a slot's choice takes as long as."""
     layer = sum(shape.flops for slot, shape in shapes.items() if slot.layer == 0)
     logits = next(shape for shape in shapes.values() if shape.makes_logits)
@@ -198,7 +198,7 @@ class _Progress:
         compared = [0] * len(self._every) if found is None else (found["done"] / found["sums"].shape[1]).tolist()
         done = 0.0
         for (slot, choice), share in zip(self._every, compared, strict=True):
-            done += share * _logit_passes(slot, shapes)
+            done += share * logit_passes(slot, shapes)
             layers = [layer for layer, _ in self._files((slot, choice))]
             if layers:
                 begun = 0 if slot.kind == "embed" else slot.layer
@@ -443,7 +443,7 @@ class _Adding:
         parts = zip(kl.double().split(STRETCH), lm.double().split(STRETCH), strict=True)
         found = [(float(kl.sum()), float(lm.sum())) for kl, lm in parts]
         self.by_stretch[row.of] += found
-        executor.tick(len(found) * _logit_passes(row.of[0], self._shapes) / self._stretches)
+        executor.tick(len(found) * logit_passes(row.of[0], self._shapes) / self._stretches)
 
     def tick(self) -> None:
         if self._progress is not None:
