@@ -74,6 +74,9 @@ def fit(
     prices: Annotated[str | None, typer.Option(help="computed or measured.")] = None,
     max_ram: Annotated[str | None, typer.Option(help="Memory the job may plan with, e.g. 8GiB or 50%.")] = None,
     max_disk: Annotated[str | None, typer.Option(help="Most that the run folder may take, e.g. 5GiB.")] = None,
+    hours: Annotated[
+        float | None, typer.Option(help="Do less of what takes long, to be done in so many hours on this machine.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
     config: Annotated[Path | None, typer.Option(help="YAML file with the same keys; flags win.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; default <out>.run.")] = None,
@@ -114,6 +117,7 @@ def fit(
                 "heal": {"whole_tokens": heal_tokens, "local_tokens": local_tokens, "library_tokens": library_tokens},
                 "metric": metric,
                 "race": race,
+                "hours": hours,
                 "search": search,
                 "search_seed": search_seed,
                 "solutions": solutions,

@@ -10,6 +10,7 @@ from typing import Any
 
 from pennyweight import units, variants
 from pennyweight.heal.schedule import JUDGES
+from pennyweight.job import hours
 from pennyweight.job.gather import parts_of, rows_of, singles, wanted_of
 from pennyweight.job.job import Job
 from pennyweight.job.library import learns
@@ -47,6 +48,10 @@ def plan(job: Job) -> dict[str, Any]:
     first, choices = first_share(job), sum(map(len, singles(job).values()))
     if first < 1:
         told += f"; {choices} choices are scored on {first:.0%} of the text, those that may be chosen on the rest"
+    takes = hours.seconds(config, job.checkpoint.config, job.listen)
+    told += f"; about {units.show_seconds(sum(takes.values()))} on this machine"
+    if job.in_time is not None and job.in_time.left_out:
+        told += f"; {job.in_time.left_out}"
     job.listen.end(told)
     return {
         "disk_bytes": needs.bytes,
@@ -55,6 +60,8 @@ def plan(job: Job) -> dict[str, Any]:
         "prices": how,
         "choices": choices,
         "first_share": round(first, 4),
+        "seconds": takes,
+        "left_out": "" if job.in_time is None else job.in_time.left_out,
         "slots": len(job.shapes),
         "dtype": str(job.dtype),
     }
