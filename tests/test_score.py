@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from pennyweight import kinds, variants
 from pennyweight.disk.checkpoint import Checkpoint
-from pennyweight.judge import codes, score, stats
+from pennyweight.judge import codes, score, shortened, stats
 from pennyweight.judge.stats import SlotStats, of_slot
 from pennyweight.live.walk import Layer, Walk
 from pennyweight.model.choices import PARENT, Choice
-from pennyweight.model.shapes import Attention, GatedMLP
+from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head
 from pennyweight.model.slots import Slot
 from pennyweight.prices.offers import single_choices
 from pennyweight.runs import executor
@@ -51,7 +53,7 @@ class Scored:
             found = single_choices(shape, axes, scored_tokens=TOKENS)
             if found:
                 self.choices[slot] = [PARENT, *found]
-        score.parent_chunk(folder, ids(), work, 0, dtype)
+        score.parent_chunk(folder, ids(), scored(), work, 0, dtype)
         hidden_bytes = ROWS * TOKENS * 64 * 4
         self.groups = score.groups(self.choices, hidden_bytes, max_pending)
         self.out: dict = {}
@@ -197,7 +199,7 @@ def test_the_parent_s_states_are_made_again_where_they_are_gone(tied, layer, mon
     before, ran, run = path.read_bytes(), [], Layer.run
     path.write_bytes(before[:-2] + bytes([before[-2] ^ 1]) + before[-1:])
     monkeypatch.setattr(Layer, "run", lambda self, *args, **more: ran.append(self.index) or run(self, *args, **more))
-    score.parent_chunk(tied.folder, ids(), tied.work, 0, tied.dtype)
+    score.parent_chunk(tied.folder, ids(), scored(), tied.work, 0, tied.dtype)
     assert path.read_bytes() == before
     assert ran == list(range(max(0, layer - 1), 3))
 
@@ -242,3 +244,135 @@ def test_divergence_survives_huge_differences():
     assert torch.isfinite(kl).all()
     assert float(kl) > 50
     assert torch.isfinite(lm).all()
+
+
+def test_divergence_of_small_differences_is_not_what_rounding_of_their_mean_makes_of_it():
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(64, 50_000, generator=generator)
+    difference = 3.0 + 1e-3 * torch.randn(64, 50_000, generator=generator)
+    p = logits.double().log_softmax(-1)
+    q = (logits.double() + difference.double()).log_softmax(-1)
+    kl, _ = score.divergence(logits.softmax(-1), difference, torch.zeros(64, 1, dtype=torch.int64))
+    torch.testing.assert_close(kl.double(), (p.exp() * (p - q)).sum(-1), rtol=2e-3, atol=0)
+
+
+class Wide:
+    """A parent's states that make distributions over 4000 tokens, and what `walk` is asked of it."""
+
+    divisor, logits_slot = 2.0, Slot("head")
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows = torch.randn(4000, 48, generator=generator)
+        self.states = 1.5 * torch.randn(256, 48, generator=generator)
+        self.noise = torch.randn(3, 256, 48, generator=generator)
+        self.targets = torch.randint(4000, (256,), generator=generator)
+
+    def matrix(self, slot):
+        return self.rows
+
+    def finished(self, products):
+        return products / self.divisor
+
+    def change_of_logits(self, products, change):
+        return change / self.divisor
+
+    @property
+    def shapes(self):
+        return SHAPES
+
+    def sums(self, scale: float, short: bool) -> list[score.Sums]:
+        head = torch.nn.Linear(48, 4000, bias=False)
+        head.weight = torch.nn.Parameter(self.rows, requires_grad=False)
+        parent = score._Parent(self, head, self.states, self.targets)  # pyright: ignore[reportArgumentType]
+        children = [
+            score._Compared((Slot("ffn", 0), f"{number}"), dict(EMPTY), self.states + scale * noise)  # pyright: ignore
+            for number, noise in enumerate(self.noise)
+        ]
+        if short:
+            found = shortened.shorten(self, self.states, seed=0)  # pyright: ignore[reportArgumentType]
+            score._short_sums(parent, found, children, None)
+        else:
+            score._whole_sums(parent, children, None)
+        return [child.sums for child in children]
+
+
+EMPTY = {"kl": 0.0, "lm": 0.0, "kl_by_stretch": []}
+SHAPES = {
+    Slot("ffn", 0): GatedMLP(hidden_size=48, intermediate_size=128),
+    Slot("head"): Head(hidden_size=48, vocab_size=4000),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 0.2, 2.0])
+@torch.no_grad()
+def test_short_distributions_give_the_kl_of_whole_ones(scale):
+    """Small damage and large; at 2.0 children are far away and are compared whole."""
+    wide = Wide()
+    assert shortened.shortens(SHAPES[Slot("head")], SHAPES[Slot("head")])
+    for short, whole in zip(wide.sums(scale, True), wide.sums(scale, False), strict=True):
+        assert short["kl"] == pytest.approx(whole["kl"], rel=3e-3)
+        assert short["lm"] == pytest.approx(whole["lm"], rel=3e-3, abs=3e-3 * whole["kl"])
+        assert sum(short["kl_by_stretch"]) == pytest.approx(short["kl"], rel=1e-6)
+        assert len(short["kl_by_stretch"]) == 256 / score.STRETCH
+    assert all(each["kl"] == each["lm"] == 0 for each in wide.sums(0.0, True))
+
+
+@torch.no_grad()
+def test_a_child_s_sums_do_not_depend_on_who_is_compared_with_it():
+    wide = Wide()
+    together = wide.sums(0.1, True)
+    for number in range(3):
+        alone = Wide()
+        alone.noise = wide.noise[number : number + 1]
+        assert alone.sums(0.1, True) == together[number : number + 1]
+
+
+def test_capped_logits_and_small_vocabularies_are_not_shortened():
+    wide, small = Head(hidden_size=48, vocab_size=4000), Head(hidden_size=48, vocab_size=1000)
+    assert shortened.shortens(wide, wide)
+    assert not shortened.shortens(small, small)
+    assert not shortened.shortens(replace(wide, cap=30.0), wide)
+
+
+def test_comparing_short_distributions_counts_for_less():
+    """The passes of a choice, in a model whose vocabulary is most of it."""
+    large = {"hidden_size": 48, "vocab_size": 40_000}
+    shapes = {**SHAPES, Slot("embed"): Embedding(**large), Slot("head"): Head(**large)}
+    of_head, of_ffn = (score.passes(slot, shapes) for slot in (Slot("head"), Slot("ffn", 0)))
+    assert of_ffn - 1 < of_head / 2
+
+
+@pytest.fixture(scope="module")
+def wide_vocabulary(pico, tmp_path_factory):
+    return Scored(pico("llama", vocab_size=2200), tmp_path_factory.mktemp("wide"))
+
+
+def test_scores_by_short_distributions(wide_vocabulary, monkeypatch, tmp_path):
+    """Through the files of a run: near those of the whole vocabulary, exactly zero for the parent's choice, and the
+    same when a task was killed in the middle of comparing."""
+    run = wide_vocabulary
+    assert score._short_path(run.work, 0).exists()
+    monkeypatch.setattr(shortened, "shortens", lambda head, logits: False)
+    whole = Scored(run.folder, tmp_path)
+    monkeypatch.undo()
+    assert not score._short_path(tmp_path, 0).exists()
+    differ = 0
+    for slot, offered in run.choices.items():
+        assert score.mean(run.out[str(slot)][PARENT.key()]) == dict.fromkeys(score.METRICS, 0.0)
+        for choice in offered:
+            short, other = (each.out[str(slot)][choice.key()] for each in (run, whole))
+            assert short["kl"] == pytest.approx(other["kl"], rel=0.02), f"{slot} {choice}"
+            differ += short["kl"] != other["kl"]
+    assert differ > 10
+    monkeypatch.setattr(score, "_KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(score, "_KEEP_SHARE", float("inf"))
+    group, shapes = run.groups[1], run.walk.shapes
+    total = sum(score.passes(slot, shapes) * len(offered) for slot, offered in group.slots)
+    with pytest.raises(KeyboardInterrupt):
+        Counted(run, group, stop=total - 1)
+    done = score.passes_done(run.work, 0, group, shapes)
+    assert 0 < done < total
+    again = Counted(run, group)
+    assert again.steps == pytest.approx(total - done)
+    assert again.found == {str(slot): run.out[str(slot)] for slot, _ in group.slots}

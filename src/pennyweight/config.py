@@ -99,7 +99,9 @@ class FitConfig(_Strict):
     """Everything that decides the result of a fit, except the model and its text.
 
     Scores are of children with one slot changed, compared by `metric`; "error" runs no child and goes by second moments
-    (judge/moments.py), which only tells ways of storing apart. With `uniform` nothing is judged.
+    (judge/moments.py), which only tells ways of storing apart. With `uniform` nothing is judged. With `race` a choice
+    is scored on all of the text only as long as it may be chosen (job/race.py; the metric kl alone). With `hours`
+    a job does less of what takes long, to be done in time on this machine (job/hours.py).
 
     `seed` deals out the rows of text; `search_seed` (None: the same) is that of searches which draw. max_pending bounds
     the hidden states held while scoring; max_ram (a size, or a share of this machine's memory) says whether whole
@@ -113,6 +115,8 @@ class FitConfig(_Strict):
     axes: tuple[str, ...] = Field(default_factory=variants.default)
     metric: Literal["kl", "lm", "cosine", "nmse", "error"] = "kl"
     uniform: UniformConfig | None = None
+    race: bool = True
+    hours: float | None = Field(default=None, gt=0)
     search: str = "mip"
     search_seed: int | None = Field(default=None, ge=0)
     solutions: int = Field(default=1, ge=1)

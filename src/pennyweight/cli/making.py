@@ -50,6 +50,10 @@ def fit(
     score_rows: Annotated[int | None, typer.Option(min=1)] = None,
     held_out_rows: Annotated[int | None, typer.Option(min=1)] = None,
     metric: Annotated[str | None, typer.Option(help="kl, lm, cosine or nmse; error: no child is run.")] = None,
+    race: Annotated[
+        bool | None,
+        typer.Option("--race/--no-race", help="Score on all of the text only what may be chosen (metric kl)."),
+    ] = None,
     search: Annotated[str | None, typer.Option(help="mip, greedy, uniform, random or evolve.")] = None,
     search_seed: Annotated[int | None, typer.Option(min=0, help="Of searches that draw; default: --seed.")] = None,
     solutions: Annotated[int | None, typer.Option(min=1, help="How many different solutions to list.")] = None,
@@ -70,6 +74,9 @@ def fit(
     prices: Annotated[str | None, typer.Option(help="computed or measured.")] = None,
     max_ram: Annotated[str | None, typer.Option(help="Memory the job may plan with, e.g. 8GiB or 50%.")] = None,
     max_disk: Annotated[str | None, typer.Option(help="Most that the run folder may take, e.g. 5GiB.")] = None,
+    hours: Annotated[
+        float | None, typer.Option(help="Do less of what takes long, to be done in so many hours on this machine.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
     config: Annotated[Path | None, typer.Option(help="YAML file with the same keys; flags win.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; default <out>.run.")] = None,
@@ -109,6 +116,8 @@ def fit(
                 },
                 "heal": {"whole_tokens": heal_tokens, "local_tokens": local_tokens, "library_tokens": library_tokens},
                 "metric": metric,
+                "race": race,
+                "hours": hours,
                 "search": search,
                 "search_seed": search_seed,
                 "solutions": solutions,

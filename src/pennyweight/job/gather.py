@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pennyweight import texts, units, variants
 from pennyweight.config import UniformConfig
+from pennyweight.job import text as _text
 from pennyweight.job.job import Job
-from pennyweight.judge import codes, moments, score, stats
+from pennyweight.judge import codes, moments, partial, score, stats
 from pennyweight.model.choices import Choice
 from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
@@ -23,6 +26,8 @@ from pennyweight.prices import offers
 from pennyweight.runs import executor, scratch
 
 Choices = Mapping[Slot, Collection[Choice]]
+Round = list[str]
+"""Keys of scores that are made together."""
 
 
 def singles(job: Job) -> dict[Slot, list[Choice]]:
@@ -54,27 +59,79 @@ def _alike(slot: Slot, offered: Collection[Choice], wanted: UniformConfig) -> Ch
     return next(choice for choice, way in one.items() if way == (nearest, widest))
 
 
+def parts_of(job: Job) -> list[list[int]]:
+    """Numbers of the chunks of the scored text, by the parts that choices are raced over; errors are not of any text,
+    and what is not raced is scored in one go."""
+    if job.config.metric == "error":
+        return [[0]]
+    sizes = _text.score_parts(job.config, job.row_tokens)
+    ends = list(accumulate(map(len, sizes)))
+    parts = [list(range(end - len(own), end)) for own, end in zip(sizes, ends, strict=True)]
+    raced = job.config.race and job.config.metric == "kl" and job.config.uniform is None
+    return parts if raced else [[chunk for part in parts for chunk in part]]
+
+
 def chunk_count(job: Job) -> int:
-    """Parts of the scored text; errors are not of any text."""
-    return 1 if job.config.metric == "error" else -(-job.config.data.score_rows // job.config.data.rows_per_chunk)
+    """Chunks of the scored text."""
+    return sum(map(len, parts_of(job)))
+
+
+def rows_of(job: Job) -> list[int]:
+    """Rows of every chunk of the scored text; errors are not of any text."""
+    if _kind(job) == "error":
+        return [1]
+    return [rows for part in _text.score_parts(job.config, job.row_tokens) for rows in part]
 
 
 def _kind(job: Job) -> str:
     return "error" if job.config.metric == "error" else "score"
 
 
-def _key(job: Job, chunk: int, slot: Slot, choice: Choice) -> str:
+def key_of(job: Job, chunk: int, slot: Slot, choice: Choice) -> str:
     return f"{_kind(job)}/{chunk}/{slot}/{choice.key()}"
 
 
-def unscored(job: Job) -> list[dict[Slot, list[Choice]]]:
-    """By chunk, the choices that have no score yet."""
-    known, every = job.store.values(f"{_kind(job)}/", dict[str, float]), singles(job)
-    missing = []
+def scored_keys(job: Job) -> set[str]:
+    """Of the scores that there are."""
+    return set(_known(job))
+
+
+def _known(job: Job) -> dict[str, Any]:
+    return job.store.values(f"{_kind(job)}/", dict[str, float] if _kind(job) == "error" else score.Sums)
+
+
+def unscored(job: Job, wanted: Collection[str] | None = None) -> list[dict[Slot, list[Choice]]]:
+    """By chunk, the choices that have no score yet; only those of some keys, if they are given."""
+    known, every, missing = scored_keys(job), singles(job), []
+    asked = None if wanted is None else set(wanted)
     for chunk in range(chunk_count(job)):
-        left = {slot: [c for c in offered if _key(job, chunk, slot, c) not in known] for slot, offered in every.items()}
+        left: dict[Slot, list[Choice]] = {}
+        for slot, offered in every.items():
+            keys = {choice: key_of(job, chunk, slot, choice) for choice in offered}
+            left[slot] = [c for c, key in keys.items() if key not in known and (asked is None or key in asked)]
         missing.append({slot: offered for slot, offered in left.items() if offered})
     return missing
+
+
+def choices_of(job: Job, wanted: Collection[str]) -> dict[Slot, list[Choice]]:
+    """The choices whose scores have these keys."""
+    asked, chunks = set(wanted), range(chunk_count(job))
+    found = {
+        slot: [choice for choice in own if any(key_of(job, chunk, slot, choice) in asked for chunk in chunks)]
+        for slot, own in singles(job).items()
+    }
+    return {slot: own for slot, own in found.items() if own}
+
+
+def passes_of(job: Job) -> dict[str, float]:
+    """The work of every score, by key, in passes of a row through a layer."""
+    work, rows = {slot: score.passes(slot, job.shapes) for slot in job.shapes}, rows_of(job)
+    return {
+        key_of(job, chunk, slot, choice): rows[chunk] * work[slot]
+        for slot, own in singles(job).items()
+        for choice in own
+        for chunk in range(chunk_count(job))
+    }
 
 
 def wanted_of(job: Job, slot: Slot) -> tuple[str, ...]:
@@ -100,7 +157,7 @@ class _Gathering:
 
     def __init__(self, job: Job, choices: Choices) -> None:
         self.job = job
-        self.known = job.store.values("error/", dict[str, float]) if job.config.metric == "error" else {}
+        self.known = scored_keys(job) if job.config.metric == "error" else set[str]()
         self.layers: dict[int | None, dict[Slot, Collection[Choice]]] = {}
         for slot, offered in choices.items():
             self.layers.setdefault(slot.layer, {})[slot] = offered
@@ -111,7 +168,7 @@ class _Gathering:
         lacking |= passed
         if not lacking:
             return
-        chunks = _chunks(self.job, self.job.text.calibration) if passed else []
+        chunks = _chunks(self.job.text.calibration, self._sizes()) if passed else []
         first = self._first(passed, len(chunks))
         through = range(first, max(passed, default=-1) + 1)
         matrices = {layer: sum(len(self._wanted(slot)) for slot in self.layers[layer]) for layer in lacking}
@@ -136,6 +193,12 @@ class _Gathering:
             stats.hidden_path(job.scratch, number, through.stop).unlink(missing_ok=True)
         job.listen.end()
 
+    def _sizes(self) -> list[int]:
+        """Rows of the chunks of calibration."""
+        data = self.job.config.data
+        starts = range(0, data.calibration_rows, data.rows_per_chunk)
+        return [min(data.rows_per_chunk, data.calibration_rows - start) for start in starts]
+
     def _wanted(self, slot: Slot) -> dict[str, object]:
         return codes.wanted(self.job.shapes[slot], self.layers[slot.layer][slot])  # type: ignore[return-value]
 
@@ -155,7 +218,7 @@ class _Gathering:
     def _is_judged(self, layer: int | None) -> bool:
         """Whether nothing is to be judged while its moments are at hand, or it has been."""
         job, own = self.job, self.layers[layer]
-        every = (_key(job, 0, slot, choice) for slot, offered in own.items() for choice in offered)
+        every = (key_of(job, 0, slot, choice) for slot, offered in own.items() for choice in offered)
         return job.config.metric != "error" or all(key in self.known for key in every)
 
     def _stats_are_there(self, layer: int, lacking: Collection[int | None]) -> bool:
@@ -221,36 +284,40 @@ class _Gathering:
         if job.config.metric == "error" and here:
             task = (job.model, here, tensors, job.codes, job.dtype)
             (found,) = executor.run(moments.errors, [task], job.where)
-            keys = {(slot, choice): _key(job, 0, slot, choice) for slot, own in here.items() for choice in own}
+            keys = {(slot, choice): key_of(job, 0, slot, choice) for slot, own in here.items() for choice in own}
             job.store.put_all({key: {"error": found[str(s)][choice.key()]} for (s, choice), key in keys.items()})
 
 
-def score_choices(job: Job) -> None:
-    """All replace-1-block scores, `score/<chunk>/<slot>/<choice key>` in the store: sums of every metric."""
-    missing = unscored(job)
+def score_choices(job: Job, wanted: Collection[str] | None = None) -> None:
+    """Replace-1-block scores, `score/<chunk>/<slot>/<choice key>` in the store: sums of every metric. All of them, or
+    those of some keys; what there is already is not made again."""
+    missing = unscored(job, wanted)
     if not any(missing):
         return
-    chunks, layers = _chunks(job, job.text.score), job.checkpoint.config["num_hidden_layers"]
+    rows, layers = rows_of(job), job.checkpoint.config["num_hidden_layers"]
+    chunks = _chunks(job.text.score, rows)
     needed = [chunk for chunk, left in enumerate(missing) if left]
     job.listen.begin("score parent", total=len(needed), unit="chunks")
-    parents = [(job.model, chunks[c].ids, job.scratch, c, job.dtype) for c in needed]
+    parents = [(job.model, chunks[c].ids, chunks[c].scored, job.scratch, c, job.dtype) for c in needed]
     for number, _ in enumerate(executor.run(score.parent_chunk, parents, job.where), 1):
         job.listen.advance(number)
     job.listen.end()
-    hidden_bytes = 4 * job.config.data.rows_per_chunk * job.row_tokens * job.checkpoint.config["hidden_size"]
+    row_bytes = 4 * job.row_tokens * job.checkpoint.config["hidden_size"]
     most = units.parse_bytes(job.config.max_pending)
-    todo = [(c, group) for c in needed for group in score.groups(missing[c], hidden_bytes, most)]
+    todo = [(c, group) for c in needed for group in score.groups(missing[c], rows[c] * row_bytes, most)]
+    # In passes of a row through a layer, so that a choice counts for as long as it takes.
     work = {slot: score.passes(slot, job.shapes) for slot in job.shapes}
-    total = chunk_count(job) * sum(work[slot] * len(offered) for slot, offered in singles(job).items())
-    sizes = [sum(work[slot] * len(offered) for slot, offered in group.slots) for _, group in todo]
-    before = [score.passes_done(job.scratch, c, group, job.shapes) for c, group in todo]
+    sizes = [rows[c] * sum(work[slot] * len(offered) for slot, offered in group.slots) for c, group in todo]
+    before = [rows[c] * score.passes_done(job.scratch, c, group, job.shapes) for c, group in todo]
+    known, every = scored_keys(job), passes_of(job)
+    total = sum(sizes) + sum(size for key, size in every.items() if key in known)
     done = total - sum(sizes) + sum(before)
-    # In passes through a layer, so that a choice counts for as long as it takes.
     job.listen.begin("score", total=round(total), done=int(done), unit="passes")
+    at = 0
 
     def heard(steps: float) -> None:
         nonlocal done
-        done += steps
+        done += rows[todo[at][0]] * steps
         job.listen.advance(round(done))
 
     files = {layer: job.store.path(f"stats/{layer}") for layer in range(layers)}
@@ -262,28 +329,66 @@ def score_choices(job: Job) -> None:
     ended = total - sum(sizes) + sum(before)
     for (c, group), size, found, result in zip(todo, sizes, before, ran, strict=True):
         kept = {(slot, choice): result[str(slot)][choice.key()] for slot, offered in group.slots for choice in offered}
-        job.store.put_all({_key(job, c, slot, choice): sums for (slot, choice), sums in kept.items()})
+        job.store.put_all({key_of(job, c, slot, choice): sums for (slot, choice), sums in kept.items()})
         score.forget(job.scratch, c, group)
         ended += size - found
-        heard(ended - done)  # where tasks run elsewhere nobody has heard their steps
+        done = ended  # where tasks run elsewhere nobody has heard their steps
+        job.listen.advance(round(done))
+        at += 1
     shutil.rmtree(job.scratch, ignore_errors=True)
     job.listen.end()
 
 
-def _chunks(job: Job, rows: texts.Rows) -> list[texts.Rows]:
-    size = job.config.data.rows_per_chunk
-    return [rows.pick(np.arange(start, min(start + size, len(rows.ids)))) for start in range(0, len(rows.ids), size)]
+def _chunks(rows: texts.Rows, sizes: Collection[int]) -> list[texts.Rows]:
+    ends = list(accumulate(sizes))
+    starts = (end - size for size, end in zip(sizes, ends, strict=True))
+    return [rows.pick(np.arange(start, end)) for start, end in zip(starts, ends, strict=True)]
 
 
 def scores(job: Job) -> dict[Slot, dict[str, dict[str, float]]]:
-    """{slot: {choice key: {metric: mean}}} over all chunks, summed in a fixed order; empty where nothing is judged."""
+    """{slot: {choice key: {metric: mean}}} over the chunks that were scored, summed in a fixed order; empty where
+    nothing is judged. The KL of a choice that was scored on a part of the text is that of the whole, as estimated."""
     if job.config.uniform is not None:
         return {}
-    known = job.store.values(f"{_kind(job)}/", dict[str, float])
+    known, carried = _known(job), {} if _kind(job) == "error" else estimated(job)
     found: dict[Slot, dict[str, dict[str, float]]] = {}
     for slot, offered in singles(job).items():
         for choice in offered:
-            sums = [known[_key(job, chunk, slot, choice)] for chunk in range(chunk_count(job))]
-            total = {name: float(sum(each[name] for each in sums)) for name in sums[0]}
-            found.setdefault(slot, {})[choice.key()] = total if _kind(job) == "error" else score.mean(total)
+            sums = _in_order(job, known, slot, choice)
+            names = [name for name in sums[0] if name != "kl_by_stretch"]
+            total: Any = {name: float(sum(each[name] for each in sums)) for name in names}
+            if _kind(job) == "score":
+                total = score.mean(total)
+                if len(sums) < chunk_count(job):
+                    total["kl"] = carried[slot][choice.key()].mean
+            found.setdefault(slot, {})[choice.key()] = total
+    return found
+
+
+def estimated(job: Job) -> dict[Slot, dict[str, partial.Estimate]]:
+    """The KL of every choice over the whole scored text, and how sure it is (judge/partial.py)."""
+    known, every = _known(job), singles(job)
+    sums = {
+        slot: {
+            choice.key(): np.array([kl for each in _in_order(job, known, slot, choice) for kl in each["kl_by_stretch"]])
+            for choice in own
+        }
+        for slot, own in every.items()
+    }
+    tokens = {int(key.split("/")[1]): int(found["tokens"]) for key, found in known.items()}
+    stretches: list[int] = []
+    for chunk, rows in enumerate(rows_of(job)):
+        whole, rest = divmod(tokens.get(chunk, rows * job.row_tokens), score.STRETCH)  # or as many as there may be
+        stretches += [score.STRETCH] * whole + [rest] * (rest > 0)
+    return partial.estimates(sums, stretches)
+
+
+def _in_order(job: Job, known: Mapping[str, Any], slot: Slot, choice: Choice) -> list[Any]:
+    """A choice's scores, of the first chunks on. Raises KeyError if it has none."""
+    found = [known[key_of(job, 0, slot, choice)]]
+    for chunk in range(1, chunk_count(job)):
+        key = key_of(job, chunk, slot, choice)
+        if key not in known:
+            break
+        found.append(known[key])
     return found

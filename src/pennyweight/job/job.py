@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +16,9 @@ import torch
 from pennyweight import families, texts, units
 from pennyweight.config import FitConfig
 from pennyweight.disk.opened import Readable, open_checkpoint, open_vocabulary
-from pennyweight.job import outputs
+from pennyweight.job import hours, outputs
 from pennyweight.job import text as _text
+from pennyweight.job.hours import InTime
 from pennyweight.live.load import compute_dtype
 from pennyweight.live.walk import Walk
 from pennyweight.model.blocks import Block
@@ -59,6 +60,7 @@ class Job:
     origin: Mapping[str, Any]
     dry: bool = False
     lock: Lock | None = None
+    in_time: InTime | None = None
     planned: dict[str, Any] | None = None
     """What the plan said before the run folder was made."""
     codes_seen: set[str] = field(default_factory=set)
@@ -89,7 +91,10 @@ class Job:
         origin, Held if another process works on it."""
         assert not self.dry, "a dry run leaves nothing behind"
         self.lock = self.lock or Lock(self.run)
-        return Store(self.run, self.origin)
+        store = Store(self.run, self.origin)
+        if self.in_time is not None:
+            store.put("hours", asdict(self.in_time))
+        return store
 
     @cached_property
     def walk(self) -> Walk:
@@ -186,6 +191,10 @@ def open_job(
     engine = executor.named(where)
     folder = outputs.run_folder(out, run)
     checkpoint = open_checkpoint(model)
+    listen, in_time = listen or Silent(), None
+    if config.hours is not None:
+        in_time = hours.in_time(config, checkpoint.config, Store.peek(folder, "hours"), listen)
+        config = in_time.applied(config)
     if "quantization_config" in checkpoint.config:
         raise ValueError(
             f"{model} is quantised already; start from its 16-bit original, so that every slot can choose its bits"
@@ -196,7 +205,6 @@ def open_job(
     walk_check = Walk(checkpoint)
     tokenizer = open_vocabulary(model).tokenizer
     documents = None if config.data.text in ("builtin", "parent") else texts.from_path(Path(config.data.text))
-    listen = listen or Silent()
     with waiting(listen, "read inputs"):  # every byte of them
         origin = {
             "model": checkpoint.fingerprint(),
@@ -211,7 +219,7 @@ def open_job(
                 "threads": torch.get_num_threads(),
             },
         }
-    job = Job(model, out, config, folder, engine, listen, checkpoint, tokenizer, origin, dry, lock)
+    job = Job(model, out, config, folder, engine, listen, checkpoint, tokenizer, origin, dry, lock, in_time)
     assert walk_check.shapes == job.shapes
     if not dry and folder.exists():
         try:

@@ -20,7 +20,7 @@ from pennyweight.runs import executor
 def train_library(job: Job, choices: Mapping[Slot, Collection[Choice]] | None = None) -> None:
     """See that every variant among `choices` that can learn has (of all that are not scored yet, if none are given).
     What has is not trained again."""
-    _forget_others(job)
+    forget_other_courses(job)
     course = course_of(job)
     if job.library is None or course is None:
         return
@@ -86,10 +86,10 @@ def _is_there(job: Job, slot: Slot, choice: Choice) -> bool:
     return choice.key() in _told(job, slot) and library.losses(job.library, slot, choice) is not None
 
 
-def _forget_others(job: Job) -> None:
+def forget_other_courses(job: Job) -> None:
     """Variants that took another course, or none, and what was scored with them."""
     course = course_of(job)
     if course is None and not job.store.knows_inputs("library"):
         return  # nothing was ever trained here; scores are of variants as they begin
-    if not job.store.made_from("library", {} if course is None else asdict(course), "library/", "score/"):
+    if not job.store.made_from("library", {} if course is None else asdict(course), "library/", "score/", "race/"):
         shutil.rmtree(job.run / "library", ignore_errors=True)

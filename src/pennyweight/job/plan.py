@@ -10,10 +10,11 @@ from typing import Any
 
 from pennyweight import units, variants
 from pennyweight.heal.schedule import JUDGES
-from pennyweight.job.gather import chunk_count, singles, wanted_of
+from pennyweight.job import hours
+from pennyweight.job.gather import parts_of, rows_of, singles, wanted_of
 from pennyweight.job.job import Job
 from pennyweight.job.library import learns
-from pennyweight.judge import codes
+from pennyweight.judge import codes, score, shortened
 from pennyweight.live import magnitudes
 from pennyweight.model.demand import batches
 from pennyweight.model.slots import Slot
@@ -43,16 +44,34 @@ def plan(job: Job) -> dict[str, Any]:
     job.listen.advance(1)
     bounds = f"; a share of the weights is one of {units.show_bytes(job.parent_bytes)}, the parent in 16 bits"
     shares = "%" in (config.budget.weights or "")
-    job.listen.end(f"the run folder takes up to {units.show_bytes(needs.bytes)}{bounds if shares else ''}")
+    told = f"the run folder takes up to {units.show_bytes(needs.bytes)}{bounds if shares else ''}"
+    first, choices = first_share(job), sum(map(len, singles(job).values()))
+    if first < 1:
+        told += f"; {choices} choices are scored on {first:.0%} of the text, those that may be chosen on the rest"
+    takes = hours.seconds(config, job.checkpoint.config, job.listen)
+    told += f"; about {units.show_seconds(sum(takes.values()))} on this machine"
+    if job.in_time is not None and job.in_time.left_out:
+        told += f"; {job.in_time.left_out}"
+    job.listen.end(told)
     return {
         "disk_bytes": needs.bytes,
         "parent_bytes": job.parent_bytes,
         "parent": {str(batch.concurrency): model_figures(job.shapes, batch, seconds) for batch in found.offered},
         "prices": how,
-        "choices": sum(map(len, singles(job).values())),
+        "choices": choices,
+        "first_share": round(first, 4),
+        "seconds": takes,
+        "left_out": "" if job.in_time is None else job.in_time.left_out,
         "slots": len(job.shapes),
         "dtype": str(job.dtype),
     }
+
+
+def first_share(job: Job) -> float:
+    """The share of the text that all choices are scored on, whatever comes of it; 1 if none are told early that they
+    will not be chosen."""
+    rows, parts = rows_of(job), parts_of(job)
+    return sum(rows[chunk] for chunk in parts[0]) / sum(rows[chunk] for part in parts for chunk in part)
 
 
 @dataclass(frozen=True)
@@ -87,7 +106,11 @@ def _disk_bytes(job: Job, *, thrifty: bool) -> int:
     chunk = rows.rows_per_chunk * hidden
     most = max(units.parse_bytes(config.max_pending), *(len(own) * chunk for own in offered.values()), 0)
     pending = min(most, sum(len(own) * chunk for own in offered.values())) + chunk
-    scoring = chunk_count(job) * chunk * (layers + 1) + pending
+    short = 0
+    if shortened.shortens(job.shapes[Slot("head")], job.shapes[job.walk.logits_slot]):
+        short = job.row_tokens * 8 * (shortened.TOP + shortened.DRAWN) + hidden
+    scoring = rows.score_rows * (hidden * (layers + 1) + short) + pending
+    compared = 24 * rows.score_rows * -(-job.row_tokens // score.STRETCH) * sum(map(len, offered.values()))
     again = sum(_stats_bytes(job, slot, codes.spent(shape, config.axes)) for slot, shape in job.shapes.items())
     for slot, own in offered.items():
         again += sum(weight.nbytes for weight, _ in codes.wanted(job.shapes[slot], own).values())
@@ -106,7 +129,7 @@ def _disk_bytes(job: Job, *, thrifty: bool) -> int:
         kept + child + 2 * local + 13 * all_of_it,
         kept + child + (0 if thrifty else local) + 2 * shipped + 2 * rows.calibration_rows * hidden,
     )
-    return max(stages) + _SMALL
+    return max(stages) + compared + _SMALL
 
 
 _SMALL = 2**24

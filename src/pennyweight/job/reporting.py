@@ -13,6 +13,7 @@ import transformers
 
 from pennyweight.disk.opened import name_of
 from pennyweight.job import checks as verify
+from pennyweight.job import race
 from pennyweight.job.gather import scores
 from pennyweight.job.job import Job
 from pennyweight.job.solve import margins
@@ -74,6 +75,7 @@ def facts(
             }
             for slot, block in job.blocks.items()
         ],
+        "scored": None if job.config.uniform is not None else race.told(job),
         "metric": "none" if job.config.uniform is not None else job.config.metric,
         "margins": margins(job),
         "unhealed": job.store.get("unhealed"),

@@ -21,10 +21,11 @@ from pennyweight import report
 from pennyweight.disk import places
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.job import checks as verify
+from pennyweight.job import race
 from pennyweight.job.children import build, heal, measure_unhealed
-from pennyweight.job.gather import gather_stats, score_choices
+from pennyweight.job.gather import choices_of, gather_stats, score_choices
 from pennyweight.job.job import Job
-from pennyweight.job.library import course_of, train_library
+from pennyweight.job.library import course_of, forget_other_courses, train_library
 from pennyweight.job.pack import pack
 from pennyweight.job.parent import hold_parent
 from pennyweight.job.plan import described, disk, plan
@@ -102,14 +103,36 @@ class _Run:
         job = self.job
         _ = self.planned
         self._kept("parent", "parent", {}, lambda: hold_parent(job).to_json(), dict[str, Any])
-        if job.config.uniform is None:
-            self._timed("stats", lambda: gather_stats(job))
-            self._timed("library", lambda: train_library(job))
-            self._timed("score", lambda: score_choices(job))
-        inputs = self._asked("axes", "budget", "metric", "min_different", "search", "solutions", "sweep", "uniform")
+        inputs = self._asked(
+            "axes", "budget", "metric", "min_different", "race", "search", "solutions", "sweep", "uniform"
+        )
         inputs |= self._asked("workload")
         inputs |= self._machine | self._library | {"seed": job.config.drawn_by}
-        return self._kept("chosen", "solve", inputs, lambda: solve_all(job), dict[str, list[dict[str, Any]]])
+        self._made_from("solve", inputs, "chosen")
+        while True:
+            if job.config.uniform is None:
+                forget_other_courses(job)
+                self._score()
+            chosen = self._kept("chosen", "solve", inputs, lambda: solve_all(job), dict[str, list[dict[str, Any]]])
+            left = [] if job.config.uniform is not None else race.unproven(job, chosen)
+            if not left:
+                return chosen
+            self.store.drop("chosen")
+            race.write_down(job, left)
+
+    def _score(self) -> None:
+        """Round after round; where solutions are kept, only what has been begun or lost."""
+        job = self.job
+        while True:
+            left = race.begun(job)
+            if not left and self.store.get("chosen") is None:
+                left = self._timed("solve", lambda: race.next_round(job))
+            if not left:
+                return
+            wanted = choices_of(job, left)
+            self._timed("stats", lambda: gather_stats(job, wanted))  # noqa: B023
+            self._timed("library", lambda: train_library(job, wanted))  # noqa: B023
+            self._timed("score", lambda: score_choices(job, left))  # noqa: B023
 
     @cached_property
     def layout(self) -> dict[Slot, Choice]:

@@ -69,8 +69,14 @@ def solve(job: Job, budget: Budget, *, solutions: int = 1) -> list[Chosen]:
 
 
 def offered(job: Job, workload: Workload, seconds: Seconds) -> dict[Slot, list[Offer]]:
-    """Every slot's offers, scored. For the best solution alone undominated ones are enough; the runners-up may need
-    an offer that is worse than the one the best took."""
+    """Every slot's offers, scored, as far as they can be chosen. For the best solution alone undominated ones are
+    enough; the runners-up may need an offer that is worse than the one the best took."""
+    table = every_offer(job, workload, seconds)
+    return table if job.config.solutions > 1 else {slot: offers.undominated(row) for slot, row in table.items()}
+
+
+def every_offer(job: Job, workload: Workload, seconds: Seconds) -> dict[Slot, list[Offer]]:
+    """Every slot's offers, scored."""
     scored, metric = scores(job), job.config.metric
     costs = {slot: {key: found[metric] for key, found in own.items()} for slot, own in scored.items()}
     table = {}
@@ -80,7 +86,7 @@ def offered(job: Job, workload: Workload, seconds: Seconds) -> dict[Slot, list[O
         for slot, (choice,) in singles(job).items():
             alike = offers.offers(job.blocks[slot], {choice.key(): 0.0}, workload, seconds)
             table[slot] = [offer for offer in alike if offer.choice]
-    return table if job.config.solutions > 1 else {slot: offers.undominated(row) for slot, row in table.items()}
+    return table
 
 
 def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> list[Chosen]:
@@ -142,7 +148,8 @@ def _true_kl(job: Job, table: Mapping[Slot, Sequence[Offer]]) -> Callable[[tuple
 
 
 def margins(job: Job) -> dict[str, dict[str, float | None]]:
-    """What each bound costs: the score if it alone were 5 % looser or tighter (None where that cannot be met)."""
+    """What each bound costs: the score if it alone were 5 % looser or tighter (None where that cannot be met), by the
+    scores there are: estimates of choices that were not scored on all of the text."""
     out: dict[str, dict[str, float | None]] = {}
     bounds = job.budget.bounds()
     for name, bound in bounds.items():

@@ -35,6 +35,22 @@ def row_tokens(model: Mapping[str, Any], config: FitConfig) -> int:
     return min(wanted, model.get("max_position_embeddings", wanted))
 
 
+def score_parts(config: FitConfig, tokens: int) -> list[list[int]]:
+    """Rows of the chunks in which text is scored, by parts: an eighth of it, what is left to a half, and the rest. All
+    choices are scored on the first part, those that may be chosen on the others (job/race.py). It is one part where an
+    eighth is too little to tell anything by. `tokens`: of a row."""
+    data = config.data
+    ends = (data.score_rows // 8, data.score_rows // 2, data.score_rows)
+    if ends[0] * tokens < _LEAST_PART:
+        ends = (data.score_rows,)
+    sizes = (end - start for start, end in zip((0, *ends), ends, strict=False))
+    return [[min(data.rows_per_chunk, size - at) for at in range(0, size, data.rows_per_chunk)] for size in sizes]
+
+
+_LEAST_PART = 256
+"""Tokens."""
+
+
 def origin(model: Mapping[str, Any], config: FitConfig, documents: Sequence[texts.Document] | None) -> dict[str, Any]:
     """What decides the rows of calibration and scoring: the text itself, `documents` unless it is builtin or the
     parent's own, and how it is dealt out."""
@@ -42,6 +58,7 @@ def origin(model: Mapping[str, Any], config: FitConfig, documents: Sequence[text
     found: dict[str, Any] = {
         "tokens": row_tokens(model, config),
         **data.model_dump(include={"calibration_rows", "score_rows", "rows_per_chunk"}),
+        "scored_in": score_parts(config, row_tokens(model, config)),
     }
     if data.text == "parent":
         return {"from": "parent", **found, **data.model_dump(include={"sampled_rows", "held_out_rows"})}

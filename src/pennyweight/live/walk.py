@@ -197,6 +197,11 @@ class Walk:
         """Float32 logits of the states that leave the last layer."""
         return self.finished(float_logits(self.norm()(hidden), self.matrix(self.logits_slot)))
 
+    @property
+    def divisor(self) -> float:
+        """What products are divided by to be logits, before a cap."""
+        return self._head.divisor
+
     def finished(self, products: torch.Tensor) -> torch.Tensor:
         """Logits of the products of the last states with the matrix of the logits."""
         logits = products if self._head.divisor == 1 else products / self._head.divisor

@@ -56,6 +56,15 @@ def unhealed_metric(report: Mapping[str, Any]) -> str:
     return "kl" if report["metric"] in ("error", "none") else report["metric"]
 
 
+def early(report: Mapping[str, Any]) -> str:
+    """What of the scoring was left out, after the number of choices; nothing if nothing was."""
+    scored = report.get("scored")
+    if not scored or not scored["told_early"]:
+        return ""
+    how = f"{scored['in_full']} on all of the text, {scored['told_early']} early out of the question"
+    return f", {how} ({scored['share_of_work']:.0%} of the work)"
+
+
 def promises(report: Mapping[str, Any]) -> list[Promise]:
     """Every bound that was asked for. Only file bytes are held against a measurement: times differ from run to run."""
     found = []

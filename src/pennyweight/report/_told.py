@@ -150,6 +150,13 @@ class Plan(Told):
     slots: int
 
 
+class Scored(Told):
+    choices: int
+    in_full: int
+    told_early: int
+    share_of_work: Amount
+
+
 class Data(Told):
     text: str
 
@@ -196,6 +203,7 @@ class Report(Told):
     chosen: Chosen
     slots: Annotated[list[SlotChoice], Field(min_length=1)]
     metric: Literal["kl", "lm", "cosine", "nmse", "error", "none"]
+    scored: NotRequired[Scored | None]
     margins: dict[Bound, Margin]
     unhealed: NotRequired[dict[str, Real] | None]
     verified: Verified

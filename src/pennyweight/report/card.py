@@ -138,7 +138,7 @@ def _history(report: Mapping[str, Any]) -> str:
     if report["metric"] != "none":
         steps = [
             f"{report['plan']['choices']} choices (axes: {', '.join(config['axes'])}) were scored, each alone in its "
-            f"slot, by {_facts.METRICS[report['metric']]}.",
+            f"slot, by {_facts.METRICS[report['metric']]}{_facts.early(report)}.",
             f"The combination of least summed score within the budget was found by `{config['search']}`, {proven}.",
         ]
     if config["heal"].get("library_tokens"):

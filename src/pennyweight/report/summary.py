@@ -16,6 +16,8 @@ def render(report: Mapping[str, Any]) -> str:
     agreement = quality["agreement"]
     size, whole = report["file_bytes"], report["parent"]["bytes"]
     lines = [f"budget     {p.asked}: {p.came} ({p.how})" for p in _facts.promises(report)]
+    if (scored := report.get("scored")) and scored["told_early"]:
+        lines.append(f"scored     {scored['choices']} choices{_facts.early(report)}")
     lines += [
         f"size       {show_bytes(size)}, {size / whole:.1%} of the parent's {show_bytes(whole)}",
         f"quality    {child:.4f} bits per byte on held-out text, parent {parent:.4f} ({child / parent - 1:+.2%})",

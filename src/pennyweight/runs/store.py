@@ -11,6 +11,7 @@ another origin is refused with the difference. Beyond that each stage keeps what
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -65,6 +66,20 @@ class Store:
             self.close()
             raise ValueError(f"{folder} was begun with {_difference(known, wanted)}")
         self._sweep()
+
+    @staticmethod
+    def peek(folder: Path, key: str) -> Any:
+        """The JSON value of a run folder that is not opened, nor made; None if there is none, or not as it was
+        written."""
+        path = folder / "run.sqlite"
+        if not path.is_file():
+            return None
+        try:
+            with contextlib.closing(sqlite3.connect(path, timeout=30.0)) as db:
+                found = db.execute("select value, hash from kept where key = ?", (key,)).fetchall()
+        except sqlite3.Error:
+            return None  # opening it says what is wrong
+        return json.loads(found[0][0]) if found and found[0][1] == _hash(key, found[0][0]) else None
 
     def close(self) -> None:
         self._db.close()

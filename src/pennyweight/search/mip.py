@@ -81,9 +81,8 @@ def _program(
         )
         rows.append(row)
         upper.append(np.array([float(len(sizes) - min_different)]))
-    span = np.abs(objective).max(initial=0)
     return _Program(
-        objective=objective * (1e6 / span if span > 0 else 1.0),
+        objective=objective * _scale(objective),
         one_each=csr_matrix((np.ones(len(columns)), (slot_of, columns))),
         rows=csr_matrix(vstack(rows)),
         upper=np.concatenate(upper),
@@ -92,8 +91,32 @@ def _program(
     )
 
 
-def _solve(program: _Program, time_limit_s: float) -> tuple[np.ndarray, bool] | None:
-    """(chosen columns, proven optimal), or None if infeasible."""
+def contenders(
+    problem: Problem, lower: Sequence[np.ndarray], *, time_limit_s: float = 60.0
+) -> tuple[Solution, tuple[np.ndarray, ...]]:
+    """The best choice, and for every variant of every slot whether it could be in one as good if its own score were
+    less by what `lower` (of the shape of the scores) says: if its reduced cost, so lowered, is within the gap between
+    the best choice and the linear bound. Raises as `solve` does."""
+    best = solve(problem, time_limit_s=time_limit_s)
+    scores = np.concatenate(problem.scores)
+    program = _program(problem, scores, problem.limits)
+    relaxed = _relaxed(program)
+    assert relaxed is not None
+    bound, reduced = relaxed
+    scale = _scale(scores)
+    least = reduced - scale * np.concatenate(lower)
+    able = least <= max(0.0, scale * best.score - bound) * (1 + 1e-9) + 1e-6
+    ends = np.cumsum([len(score) for score in problem.scores])[:-1]
+    return best, tuple(np.split(able, ends))
+
+
+def _scale(objective: np.ndarray) -> float:
+    span = np.abs(objective).max(initial=0)
+    return 1e6 / span if span > 0 else 1.0
+
+
+def _relaxed(program: _Program) -> tuple[float, np.ndarray] | None:
+    """(optimum of the linear relaxation, reduced cost of every column), scaled; None if infeasible."""
     relaxed: Any = linprog(
         program.objective,
         A_ub=program.rows if len(program.upper) else None,
@@ -110,6 +133,15 @@ def _solve(program: _Program, time_limit_s: float) -> tuple[np.ndarray, bool] | 
     reduced = program.objective - relaxed.eqlin.marginals[program.slot_of]
     if len(program.upper):
         reduced = reduced - program.rows.T @ relaxed.ineqlin.marginals
+    return float(relaxed.fun), reduced
+
+
+def _solve(program: _Program, time_limit_s: float) -> tuple[np.ndarray, bool] | None:
+    """(chosen columns, proven optimal), or None if infeasible."""
+    relaxed = _relaxed(program)
+    if relaxed is None:
+        return None
+    bound, reduced = relaxed
     gap = float(np.sort(reduced)[min(len(reduced) - 1, _CORE_COLUMNS_PER_SLOT * program.slots)])
     deadline = time.perf_counter() + time_limit_s
     while True:
@@ -133,7 +165,7 @@ def _solve(program: _Program, time_limit_s: float) -> tuple[np.ndarray, bool] | 
                 raise RuntimeError(f"HiGHS gave no choice within {time_limit_s:g} s: {result.message}")
             gap = np.inf if gap <= 0 else 4 * gap
             continue
-        needed = result.fun - relaxed.fun
+        needed = result.fun - bound
         if needed <= gap or whole or late:
             return core[result.x > 0.5], result.status == 0 and (needed <= gap or whole)
         gap = needed
