@@ -307,7 +307,7 @@ def compare(
     final: the parent's (rows, tokens, hidden); pending: (slot, choice, child's states of that shape). A choice for the
     head, or for an embedding that is tied to it, also changes the matrix that makes the child's logits.
     """
-    norm, head = walk.norm(), walk.head().root
+    norm, before = walk.norm(), None
     parent = norm(final)
     out: dict[str, dict[str, dict[str, float]]] = {}
     rows: list[_Compared] = []
@@ -318,14 +318,17 @@ def compare(
         each = _Compared((slot, choice), sums, child)
         if slot != walk.logits_slot or not choice:
             rows.append(each)
-        else:  # rare and large: its logits are made from its own matrix, one choice at a time
-            changed = walk.head()
+        else:  # rare and large: its logits are made from its own matrix, one choice at a time, both as they are stored
+            before = walk.head(as_stored=True).root if before is None else before
+            changed = walk.head(as_stored=True)
             apply(changed, choice, SlotStats({}, codes=codes))
             each.own = changed.root
-            _logit_sums(walk, head, parent, [each], targets, scored, progress)
+            _logit_sums(walk, before, parent, [each], targets, scored, progress)
             each.own = None
             del changed  # before the next choice reads another one
-    _logit_sums(walk, head, parent, rows, targets, scored, progress)
+    del before
+    if rows:
+        _logit_sums(walk, walk.head().root, parent, rows, targets, scored, progress)
     return out
 
 
