@@ -73,7 +73,7 @@ class Spec(Stored):
         }
 
     def resident_bytes(self, rows: int, columns: int) -> int:
-        """In the engine's order: tiles of 64 rows, groups filled up to whole 32 columns (native/matrices.h, Trellis)."""
+        """In the engine's order: tiles of 64 rows, groups filled up to whole 32 columns (native/matrices.h)."""
         group = self.over(columns).group
         filled = -(-group // 32) * 32
         of_group = filled // _PAIR * (_PAIR + _PAIR * _TILE // 8 * self.bits) + _TILE
@@ -98,8 +98,8 @@ def encode(weight: torch.Tensor, spec: Spec, find: Find, activity: torch.Tensor 
 
 
 def factors(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales (rows, groups) in 8 bits, uint8, and the factors (rows,) bfloat16 that they are multiplied by; the greatest
-    of a row becomes 255."""
+    """Scales (rows, groups) in 8 bits, uint8, and the factors (rows,) bfloat16 that they are multiplied by; the
+    greatest of a row becomes 255."""
     import torch
 
     exact = (scale.float().amax(dim=1) / HIGHEST_SCALE).clamp_min(torch.finfo(torch.bfloat16).tiny)

@@ -19,6 +19,7 @@ from pennyweight.live.load import load_model
 from pennyweight.live.walk import Walk, autocast
 from pennyweight.model.choices import PARENT, Choice
 from pennyweight.model.slots import Slot
+from pennyweight.runs import allocator
 from pennyweight.runs.events import waiting
 from pennyweight.variants import apply, structural
 
@@ -46,6 +47,8 @@ def measure_unhealed(job: Job, layout: Mapping[Slot, Choice]) -> dict[str, float
             child = layer.run(child, together=4)
             job.listen.advance(layer.index + 1)
             del layer, tensors  # moments and what was prepared from them: what follows needs the room
+        if not job.fits_whole:
+            allocator.give_back_freed_memory()  # logits take more room than layers
         last = walk.logits_slot
         pending = [(last, layout.get(last, PARENT), child)]
         sums = score.compare(walk, parent, pending, ids[:, 1:], scored, codes=job.found_codes)

@@ -357,11 +357,12 @@ def compare(
     head, or for an embedding that is tied to it, also changes the matrix that makes the child's logits. `short`: the
     parent's distributions, for the other children; without it they are compared over the whole vocabulary.
     """
-    norm, head = walk.norm(), walk.head().root
+    norm, before = walk.norm(), None
     parent = norm(final)
     out: Found = {}
     rows: list[_Compared] = []
-    against = _Parent(walk, head, parent.flatten(0, 1)[scored.flatten()], targets.flatten()[scored.flatten()])
+    keep = scored.flatten()
+    states, tokens = parent.flatten(0, 1)[keep], targets.flatten()[keep]
     for slot, choice, hidden in pending:
         child = norm(hidden)
         sums: Sums = {
@@ -373,20 +374,24 @@ def compare(
             "kl_by_stretch": [],
         }
         out.setdefault(str(slot), {})[choice.key()] = sums
-        each = _Compared((slot, choice), sums, child.flatten(0, 1)[scored.flatten()])
+        each = _Compared((slot, choice), sums, child.flatten(0, 1)[keep])
         if slot != walk.logits_slot or not choice:
             rows.append(each)
-        else:  # rare and large: its logits are made from its own matrix, one choice at a time
-            changed = walk.head()
+        else:  # rare and large: its logits are made from its own matrix, one choice at a time, both as they are stored
+            before = walk.head(as_stored=True).root if before is None else before
+            changed = walk.head(as_stored=True)
             apply(changed, choice, SlotStats({}, codes=codes))
             each.own = changed.root
-            _whole_sums(against, [each], progress)
+            _whole_sums(_Parent(walk, before, states, tokens), [each], progress)
             each.own = None
             del changed  # before the next choice reads another one
-    if short is None:
-        _whole_sums(against, rows, progress)
-    else:
-        _short_sums(against, short, rows, progress)
+    del before
+    if rows:
+        against = _Parent(walk, walk.head().root, states, tokens)
+        if short is None:
+            _whole_sums(against, rows, progress)
+        else:
+            _short_sums(against, short, rows, progress)
     return out
 
 

@@ -27,7 +27,7 @@ from pennyweight.model.slots import Slot
 from pennyweight.model.stored import Stored
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_VOCABULARY_PART = 2**14  # of the output matrix in float32 at once
+_LOGITS_AT_ONCE = 2**23  # values of the output matrix in float32
 
 
 class Layer:
@@ -241,9 +241,11 @@ class Walk:
         norm.weight = nn.Parameter(self.matrix(Slot("norm")).to(self.dtype), requires_grad=False)
         return norm.eval()
 
-    def head(self) -> Parts:
-        """The output projection as a module; a tied one is the embedding's slot, its matrix read again."""
-        weight = self.matrix(self.logits_slot).to(self.dtype)
+    def head(self, *, as_stored: bool = False) -> Parts:
+        """The output projection as a module; a tied one is the embedding's slot, its matrix read again. `as_stored`: in
+        the type that it has on disk, for `float_logits`."""
+        weight = self.matrix(self.logits_slot)
+        weight = weight if as_stored else weight.to(self.dtype)
         head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         head.weight = nn.Parameter(weight, requires_grad=False)
         return Parts(head, self.blocks[self.logits_slot])
@@ -324,7 +326,8 @@ def _made(read: families.Resolved, part: str, *arguments: Any, **named: Any) -> 
 def float_logits(states: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Logits in float32 arithmetic, the matrix converted a part at a time: whole it would be twice the checkpoint's."""
     with torch.autocast("cpu", enabled=False):
-        parts = [states.float() @ rows.float().T for rows in matrix.split(_VOCABULARY_PART)]
+        some = max(1, _LOGITS_AT_ONCE // matrix.shape[1])
+        parts = [states.float() @ rows.float().T for rows in matrix.split(some)]
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 

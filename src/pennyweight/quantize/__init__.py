@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pennyweight.judge.stats import SlotStats
     from pennyweight.live.parts import Parts
 
-_VALUES_AT_ONCE = 2**25
+_VALUES_AT_ONCE = 2**23
 _WHOLE = 1024  # rows that trellis codes do not part
 
 

@@ -17,6 +17,8 @@ from pennyweight.disk.tensors import checksum, read_entry, read_header
 _SUM = "checksum"
 Tensors = dict[str, torch.Tensor]
 
+_HASHED_AT_ONCE = 2**22
+
 
 def keep(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a work file; it appears whole."""
@@ -59,10 +61,11 @@ class Remembered:
     def of(
         self, source: torch.Tensor, how: str, make: Callable[[], dict[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        """What `make` would make of the tensor `source`; `how` says all that it goes by beside that."""
-        digest = hashlib.sha256(f"{how} {source.dtype} {tuple(source.shape)} ".encode())
-        raw = source.contiguous().view(-1).view(torch.uint8).numpy()
-        digest.update(memoryview(raw))  # pyright: ignore[reportArgumentType]
+        """What `make` would make of the floats `source`, in whatever type they are; `how` says all that it goes by
+        beside them."""
+        digest = hashlib.sha256(f"{how} {tuple(source.shape)} ".encode())
+        for part in source.reshape(-1).split(_HASHED_AT_ONCE):
+            digest.update(memoryview(part.float().numpy()))  # pyright: ignore[reportArgumentType]
         path = self.folder / f"{digest.hexdigest()}.safetensors"
         self.used.append(path.name)
         found = kept(path)
