@@ -1,7 +1,8 @@
 """Whatever a path names, opened: a Hugging Face folder, a GGUF file, or a folder that holds one.
 
 Everything but the engine asks here, so that commands need not know which of them they were given. The engine's way in
-is runtime/sources/, which keeps codes and scales; here a quantised tensor of a GGUF file is the floats that it stands for.
+is runtime/sources/, which keeps codes and scales; here a quantised tensor of a GGUF file is the floats that it stands
+for.
 """
 
 from __future__ import annotations

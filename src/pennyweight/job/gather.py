@@ -20,7 +20,6 @@ from pennyweight.job import text as _text
 from pennyweight.job.job import Job
 from pennyweight.judge import codes, moments, partial, score, stats
 from pennyweight.model.choices import Choice
-from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
 from pennyweight.prices import offers
 from pennyweight.runs import executor, scratch

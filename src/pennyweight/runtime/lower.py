@@ -1,6 +1,6 @@
 """Lower a model to what the native engine runs: a flat list of blocks, every matrix in the layout of its kernel.
 
-Matrices come from the source in the bytes they have (runtime/sources/source.py, native/matrices.h). The rotary tables are
+Matrices come from the source in the bytes they have (runtime/sources/, native/matrices.h). The rotary tables are
 transformers' own, so every scaling of it (Llama 3, YaRN, linear) is the one the model was trained with. They are made
 as far as texts go: a model may name millions of positions.
 """
