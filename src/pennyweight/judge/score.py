@@ -357,12 +357,12 @@ def compare(
     head, or for an embedding that is tied to it, also changes the matrix that makes the child's logits. `short`: the
     parent's distributions, for the other children; without it they are compared over the whole vocabulary.
     """
-    norm, before = walk.norm(), None
+    norm, head = walk.norm(), walk.head(as_stored=True).root
     parent = norm(final)
     out: Found = {}
     rows: list[_Compared] = []
     keep = scored.flatten()
-    states, tokens = parent.flatten(0, 1)[keep], targets.flatten()[keep]
+    against = _Parent(walk, head, parent.flatten(0, 1)[keep], targets.flatten()[keep])
     for slot, choice, hidden in pending:
         child = norm(hidden)
         sums: Sums = {
@@ -377,21 +377,17 @@ def compare(
         each = _Compared((slot, choice), sums, child.flatten(0, 1)[keep])
         if slot != walk.logits_slot or not choice:
             rows.append(each)
-        else:  # rare and large: its logits are made from its own matrix, one choice at a time, both as they are stored
-            before = walk.head(as_stored=True).root if before is None else before
+        else:  # rare and large: its logits are made from its own matrix, one choice at a time
             changed = walk.head(as_stored=True)
             apply(changed, choice, SlotStats({}, codes=codes))
             each.own = changed.root
-            _whole_sums(_Parent(walk, before, states, tokens), [each], progress)
+            _whole_sums(against, [each], progress)
             each.own = None
             del changed  # before the next choice reads another one
-    del before
-    if rows:
-        against = _Parent(walk, walk.head().root, states, tokens)
-        if short is None:
-            _whole_sums(against, rows, progress)
-        else:
-            _short_sums(against, short, rows, progress)
+    if short is None:
+        _whole_sums(against, rows, progress)
+    else:
+        _short_sums(against, short, rows, progress)
     return out
 
 
@@ -407,12 +403,19 @@ class _Compared:
 
 @dataclass(frozen=True)
 class _Parent:
-    """The parent's states (scored tokens, hidden), what makes its logits of them, and the tokens that came."""
+    """The parent's states (scored tokens, hidden), what makes its logits of them, as it is stored (in float32 it would
+    be the largest thing in memory), and the tokens that came."""
 
     walk: Walk
     head: nn.Linear
     states: torch.Tensor
     targets: torch.Tensor
+
+    def products(self, change: torch.Tensor) -> torch.Tensor:
+        """Of a change of the states with the matrix of the logits, float32."""
+        if self.head.weight.dtype == self.walk.dtype:
+            return self.head(change).float()
+        return float_logits(change, self.head.weight)
 
 
 class _HiddenSums(TypedDict):
@@ -492,7 +495,7 @@ class _Whole:
         """KL and loss increase of each token."""
         parent, child = self._parent, row.child[self._block]
         if row.own is None:
-            difference = parent.head(child - parent.states[self._block]).float()
+            difference = parent.products(child - parent.states[self._block])
         else:
             difference = float_logits(child, row.own.weight).sub_(self._products)
         change = parent.walk.change_of_logits(self._products, difference)
