@@ -35,7 +35,7 @@ def wanted(shape: Shape, choices: Iterable[Choice]) -> dict[str, tuple[Weight, s
         method = storing[1].method
         for weight in variants.reshape(shape, choice).weights():
             if weight.is_matrix and weight.stored != BFLOAT16 and not quantize.quick(weight.stored, method):
-                found[f"{weight.name} {weight.stored} {method}"] = weight, method
+                found[f"{weight.name} {weight.stored.format} {weight.stored} {method}"] = weight, method
     return found
 
 

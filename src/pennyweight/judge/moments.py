@@ -57,7 +57,7 @@ def _error(parts: Parts, choice: Choice, stats: SlotStats, known: dict[str, floa
     total = 0.0
     for weight in variants.reshape(parts.shape, choice).weights():
         if weight.is_matrix and weight.stored != BFLOAT16:
-            key = f"{weight.name} {weight.stored} {storing[1].method}"
+            key = f"{weight.name} {weight.stored.format} {weight.stored} {storing[1].method}"
             if key not in known:
                 matrix, reads = parts.matrix(weight.name).weight.detach(), parts.shape.reads.get(weight.name)
                 packed = quantize.pack(matrix, reads, stats, weight.stored, storing[1].method)

@@ -58,7 +58,7 @@ def _pack(
 
     if stats.codes is None or quick(stored, name):
         return find_all()
-    return stats.codes.of(weight, f"{stored} {name} {stats.named(moment) if fits else None}", find_all)
+    return stats.codes.of(weight, f"{stored.format} {stored} {name} {stats.named(moment) if fits else None}", find_all)
 
 
 def quick(stored: Stored, method: str) -> bool:
