@@ -27,7 +27,7 @@ from pennyweight.model.slots import Slot
 from pennyweight.model.stored import Stored
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_LOGITS_AT_ONCE = 2**23  # values of the output matrix in float32
+_VALUES_AT_ONCE = 2**23  # values of the output matrix in float32
 
 
 class Layer:
@@ -326,7 +326,7 @@ def _made(read: families.Resolved, part: str, *arguments: Any, **named: Any) -> 
 def float_logits(states: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Logits in float32 arithmetic, the matrix converted a part at a time: whole it would be twice the checkpoint's."""
     with torch.autocast("cpu", enabled=False):
-        some = max(1, _LOGITS_AT_ONCE // matrix.shape[1])
+        some = max(1, _VALUES_AT_ONCE // matrix.shape[1])
         parts = [states.float() @ rows.float().T for rows in matrix.split(some)]
     return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
