@@ -46,6 +46,7 @@ class Spec(Stored):
     group: int = 32  # type: ignore[misc]
     coded: ClassVar[str] = "trellis"
     coding_flops: ClassVar[float] = 2.0
+    short: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number of bits that there is no code of, or groups that are empty."""

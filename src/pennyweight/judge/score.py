@@ -45,7 +45,7 @@ from pennyweight.model.shapes import Shapes
 from pennyweight.model.slots import Slot
 from pennyweight.runs import executor, scratch
 from pennyweight.runs.scratch import Remembered
-from pennyweight.variants import apply
+from pennyweight.variants import apply, reshape
 
 METRICS = ("kl", "lm", "cosine", "nmse")
 STRETCH = 32
@@ -378,7 +378,8 @@ def compare(
         if slot != walk.logits_slot or not choice:
             rows.append(each)
         else:  # rare and large: its logits are made from its own matrix, one choice at a time
-            changed = walk.head(as_stored=True)
+            shape = reshape(walk.shapes[slot], choice)
+            changed = walk.head(as_stored=all(weight.stored.short for weight in shape.weights()))
             apply(changed, choice, SlotStats({}, codes=codes))
             each.own = changed.root
             _whole_sums(against, [each], progress)

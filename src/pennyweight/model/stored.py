@@ -16,7 +16,7 @@ class Stored:
     `bits` per code; `group` weights share a scale, along rows or, where `down`, down columns; `scales` symmetric: w =
     scale * code, codes around zero; else w = scale * code + minimum, codes from zero. `coded`: each code by itself
     ("rounded"), or all of a column together ("trellis"). `coding_flops`: what making a weight of its code takes, in
-    operations of a product, once for all tokens of a step.
+    operations of a product, once for all tokens of a step. `short`: bfloat16 holds its values well enough to judge it.
     """
 
     bits: ClassVar[int] = 16
@@ -25,6 +25,7 @@ class Stored:
     scales: ClassVar[str] = "symmetric"
     coded: ClassVar[str] = "rounded"
     coding_flops: ClassVar[float] = 0.0
+    short: ClassVar[bool] = True
 
     @property
     def format(self) -> str:
