@@ -20,6 +20,7 @@ one layer, and a comparison as many as its logits cost.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -307,7 +308,7 @@ def compare(
     final: the parent's (rows, tokens, hidden); pending: (slot, choice, child's states of that shape). A choice for the
     head, or for an embedding that is tied to it, also changes the matrix that makes the child's logits.
     """
-    norm, before = walk.norm(), None
+    norm, head = walk.norm(), walk.head(as_stored=True).root  # in float32 it would be the largest thing in memory
     parent = norm(final)
     out: dict[str, dict[str, dict[str, float]]] = {}
     rows: list[_Compared] = []
@@ -318,17 +319,14 @@ def compare(
         each = _Compared((slot, choice), sums, child)
         if slot != walk.logits_slot or not choice:
             rows.append(each)
-        else:  # rare and large: its logits are made from its own matrix, one choice at a time, both as they are stored
-            before = walk.head(as_stored=True).root if before is None else before
+        else:  # rare and large: its logits are made from its own matrix, one choice at a time
             changed = walk.head(as_stored=True)
             apply(changed, choice, SlotStats({}, codes=codes))
             each.own = changed.root
-            _logit_sums(walk, before, parent, [each], targets, scored, progress)
+            _logit_sums(walk, head, parent, [each], targets, scored, progress)
             each.own = None
             del changed  # before the next choice reads another one
-    del before
-    if rows:
-        _logit_sums(walk, walk.head().root, parent, rows, targets, scored, progress)
+    _logit_sums(walk, head, parent, rows, targets, scored, progress)
     return out
 
 
@@ -364,7 +362,9 @@ def _logit_sums(
 
     Everything is computed from logit *differences* d = head(child - parent): KL = log sum p e^(d - mean_p d). That is
     exact for d = 0 and loses nothing to rounding when d is small, unlike a difference of two logits in bfloat16.
+    head: the parent's matrix of the logits, as it is stored.
     """
+    computed = head if head.weight.dtype == walk.dtype else functools.partial(float_logits, matrix=head.weight)
     keep = scored.flatten()
     flat_parent, flat_targets = parent.flatten(0, 1)[keep], targets.flatten()[keep]
     flat_rows = [(row, row.child.flatten(0, 1)[keep]) for row in rows]
@@ -383,7 +383,7 @@ def _logit_sums(
         p = walk.finished(products).softmax(dim=-1)
         for row, child in todo:
             if row.own is None:
-                difference = head(child[block] - states).float()
+                difference = computed(child[block] - states).float()
             else:
                 difference = float_logits(child[block], row.own.weight).sub_(products)
             kl, lm = divergence(p, walk.change_of_logits(products, difference), wanted)
