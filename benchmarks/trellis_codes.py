@@ -100,7 +100,7 @@ def main() -> int:
         bars.append(_bench.bar(f"{bits} bits: error over that of the best tried", round(own / best, 4), "<=", 1.02))
         bars.append(_bench.bar(f"{bits} bits: over rounding's", round(own / (EVEN[bits] * 4**bits), 4), "<=", 0.8))
         print(
-            f"{bits} bits: {own:.4f} times the least possible ({shipped:.4f} on the numbers that were tried on); best of "
+            f"{bits} bits: {own:.4f} times the least possible ({shipped:.4f} on the numbers for trying); best of "
             f"{len(found)} tried {best:.4f}, {found[0][1]}; rounding {EVEN[bits] * 4**bits:.4f}; "
             f"{time.perf_counter() - began:.0f} s",
             flush=True,

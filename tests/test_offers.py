@@ -69,12 +69,12 @@ def test_a_combination_has_one_spec_per_axis_in_order_and_the_parent_comes_first
 
 
 @pytest.mark.parametrize("shape", [ATTENTION, MLP], ids=["mixer", "ffn"])
-def test_a_block_taken_out_has_nothing_left_to_change_and_a_linear_one_only_its_bits(shape):
+def test_a_block_taken_out_has_nothing_left_to_change_and_a_linear_one_only_how_it_is_kept(shape):
     found = [{axis for axis, _ in choice.specs} for choice, _, _ in combinations(shape, scored(shape))]
     assert {"noop"} in found
     assert {"linear", "bits"} in found
     assert all(axes == {"noop"} for axes in found if "noop" in axes)
-    assert all(axes <= {"linear", "bits"} for axes in found if "linear" in axes)
+    assert all(len(axes) <= 2 and axes <= {"linear", "bits", "trellis"} for axes in found if "linear" in axes)
 
 
 def test_axes_that_leave_each_other_alone_multiply():

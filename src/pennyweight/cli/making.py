@@ -75,7 +75,8 @@ def fit(
     max_ram: Annotated[str | None, typer.Option(help="Memory the job may plan with, e.g. 8GiB or 50%.")] = None,
     max_disk: Annotated[str | None, typer.Option(help="Most that the run folder may take, e.g. 5GiB.")] = None,
     hours: Annotated[
-        float | None, typer.Option(help="Do less of what takes long, to be done in so many hours on this machine.")
+        float | None,
+        typer.Option(min=0, help="Do less of what takes long, to be done in so many hours on this machine."),
     ] = None,
     engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
     config: Annotated[Path | None, typer.Option(help="YAML file with the same keys; flags win.")] = None,

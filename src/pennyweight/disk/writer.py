@@ -51,7 +51,7 @@ class Writer:
         waiting[module] = tensor.detach()
         if len(waiting) == len(parts):
             del self._waiting[f"{whole}.{suffix}"]
-            self._add(f"{whole}.{suffix}", formats.joined([{suffix: waiting[part]} for part in parts])[suffix])
+            self._add(f"{whole}.{suffix}", formats.joined_tensor(suffix, [waiting[part] for part in parts]))
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
         nbytes = tensor.numel() * tensor.element_size()

@@ -228,19 +228,20 @@ def stacked(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.T
 
 def joined(matrices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Matrices that are kept by rows in one way, as one: each one's rows below those before."""
-    import torch
-
     module = of_parts(matrices[0])
     if hasattr(module, "join"):
         return module.join(matrices)
+    return {suffix: joined_tensor(suffix, [parts[suffix] for parts in matrices]) for suffix in matrices[0]}
 
-    def together(suffix: str) -> torch.Tensor:
-        found = [parts[suffix] for parts in matrices]
-        if suffix != "weight_shape":
-            return torch.cat(found)
-        return torch.tensor([sum(int(shape[0]) for shape in found), *found[0].tolist()[1:]], dtype=found[0].dtype)
 
-    return {suffix: together(suffix) for suffix in matrices[0]}
+def joined_tensor(suffix: str, found: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of them, in formats where each tensor has a row for every row of the matrix: all that stock
+    transformers reads."""
+    import torch
+
+    if suffix != "weight_shape":
+        return torch.cat(list(found))
+    return torch.tensor([sum(int(shape[0]) for shape in found), *found[0].tolist()[1:]], dtype=found[0].dtype)
 
 
 def refuse_damage(name: str, tensor: torch.Tensor) -> None:
