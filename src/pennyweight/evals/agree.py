@@ -15,6 +15,9 @@ from pennyweight.evals.loss import Loss, by_row
 from pennyweight.runs.events import Listener, Silent
 from pennyweight.texts import Rows
 
+_LOGITS_AT_ONCE = 2**21
+"""What is computed of them is ten times as large as they are."""
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -50,16 +53,18 @@ def compare(parent: Any, child: Any, rows: Rows, *, listen: Listener | None = No
             raise ValueError(
                 f"parent has {p.shape[-1]} tokens in its vocabulary, child {q.shape[-1]}; they cannot be compared"
             )
-        same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
-        log_p, log_q = p.log_softmax(dim=-1), q.log_softmax(dim=-1)
+        some = max(1, _LOGITS_AT_ONCE // p.shape[-1])
         targets = torch.from_numpy(rows.ids[number - 1, 1:][rows.scored[number - 1]]).unsqueeze(-1)
-        for which, each in enumerate((log_p, log_q)):
-            nats[which] -= float(each.gather(-1, targets).double().sum())
-        each = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1)
-        kl += float(each.double().sum())
-        p = log_p.exp()
-        entropy += float(torch.special.entr(p).sum(dim=-1).double().sum())
-        mean = mean + p.sum(dim=0, dtype=torch.float64)
+        for own, others, wanted in zip(p.split(some), q.split(some), targets.split(some), strict=True):
+            same += int((own.argmax(dim=-1) == others.argmax(dim=-1)).sum())
+            log_p, log_q = own.log_softmax(dim=-1), others.log_softmax(dim=-1)
+            for which, each in enumerate((log_p, log_q)):
+                nats[which] -= float(each.gather(-1, wanted).double().sum())
+            each = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1)
+            kl += float(each.double().sum())
+            probability = log_p.exp_()
+            entropy += float(torch.special.entr(probability).sum(dim=-1).double().sum())
+            mean = mean + probability.sum(dim=0, dtype=torch.float64)
         tokens += len(p)
         listen.advance(number)
     listen.end()
