@@ -15,6 +15,9 @@ from pennyweight.evals.loss import by_row
 from pennyweight.runs.events import Listener, Silent
 from pennyweight.texts import Rows
 
+_LOGITS_AT_ONCE = 2**21
+"""What is computed of them is ten times as large as they are."""
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -40,13 +43,15 @@ def agree(parent: Any, child: Any, rows: Rows, *, listen: Listener | None = None
             raise ValueError(
                 f"parent has {p.shape[-1]} tokens in its vocabulary, child {q.shape[-1]}; they cannot be compared"
             )
-        same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
-        log_p, log_q = p.log_softmax(dim=-1), q.log_softmax(dim=-1)
-        each = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1)
-        kl += float(each.double().sum())
-        p = log_p.exp()
-        entropy += float(torch.special.entr(p).sum(dim=-1).double().sum())
-        mean = mean + p.sum(dim=0, dtype=torch.float64)
+        some = max(1, _LOGITS_AT_ONCE // p.shape[-1])
+        for own, others in zip(p.split(some), q.split(some), strict=True):
+            same += int((own.argmax(dim=-1) == others.argmax(dim=-1)).sum())
+            log_p, log_q = own.log_softmax(dim=-1), others.log_softmax(dim=-1)
+            each = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1)
+            kl += float(each.double().sum())
+            probability = log_p.exp_()
+            entropy += float(torch.special.entr(probability).sum(dim=-1).double().sum())
+            mean = mean + probability.sum(dim=0, dtype=torch.float64)
         tokens += len(p)
         listen.advance(number)
     listen.end()
