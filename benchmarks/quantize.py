@@ -121,7 +121,10 @@ def peers(model: Path, work: Path, parent: Any, rows: Rows) -> dict[str, Any]:
             shutil.rmtree(out, ignore_errors=True)
             script = Path(__file__).with_name("_quantize_peer.py")
             made = subprocess.run(
-                [python, script, peer, model, out, str(group), documents], capture_output=True, text=True, check=False
+                [python, script, peer, model, out, "4", str(group), documents],
+                capture_output=True,
+                text=True,
+                check=False,
             )
             if made.returncode:
                 found[name] = f"failed: {made.stderr[-300:]}"
