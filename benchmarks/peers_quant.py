@@ -43,11 +43,24 @@ SCRIPT = "peers_quant"
 SHARES = (0.194, 0.20, 0.22, 0.244, 0.266, 0.30, 0.36)
 ROWS, CHARACTERS = 64, 400_000
 ENVIRONMENTS = Path(os.environ.get("PENNY_ENVS", Path.home() / ".cache" / "penny-envs"))
-LLAMA = dict(  # numbers of llama.h
-    [("IQ2_S", 28), ("IQ2_M", 29), ("Q2_K", 10), ("IQ3_XXS", 23), ("IQ3_XS", 22), ("Q3_K_S", 11), ("IQ3_S", 26)]
-    + [("IQ3_M", 27), ("Q3_K_M", 12), ("Q3_K_L", 13), ("IQ4_XS", 30), ("IQ4_NL", 25), ("Q4_K_S", 14), ("Q4_K_M", 15)]
-    + [("Q5_K_S", 16), ("Q5_K_M", 17)]
-)
+LLAMA = {  # numbers of llama.h
+    "IQ2_S": 28,
+    "IQ2_M": 29,
+    "Q2_K": 10,
+    "IQ3_XXS": 23,
+    "IQ3_XS": 22,
+    "Q3_K_S": 11,
+    "IQ3_S": 26,
+    "IQ3_M": 27,
+    "Q3_K_M": 12,
+    "Q3_K_L": 13,
+    "IQ4_XS": 30,
+    "IQ4_NL": 25,
+    "Q4_K_S": 14,
+    "Q4_K_M": 15,
+    "Q5_K_S": 16,
+    "Q5_K_M": 17,
+}
 PEERS = {
     "llm-compressor": ("llmcompressor datasets", ((4, 128), (4, 32)), 16),
     "auto-round": ("auto-round", ((4, 128), (4, 32), (3, 128), (3, 32)), 16),
