@@ -33,6 +33,7 @@ from pennyweight.prices import planning
 from pennyweight.prices.machine import Machine
 from pennyweight.quantize import gptq
 from pennyweight.report import summary
+from pennyweight.report._facts import promises
 from pennyweight.runs import scratch, space
 from pennyweight.runs.events import Silent
 from pennyweight.runs.lock import Held
@@ -85,7 +86,10 @@ def only(family: str, model: Path, reason: str) -> None:
 @pytest.fixture(scope="module", params=DISTINCT)
 def finished(request, pico, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("fit") / "out"
-    wanted = config(text, budget={"weights": "26%"}, sweep=("weights=50%", "weights=1%"), solutions=2, min_different=2)
+    also = ({"workload": {"prompt": 48, "new": 4, "concurrency": 2}, "budget": {"ttft": "1s", "throughput": "2tok/s"}},)
+    wanted = config(
+        text, budget={"weights": "26%"}, sweep=("weights=50%", "weights=1%"), solutions=2, min_different=2, also=also
+    )
     return pico(request.param), out, wanted, run(pico(request.param), out, wanted)
 
 
@@ -118,6 +122,20 @@ def test_runner_up_and_sweep_come_from_the_same_scores(finished):
     wider, impossible = report["chosen"]["sweep"]
     assert wider["predicted"]["score"] <= first["predicted"]["score"]
     assert "weight_bytes" in impossible["infeasible"]
+
+
+def test_a_further_demand_is_predicted_and_promised(finished):
+    *_, report = finished
+    (demand,), solution = report["also"], report["chosen"]["solutions"][0]
+    assert demand["budget"] == {"ttft_seconds": 1.0, "tokens_per_second": 2.0}
+    assert demand["predicted"] == solution["also"][0] != solution["predicted"]
+    assert demand["predicted"]["ttft_seconds"] <= 1.0 < 2.0 <= demand["predicted"]["tokens_per_second"]
+    own, first, rate = promises(report)
+    assert own.name == "weight files"
+    assert first.asked == "ttft ≤ 1s, prompts of 48 and 4 new tokens, 2 at once"
+    assert rate.asked.startswith("throughput ≥ 2tok/s, prompts of 48")
+    assert own.kept and first.kept and rate.kept
+    assert first.how == "predicted"  # of another machine
 
 
 def test_margins_are_monotone(finished):
@@ -571,6 +589,9 @@ def test_a_dry_run_and_a_budget_that_cannot_be_met_leave_nothing_behind(pico, te
         ({"max_disk": "0"}, "is no room to work in"),
         ({"workload": {"prompt": 0}}, "prompt is 0; it must be at least 1"),
         ({"workload": {"context": 8}}, "context 8 is shorter than prompt"),
+        ({"also": ({"workload": {"new": 0}, "budget": {"ttft": "1s"}},)}, "new is 0; it must be at least 1"),
+        ({"also": ({"budget": {"ttft": "soon"}},)}, "'soon' is not a time"),
+        ({"also": ({"workload": {"prompt": 64}},)}, "a workload beside the first needs a bound of its own: memory"),
     ],
 )
 def test_every_option_is_understood_before_anything_is_read(changes, said, text, tmp_path):
@@ -592,6 +613,32 @@ def test_every_option_is_understood_before_anything_is_read(changes, said, text,
 def test_what_cannot_be_a_config_is_told_in_one_line(changes, said):
     with pytest.raises(ValueError, match=re.escape(said)) as err:
         merged(FitConfig(), changes)
+    assert "\n" not in str(err.value)
+
+
+def test_a_further_demand_is_read_from_one_text():
+    (found,) = merged(FitConfig(), asked(also=["prompt=2k, new=64,concurrency=8,ttft=900ms,cache=int8"])).also
+    assert found.workload.model_dump(exclude={"context"}) == {
+        "prompt": 2048,
+        "new": 64,
+        "concurrency": 8,
+        "cache": "int8",
+    }
+    assert found.budget.model_dump(exclude_none=True) == {"ttft": "900ms"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt", "--also 'prompt': write NAME=VALUE, comma-separated, with names of memory"),
+        ("promt=3", "--also 'promt=3': write NAME=VALUE"),
+        ("cache=int7,ttft=1s", "cache: Input should be 'float16', 'int8' or 'float32'"),
+        ("prompt=many,ttft=1s", "'many'"),
+    ],
+)
+def test_a_further_demand_that_cannot_be_read_is_told_in_one_line(text, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as err:
+        asked(also=[text])
     assert "\n" not in str(err.value)
 
 

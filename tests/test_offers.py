@@ -18,7 +18,7 @@ from pennyweight.cli import app
 from pennyweight.formats import Grid, packed_int
 from pennyweight.model.blocks import Block
 from pennyweight.model.choices import PARENT, Choice
-from pennyweight.model.demand import Budget, Workload, batches
+from pennyweight.model.demand import Budget, Demand, Workload, batches
 from pennyweight.model.shapes import Attention, Embedding, GatedMLP, Head, Norm, Shape
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16
@@ -183,6 +183,64 @@ def test_dropping_the_dominated_drops_no_optimum(seed):
             continue
         assert solved[0] == pytest.approx(solved[1], rel=1e-9, abs=1e-12)
         assert solved[0] > 0, "the budget should bite"
+
+
+# -------------------------------------------------------------------------------------------------------- demands
+
+
+def priced(also=(), seed=3):
+    return {
+        slot: offers.offers(place, scored(place.shape, seed=seed + i), WORKLOAD, SECONDS, also)
+        for i, (slot, place) in enumerate(PLACES.items())
+    }
+
+
+def of_parent(table, number):
+    return sum(row[0].also[number].prefill_seconds for row in table.values())
+
+
+def test_a_further_demand_is_met_at_its_own_workload():
+    """The same bound on the first token that the first workload keeps easily binds under long prompts."""
+    long = dataclasses.replace(WORKLOAD, prompt=16 * WORKLOAD.prompt, context=0)
+    free = Demand(workload=long, budget=Budget(ttft_seconds=1e6))
+    table = priced([free])
+    for row in table.values():
+        assert [offer.also for offer in row] == [(price(offer.shape, long, SECONDS),) for offer in row]
+    limit = 0.7 * of_parent(table, 0)
+    loose, tight = Budget(weight_bytes=10**12), Demand(workload=long, budget=Budget(ttft_seconds=limit))
+    without = mip.solve(offers.problem(table, loose, WORKLOAD))
+    both = mip.solve(offers.problem(table, loose, WORKLOAD, [tight]))
+
+    def spent(solution):
+        picked = (row[v] for row, v in zip(table.values(), solution.choice, strict=True))
+        return sum(offer.also[0].prefill_seconds for offer in picked)
+
+    assert spent(without) > limit >= spent(both)
+    assert both.score > without.score
+    kept = {slot: undominated(row) for slot, row in table.items()}
+    assert mip.solve(offers.problem(kept, loose, WORKLOAD, [tight])).score == pytest.approx(both.score)
+
+
+def test_two_demands_with_the_same_bound_are_two_rows_of_the_problem():
+    long = dataclasses.replace(WORKLOAD, prompt=16 * WORKLOAD.prompt, context=0)
+    also = [Demand(workload=long, budget=Budget(ttft_seconds=1.0, tokens_per_second=10))]
+    found = offers.problem(priced(also), Budget(ttft_seconds=2.0), WORKLOAD, also)
+    assert found.names[0] == "ttft_seconds"
+    assert [name.partition(" of ")[0] for name in found.names[1:]] == ["ttft_seconds", "tokens_per_second"]
+    assert list(found.limits) == [2.0, 1.0, long.concurrency * long.new / 10]
+
+
+def test_a_further_demand_that_cannot_be_met_is_named_with_what_could_be():
+    long = dataclasses.replace(WORKLOAD, prompt=16 * WORKLOAD.prompt, context=0)
+    also = [Demand(workload=long, budget=Budget(ttft_seconds=1e-12))]
+    table, loose = priced(also), Budget(weight_bytes=10**12)
+    with pytest.raises(Infeasible) as raised:
+        mip.solve(offers.problem(table, loose, WORKLOAD, also))
+    told = offers.in_users_words(raised.value, table, loose, WORKLOAD, also)
+    least = sum(min(offer.also[0].prefill_seconds for offer in row) for row in table.values())
+    assert f"ttft_seconds of prompts of {long.prompt} and {long.new} new tokens" in str(told)
+    assert told.limit == 1e-12
+    assert told.nearest == pytest.approx(least)
 
 
 # ---------------------------------------------------------------------------------------------------------- bytes

@@ -10,11 +10,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pennyweight.api import Result, fit, load, plan
     from pennyweight.config import BudgetConfig as Budget
+    from pennyweight.config import DemandConfig as Demand
     from pennyweight.config import FitConfig as Config
     from pennyweight.config import WorkloadConfig as Workload
     from pennyweight.prices.machine import Machine
 
-__all__ = ["Budget", "Config", "Machine", "Result", "Workload", "fit", "load", "plan"]
+__all__ = ["Budget", "Config", "Demand", "Machine", "Result", "Workload", "fit", "load", "plan"]
 
 _WHERE = {
     "fit": ("api", "fit"),
@@ -23,6 +24,7 @@ _WHERE = {
     "Result": ("api", "Result"),
     "Budget": ("config", "BudgetConfig"),
     "Config": ("config", "FitConfig"),
+    "Demand": ("config", "DemandConfig"),
     "Workload": ("config", "WorkloadConfig"),
     "Machine": ("prices.machine", "Machine"),
 }

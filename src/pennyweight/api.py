@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pennyweight import families
-from pennyweight.config import BudgetConfig, FitConfig, WorkloadConfig
+from pennyweight.config import BudgetConfig, DemandConfig, FitConfig, WorkloadConfig
 from pennyweight.disk import hub
 from pennyweight.disk.opened import open_config, open_vocabulary
 from pennyweight.disk.writer import Writer
@@ -35,6 +36,7 @@ def plan(
     budget: BudgetConfig | None = None,
     *,
     workload: WorkloadConfig | None = None,
+    also: Sequence[DemandConfig] = (),
     machine: str = "this",
     axes: tuple[str, ...] = FitConfig().axes,
 ) -> planning.Plan:
@@ -51,7 +53,8 @@ def plan(
     parent_bytes = planning.stored_bytes(families.shapes(config), 16)
     bounds = (budget or BudgetConfig()).resolve(parent_bytes=parent_bytes)
     device = measure.machine() if machine == "this" else Machine.load(machine)
-    return planning.plan(config, (workload or WorkloadConfig()).resolve(), device, bounds, axes)
+    further = [demand.resolve(parent_bytes=parent_bytes) for demand in also]
+    return planning.plan(config, (workload or WorkloadConfig()).resolve(), device, bounds, axes, further)
 
 
 def fit(

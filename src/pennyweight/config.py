@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pennyweight import kinds, units, variants
 from pennyweight.disk import reading
-from pennyweight.model.demand import Budget, Cache, Workload
+from pennyweight.model.demand import Budget, Cache, Demand, Workload
 from pennyweight.prices.machine import Machine
 
 
@@ -59,6 +60,41 @@ class WorkloadConfig(_Strict):
         return Workload(**self.model_dump())
 
 
+class DemandConfig(_Strict):
+    """A workload served beside the first one, and its bounds."""
+
+    budget: BudgetConfig = BudgetConfig()
+    workload: WorkloadConfig = WorkloadConfig()
+
+    def resolve(self, *, parent_bytes: int) -> Demand:
+        """Raises ValueError as its parts do, and where nothing is bounded."""
+        budget = self.budget.resolve(parent_bytes=parent_bytes)
+        if not budget.bounds():
+            raise ValueError(
+                f"a workload beside the first needs a bound of its own: {', '.join(type(self.budget).model_fields)}"
+            )
+        return Demand(workload=self.workload.resolve(), budget=budget)
+
+    @classmethod
+    def read(cls, text: str) -> DemandConfig:
+        """Of "prompt=2k,new=64,concurrency=8,ttft=900ms". Raises ValueError for what is no key or value of one."""
+        parts: dict[str, dict[str, Any]] = {"budget": {}, "workload": {}}
+        for item in text.split(","):
+            name, equals, value = (part.strip() for part in item.partition("="))
+            known = {**dict.fromkeys(BudgetConfig.model_fields, "budget")}
+            known |= dict.fromkeys(WorkloadConfig.model_fields, "workload")
+            if not equals or not value or name not in known:
+                raise ValueError(
+                    f"--also {item!r}: write NAME=VALUE, comma-separated, with names of {', '.join(known)}"
+                )
+            whole = known[name] == "workload" and name != "cache"
+            parts[known[name]][name] = units.parse_count(value) if whole else value
+        try:
+            return cls(**parts)  # type: ignore[arg-type]
+        except ValidationError as err:
+            raise ValueError(f"--also {text!r}: {reading.first_error(err)}") from err
+
+
 class DataConfig(_Strict):
     """Text. `text` is "builtin" (this Python's standard library and documentation), "parent" (sampled from the model
     itself, `sampled_rows` of them), or a file or folder. Rows are stretches of `context` tokens."""
@@ -98,6 +134,9 @@ class UniformConfig(_Strict):
 class FitConfig(_Strict):
     """Everything that decides the result of a fit, except the model and its text.
 
+    A child keeps the bounds of `budget` while it serves `workload`, and those of each demand in `also` while it serves
+    that one's workload.
+
     Scores are of children with one slot changed, compared by `metric`; "error" runs no child and goes by second moments
     (judge/moments.py), which only tells ways of storing apart. With `uniform` nothing is judged. With `race` a choice
     is scored on all of the text only as long as it may be chosen (job/race.py; the metric kl alone). With `hours`
@@ -110,6 +149,7 @@ class FitConfig(_Strict):
 
     budget: BudgetConfig = BudgetConfig()
     workload: WorkloadConfig = WorkloadConfig()
+    also: tuple[DemandConfig, ...] = ()
     data: DataConfig = DataConfig()
     heal: HealConfig = HealConfig()
     axes: tuple[str, ...] = Field(default_factory=variants.default)
@@ -153,6 +193,8 @@ class FitConfig(_Strict):
         share_of = 2**40  # of what is not known before the model is read
         for budget in (self.budget, *(self.budget.swept(bound) for bound in self.sweep)):
             budget.resolve(parent_bytes=share_of)
+        for demand in self.also:
+            demand.resolve(parent_bytes=share_of)
         for size, whole in ((self.max_pending, None), (self.max_ram, share_of), (self.max_disk, None)):
             if size is not None and units.parse_bytes(size, whole=whole) < 1:
                 raise ValueError(f"{size!r} is no room to work in; give at least a byte")
@@ -183,6 +225,7 @@ def asked(
     cache: str | None = None,
     axes: str | None = None,
     machine: str | None = None,
+    also: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What `penny plan` and `penny fit` are both asked on the command line, as changes for `merged`. Raises ValueError
     for text that is no number of tokens."""
@@ -201,6 +244,7 @@ def asked(
         },
         "axes": None if axes is None else tuple(axes.split(",")),
         "machine": machine,
+        "also": tuple(DemandConfig.read(text).model_dump() for text in also) if also else None,
     }
 
 

@@ -40,6 +40,12 @@ def fit(
     ] = None,
     context: Annotated[str | None, typer.Option(help="Tokens that memory is reserved for, per sequence.")] = None,
     cache: Annotated[str | None, typer.Option(help="Keys and values: float16, int8 or float32.")] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A workload served as well, with its own bounds: prompt=2k,new=64,concurrency=8,ttft=2s. Repeatable."
+        ),
+    ] = None,
     axes: Annotated[
         str | None,
         typer.Option(help=f"Comma-separated, of {', '.join(variants.order())}; by default {DEFAULT_AXES}."),
@@ -107,6 +113,7 @@ def fit(
                     cache=cache,
                     axes=axes,
                     machine=machine,
+                    also=also,
                 ),
                 "data": {
                     "text": text,

@@ -32,6 +32,10 @@ def plan(
     ] = None,
     context: str | None = None,
     cache: Annotated[str | None, typer.Option(help="Keys and values: float16, int8 or float32.")] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="A workload served as well, with its own bounds, as of penny fit. Repeatable."),
+    ] = None,
     machine: Annotated[
         str, typer.Option(help='"this" one, measured, a shipped machine (penny machine --list), or a JSON file.')
     ] = "this",
@@ -63,6 +67,7 @@ def plan(
                 cache=cache,
                 axes=axes,
                 machine=machine,
+                also=also,
             ),
         )
         wanted.check()
@@ -71,7 +76,9 @@ def plan(
         device = _this_machine() if machine == "this" else Machine.load(machine)
         bounds = wanted.budget.resolve(parent_bytes=planning.stored_bytes(shapes, 16))
         with own_stdout():
-            found = planning.plan(config, load, device, bounds, wanted.axes, scored_tokens=wanted.data.context)
+            parent_bytes = planning.stored_bytes(shapes, 16)
+            further = [demand.resolve(parent_bytes=parent_bytes) for demand in wanted.also]
+            found = planning.plan(config, load, device, bounds, wanted.axes, further, scored_tokens=wanted.data.context)
         result = found.to_json()
         if against is not None:
             parent = families.shapes(open_config(located(against, only_config=True)))
@@ -109,6 +116,9 @@ def plan(
             rate = f"{spent['tokens_per_second']:.0f} tok/s"
             told = f"on {device.name}{together}   memory {memory}, {work} of it work space"
             print(f"{told}   {times}   {rate}   (computed)")
+        for demand, spent in zip(further, found.also, strict=True):
+            times = f"TTFT {show_seconds(spent['ttft_seconds'])}   TPOT {show_seconds(spent['tpot_seconds'])}"
+            print(f"on {device.name}, {demand}   memory {show_bytes(spent['memory_bytes'])}   {times}   (computed)")
         print(f"verdict      {found.verdict}")
 
 

@@ -22,7 +22,7 @@ from pennyweight.job.hours import InTime
 from pennyweight.live.load import compute_dtype
 from pennyweight.live.walk import Walk
 from pennyweight.model.blocks import Block
-from pennyweight.model.demand import Budget, Workload
+from pennyweight.model.demand import Budget, Demand, Workload
 from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
 from pennyweight.prices import planning
@@ -124,6 +124,11 @@ class Job:
     @cached_property
     def budget(self) -> Budget:
         return self.config.budget.resolve(parent_bytes=self.parent_bytes)
+
+    @cached_property
+    def also(self) -> tuple[Demand, ...]:
+        """What has to be met beside the budget of the first workload."""
+        return tuple(demand.resolve(parent_bytes=self.parent_bytes) for demand in self.config.also)
 
     def swept(self, bound: str) -> Budget:
         """The budget with one bound another."""

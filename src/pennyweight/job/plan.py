@@ -31,7 +31,9 @@ def plan(job: Job) -> dict[str, Any]:
     seconds, how = prices(job)
     job.listen.begin("plan", total=1)
     config = job.config
-    found = planning.prospect(job.blocks, config.axes, job.budget, job.workload, seconds, scored_tokens=job.row_tokens)
+    found = planning.prospect(
+        job.blocks, config.axes, job.budget, job.workload, seconds, job.also, scored_tokens=job.row_tokens
+    )
     found.hold_against(job.budget)
     needs = disk(job)
     left = space.free_bytes(job.run) + space.used_bytes(job.run)
@@ -57,6 +59,7 @@ def plan(job: Job) -> dict[str, Any]:
         "disk_bytes": needs.bytes,
         "parent_bytes": job.parent_bytes,
         "parent": {str(batch.concurrency): model_figures(job.shapes, batch, seconds) for batch in found.offered},
+        "parent_also": [model_figures(job.shapes, demand.workload, seconds) for demand in job.also],
         "prices": how,
         "choices": choices,
         "first_share": round(first, 4),
@@ -180,12 +183,13 @@ def described(job: Job) -> Machine:
 
 def measured_prices(job: Job) -> Seconds:
     """Block times of this machine; each shape is measured once per machine and workload, batches that a bound on
-    throughput leaves open included, and remembered."""
+    throughput leaves open and further demands included, and remembered."""
     from pennyweight.prices import measure
 
     wanted = offers.all_shapes(job.shapes, job.config.axes, scored_tokens=job.row_tokens)
     cache = measure.cache_folder() / "latencies.json"
     budgets = (job.budget, *(job.swept(bounds) for bounds in job.config.sweep))
     workloads = dict.fromkeys(batch for budget in budgets for batch in batches(budget, job.workload))
+    workloads |= dict.fromkeys(demand.workload for demand in job.also)
     config = job.checkpoint.config
     return measure.prices(config, job.shapes, list(workloads), wanted, cache=cache, listen=job.listen)

@@ -124,7 +124,7 @@ def _contending_offers(job: Job, found: Mapping[Slot, Mapping[str, Estimate]]) -
             )
             for _ in range(solutions):
                 problem = offers.problem(
-                    table, budget, workload, different_from=earlier, min_different=job.config.min_different
+                    table, budget, workload, job.also, different_from=earlier, min_different=job.config.min_different
                 )
                 try:
                     best, contending = mip.contenders(problem, lower)

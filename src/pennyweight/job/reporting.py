@@ -51,6 +51,18 @@ def facts(
         "out": str(job.out),
         "budget": {k: v for k, v in asdict(job.budget).items() if v is not None},
         "workload": workload,
+        "also": [
+            {
+                "told": str(demand),
+                "workload": asdict(demand.workload),
+                "budget": demand.budget.bounds(),
+                "predicted": predicted,
+                "parent": parent,
+            }
+            for demand, predicted, parent in zip(
+                job.also, chosen["solutions"][0]["also"], job.store.get("plan")["parent_also"], strict=True
+            )
+        ],
         "plan": job.store.get("plan"),
         # In 16 bits, which is what a share of a budget is of.
         "parent": {

@@ -93,7 +93,9 @@ class _Run:
 
     @cached_property
     def planned(self) -> dict[str, Any]:
-        inputs = self._asked("axes", "budget", "heal", "max_disk", "max_pending", "metric", "uniform", "workload")
+        inputs = self._asked(
+            "also", "axes", "budget", "heal", "max_disk", "max_pending", "metric", "uniform", "workload"
+        )
         inputs |= self._machine
         return self._kept("plan", "plan", inputs, lambda: self.job.planned or plan(self.job), dict[str, Any])
 
@@ -106,7 +108,7 @@ class _Run:
         inputs = self._asked(
             "axes", "budget", "metric", "min_different", "race", "search", "solutions", "sweep", "uniform"
         )
-        inputs |= self._asked("workload")
+        inputs |= self._asked("also", "workload")
         inputs |= self._machine | self._library | {"seed": job.config.drawn_by}
         self._made_from("solve", inputs, "chosen")
         while True:
@@ -228,6 +230,7 @@ class _Run:
             | self._healing
             | {
                 "workload": self.chosen["solutions"][0]["workload"],
+                **self._asked("also"),
                 "candidate": self.store.get("folder/candidate"),
                 "held_out_rows": job.config.data.held_out_rows,
                 "weight_bytes": job.budget.weight_bytes,

@@ -29,12 +29,14 @@ class Chosen:
     workload: Workload
     solution: Solution
     predicted: dict[str, float]  # in the words of Budget, and `score`
+    also: tuple[dict[str, float], ...] = ()  # under each further demand, in the words of Budget
 
     def to_json(self) -> dict[str, Any]:
         return {
             "layout": layout_to_json(self.layout),
             "workload": asdict(self.workload),
             "predicted": self.predicted,
+            "also": list(self.also),
             "optimal": self.solution.optimal,
             "seconds": self.solution.seconds,
         }
@@ -81,10 +83,10 @@ def every_offer(job: Job, workload: Workload, seconds: Seconds) -> dict[Slot, li
     costs = {slot: {key: found[metric] for key, found in own.items()} for slot, own in scored.items()}
     table = {}
     for slot, block in job.blocks.items():
-        table[slot] = offers.offers(block, costs.get(slot, {}), workload, seconds)
+        table[slot] = offers.offers(block, costs.get(slot, {}), workload, seconds, job.also)
     if job.config.uniform is not None:
         for slot, (choice,) in singles(job).items():
-            alike = offers.offers(job.blocks[slot], {choice.key(): 0.0}, workload, seconds)
+            alike = offers.offers(job.blocks[slot], {choice.key(): 0.0}, workload, seconds, job.also)
             table[slot] = [offer for offer in alike if offer.choice]
     return table
 
@@ -99,6 +101,7 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
             table,
             budget,
             workload,
+            job.also,
             different_from=[chosen.solution.choice for chosen in found],
             min_different=job.config.min_different,
         )
@@ -108,7 +111,7 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
         except Infeasible as err:
             if found:
                 break
-            raise offers.in_users_words(err, table, budget, workload) from None
+            raise offers.in_users_words(err, table, budget, workload, job.also) from None
         picked = {slot: row[v] for (slot, row), v in zip(table.items(), solution.choice, strict=True)}
         shapes = {slot: offer.shape for slot, offer in picked.items()}
         predicted = model_figures(shapes, workload, seconds)
@@ -118,7 +121,8 @@ def _solve_at(job: Job, budget: Budget, workload: Workload, solutions: int) -> l
             taken = ((slot, Choice((spec,)).key()) for slot, offer in picked.items() for spec in offer.choice.specs)
             predicted["lm"] = sum(scored[slot][key]["lm"] for slot, key in taken)
         layout = {slot: offer.choice for slot, offer in picked.items() if offer.choice}
-        found.append(Chosen(layout, workload, solution, predicted))
+        also = tuple(model_figures(shapes, demand.workload, seconds) for demand in job.also)
+        found.append(Chosen(layout, workload, solution, predicted, also))
     return found
 
 

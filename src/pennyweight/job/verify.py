@@ -77,6 +77,7 @@ def verify_child(
             }
     workload = Workload(**chosen["solutions"][0]["workload"])
     speed, how = _speed(job, candidate, workload)
+    also = [_speed(job, candidate, demand.workload) for demand in job.also]
     return {
         "checks": [check.to_json() for check in checks],
         "whole": whole,
@@ -84,6 +85,7 @@ def verify_child(
         "samples": samples,
         "speed": speed,
         "speed_how": how,
+        "also": [{"speed": speed, "speed_how": how} for speed, how in also],
         "slowdown": None if speed is None else _slowdown(job, workload),
         "memory": None if job.budget.memory_bytes is None else _memory(job, candidate, workload),
     }

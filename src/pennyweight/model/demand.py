@@ -65,6 +65,20 @@ class Budget:
         return {name: bound for name, bound in dataclasses.asdict(self).items() if bound is not None}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """A workload that a model has to serve beside its first one, with bounds of its own. Its sequences run together as
+    many as it says, under a bound on throughput too."""
+
+    workload: Workload
+    budget: Budget
+
+    def __str__(self) -> str:
+        w = self.workload
+        together = f", {w.concurrency} at once" if w.concurrency > 1 else ""
+        return f"prompts of {w.prompt} and {w.new} new tokens{together}"
+
+
 def batches(budget: Budget, workload: Workload) -> tuple[Workload, ...]:
     """The workloads that may meet a budget, fewest sequences at once first. Under a bound on throughput `concurrency`
     is the most that may run at once, and every power of two below it is tried too: what is lighter affords more, what

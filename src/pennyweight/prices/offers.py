@@ -17,7 +17,7 @@ from pennyweight import formats, kinds, variants
 from pennyweight.disk.tensors import header_bytes
 from pennyweight.model.blocks import Block
 from pennyweight.model.choices import PARENT, Choice
-from pennyweight.model.demand import Budget, Workload, batches
+from pennyweight.model.demand import Budget, Demand, Workload, batches
 from pennyweight.model.shapes import Shape, Shapes
 from pennyweight.model.slots import Slot
 from pennyweight.prices.cost import Cost, Seconds, price
@@ -75,13 +75,15 @@ def all_shapes(shapes: Shapes, axes: Sequence[str], *, scored_tokens: int) -> se
 
 @dataclass(frozen=True)
 class Offer:
-    """One thing a slot can become. file_bytes: its tensors and their entries in the safetensors header."""
+    """One thing a slot can become. file_bytes: its tensors and their entries in the safetensors header. also: what it
+    costs under each further demand."""
 
     choice: Choice
     shape: Shape
     score: float
     cost: Cost
     file_bytes: int
+    also: tuple[Cost, ...] = ()
 
     @property
     def resident_bytes(self) -> float:
@@ -107,28 +109,39 @@ def file_bytes(block: Block) -> int:
     return sum(weight.nbytes for weight in weights.values()) + header_bytes(entries)
 
 
-def offers(block: Block, scored: Mapping[str, float], workload: Workload, seconds: Seconds) -> list[Offer]:
+def offers(
+    block: Block,
+    scored: Mapping[str, float],
+    workload: Workload,
+    seconds: Seconds,
+    also: Sequence[Demand] = (),
+) -> list[Offer]:
     """All combinations of one slot."""
+
+    def others(shape: Shape) -> tuple[Cost, ...]:
+        return tuple(price(shape, demand.workload, seconds) for demand in also)
+
     return [
-        Offer(choice, shape, score, price(shape, workload, seconds), file_bytes(block.having(shape)))
+        Offer(choice, shape, score, price(shape, workload, seconds), file_bytes(block.having(shape)), others(shape))
         for choice, shape, score in combinations(block.shape, scored)
     ]
 
 
 def undominated(offered: Sequence[Offer]) -> list[Offer]:
     """Offers that no other one beats or equals on score and every cost; of equal ones the first."""
-    table = np.array(
-        [
-            [o.score, o.file_bytes, o.resident_bytes, o.cost.state_bytes, o.cost.prefill_seconds, o.cost.decode_seconds]
-            for o in offered
-        ]
-    )
+    table = np.array([[o.score, o.file_bytes, o.resident_bytes, *_running(o)] for o in offered])
     order = np.lexsort(table.T[::-1])
     kept: list[int] = []
     for index in order:
         if not any((table[other] <= table[index]).all() for other in kept):
             kept.append(int(index))
     return [offered[index] for index in sorted(kept)]
+
+
+def _running(offer: Offer) -> list[float]:
+    """What it costs to serve every workload."""
+    costs = (offer.cost, *offer.also)
+    return [each for cost in costs for each in (cost.state_bytes, cost.prefill_seconds, cost.decode_seconds)]
 
 
 FILE_OVERHEAD = 4096
@@ -141,38 +154,64 @@ def fixed_spending(offered: Mapping[Slot, Sequence[Offer]], workload: Workload) 
     return {"weight_bytes": FILE_OVERHEAD, "memory_bytes": workspace_bytes(shapes, workload)}
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """One row of the problem. `asked`: the bound in the words of Budget; `limit`: on the sum over slots."""
+
+    name: str
+    bound: str
+    demand: Demand
+    asked: float
+    limit: float
+    spent: Callable[[Offer], float]
+
+
+def _rows(
+    offered: Mapping[Slot, Sequence[Offer]], budget: Budget, workload: Workload, also: Sequence[Demand]
+) -> list[_Bound]:
+    """Of every demand. A throughput bound becomes a bound on time: sequences * new tokens / rate >= prefill + new *
+    decode seconds."""
+    found = []
+    for number, demand in enumerate((Demand(workload=workload, budget=budget), *also)):
+        fixed, new = fixed_spending(offered, demand.workload), demand.workload.new
+
+        def cost(offer: Offer, number: int = number) -> Cost:
+            return offer.also[number - 1] if number else offer.cost
+
+        spent: dict[str, Callable[[Offer], float]] = {
+            "weight_bytes": lambda o: o.file_bytes,
+            "memory_bytes": lambda o, cost=cost: o.resident_bytes + cost(o).state_bytes,
+            "ttft_seconds": lambda o, cost=cost: cost(o).prefill_seconds,
+            "tpot_seconds": lambda o, cost=cost: cost(o).decode_seconds,
+            "tokens_per_second": lambda o, cost=cost, new=new: cost(o).prefill_seconds + new * cost(o).decode_seconds,
+        }
+        for bound, asked in demand.budget.bounds().items():
+            limit = demand.workload.concurrency * new / asked if bound == "tokens_per_second" else asked
+            name = f"{bound} of {demand}" if number else bound
+            found.append(_Bound(name, bound, demand, asked, limit - fixed.get(bound, 0), spent[bound]))
+    return found
+
+
 def problem(
     offered: Mapping[Slot, Sequence[Offer]],
     budget: Budget,
     workload: Workload,
+    also: Sequence[Demand] = (),
     *,
     different_from: Sequence[tuple[int, ...]] = (),
     min_different: int = 0,
 ) -> Problem:
-    """The search problem of one budget and workload. Every slot takes part, also those with a single offer.
-
-    A throughput bound becomes a bound on time: sequences * new tokens / rate >= prefill + new * decode seconds.
-    """
-    bounds = budget.bounds()
-    fixed = fixed_spending(offered, workload)
-    if "tokens_per_second" in bounds:
-        bounds["tokens_per_second"] = workload.concurrency * workload.new / bounds["tokens_per_second"]
-    spent = {
-        "weight_bytes": lambda o: o.file_bytes,
-        "memory_bytes": lambda o: o.resident_bytes + o.cost.state_bytes,
-        "ttft_seconds": lambda o: o.cost.prefill_seconds,
-        "tpot_seconds": lambda o: o.cost.decode_seconds,
-        "tokens_per_second": lambda o: o.cost.prefill_seconds + workload.new * o.cost.decode_seconds,
-    }
-    names = tuple(bounds)
+    """The search problem of one budget and workload, and of further demands that the offers are priced for. Every slot
+    takes part, also those with a single offer."""
+    rows = _rows(offered, budget, workload, also)
     return Problem(
         scores=tuple(np.array([o.score for o in row]) for row in offered.values()),
         costs=tuple(
-            np.array([[float(spent[name](o)) for name in names] for o in row]).reshape(len(row), len(names))
+            np.array([[float(each.spent(o)) for each in rows] for o in row]).reshape(len(row), len(rows))
             for row in offered.values()
         ),
-        limits=np.array([float(bounds[name] - fixed.get(name, 0)) for name in names]),
-        names=names,
+        limits=np.array([float(each.limit) for each in rows]),
+        names=tuple(each.name for each in rows),
         different_from=tuple(different_from),
         min_different=min_different,
         labels=tuple(tuple(str(o.choice) for o in row) for row in offered.values()),
@@ -213,25 +252,30 @@ def _miss(err: Infeasible) -> float:
 
 
 def in_users_words(
-    err: Infeasible, offered: Mapping[Slot, Sequence[Offer]], budget: Budget, workload: Workload
+    err: Infeasible,
+    offered: Mapping[Slot, Sequence[Offer]],
+    budget: Budget,
+    workload: Workload,
+    also: Sequence[Demand] = (),
 ) -> Infeasible:
     """The same failure as numbers of the budget: the bound as asked, and the nearest one that could be met."""
     if err.bound is None or err.nearest is None:
         return err
-    asked = budget.bounds()[err.bound]
-    if err.bound == "tokens_per_second":
-        nearest = workload.concurrency * workload.new / err.nearest
-        message = f"tokens_per_second of {asked:.4g} cannot be met; the most possible is {nearest:.4g}"
+    rows = _rows(offered, budget, workload, also)
+    found = next(row for row in rows if row.name == err.bound)
+    if found.bound == "tokens_per_second":
+        nearest = found.demand.workload.concurrency * found.demand.workload.new / err.nearest
+        message = f"{found.name} of {found.asked:.4g} cannot be met; the most possible is {nearest:.4g}"
     else:
-        nearest = err.nearest + fixed_spending(offered, workload).get(err.bound, 0)
-        show = show_bytes if err.bound.endswith("bytes") else show_seconds
-        message = f"{err.bound} of {show(asked)} cannot be met; the least possible is {show(nearest)}"
-        if err.bound.endswith("bytes"):
+        nearest = err.nearest + fixed_spending(offered, found.demand.workload).get(found.bound, 0)
+        show = show_bytes if found.bound.endswith("bytes") else show_seconds
+        message = f"{found.name} of {show(found.asked)} cannot be met; the least possible is {show(nearest)}"
+        if found.bound.endswith("bytes"):
             nearest = math.ceil(nearest)
             message += f" ({nearest} bytes)"
-    if len(budget.bounds()) > 1:
+    if len(rows) > 1:
         message += ", given the other bounds"
-    return Infeasible(err.bound, asked, nearest, message)
+    return Infeasible(found.name, found.asked, nearest, message)
 
 
 def at_once(sequences: int) -> str:

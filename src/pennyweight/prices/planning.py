@@ -10,7 +10,7 @@ from typing import Any
 
 from pennyweight import families, formats, kinds, variants
 from pennyweight.model.blocks import Blocks
-from pennyweight.model.demand import Budget, Workload, batches
+from pennyweight.model.demand import Budget, Demand, Workload, batches
 from pennyweight.model.shapes import Shapes, parameters
 from pennyweight.model.slots import Slot
 from pennyweight.model.stored import BFLOAT16
@@ -28,7 +28,8 @@ CONTEXTS = (8192, 16384, 65536, 131072)
 class Plan:
     """parameters; bytes of weights at 16, 8 and 4 bits; the most tokens the model takes (None: it does not say); KV
     bytes of one sequence by context; `figures` in Budget's words on the given machine and the work space, both by how
-    many sequences run at once; the smallest weights the axes can reach; and the verdict on the budget."""
+    many sequences run at once; `also`: figures under each further demand; the smallest weights the axes can reach; and
+    the verdict on the budget."""
 
     parameters: int
     weight_bytes: dict[int, int]
@@ -36,6 +37,7 @@ class Plan:
     kv_bytes: dict[int, float]
     workspace_bytes: dict[int, int]
     figures: dict[int, dict[str, float]]
+    also: list[dict[str, float]]
     smallest_bytes: float
     verdict: str
 
@@ -49,11 +51,12 @@ Offered = Mapping[Slot, list[offers.Offer]]
 @dataclass(frozen=True)
 class Prospect:
     """What may become of every slot, unscored: how many choices there are to score, and all their combinations, by the
-    batches that the budget allows. The parent's own come first."""
+    batches that the budget allows. The parent's own come first. `also`: further demands, which have to be met too."""
 
     choices: int
     workload: Workload
     offered: Mapping[Workload, Offered]
+    also: tuple[Demand, ...] = ()
 
     def hold_against(self, budget: Budget) -> None:
         """Raises Infeasible, in the words of the budget, if no combination meets it in any batch."""
@@ -61,9 +64,9 @@ class Prospect:
         def solve(batch: Workload) -> Solution:
             cheapest = {slot: offers.undominated(row) for slot, row in self.offered[batch].items()}
             try:
-                return kinds.load("search", "mip").solve(offers.problem(cheapest, budget, batch))
+                return kinds.load("search", "mip").solve(offers.problem(cheapest, budget, batch, self.also))
             except Infeasible as err:
-                raise offers.in_users_words(err, cheapest, budget, batch) from None
+                raise offers.in_users_words(err, cheapest, budget, batch, self.also) from None
 
         next(offers.met(budget, self.workload, solve))
 
@@ -81,7 +84,7 @@ class Prospect:
             return [offer for offer in row if all(axis in axes for axis, _ in offer.choice.specs)]
 
         left = {w: {slot: inside(row) for slot, row in table.items()} for w, table in self.offered.items()}
-        return Prospect(self.choices, self.workload, left)
+        return Prospect(self.choices, self.workload, left, self.also)
 
     @property
     def smallest_bytes(self) -> float:
@@ -90,7 +93,14 @@ class Prospect:
 
 
 def prospect(
-    blocks: Blocks, axes: Sequence[str], budget: Budget, workload: Workload, seconds: Seconds, *, scored_tokens: int
+    blocks: Blocks,
+    axes: Sequence[str],
+    budget: Budget,
+    workload: Workload,
+    seconds: Seconds,
+    also: Sequence[Demand] = (),
+    *,
+    scored_tokens: int,
 ) -> Prospect:
     """Every slot's offers, each with a score of 0. Raises ValueError for an axis that does not exist."""
     for axis in axes:
@@ -100,14 +110,14 @@ def prospect(
     }
     free = {slot: {choice.key(): 0.0 for choice in own} for slot, own in singles.items()}
     first, *others = batches(budget, workload)
-    offered = {first: {slot: offers.offers(block, free[slot], first, seconds) for slot, block in blocks.items()}}
+    offered = {first: {slot: offers.offers(block, free[slot], first, seconds, also) for slot, block in blocks.items()}}
     for batch in others:  # the same offers at other costs
         cost = cache(partial(price, workload=batch, seconds=seconds))
         offered[batch] = {
             slot: [dataclasses.replace(offer, cost=cost(offer.shape)) for offer in row]
             for slot, row in offered[first].items()
         }
-    return Prospect(sum(map(len, singles.values())), workload, offered)
+    return Prospect(sum(map(len, singles.values())), workload, offered, tuple(also))
 
 
 def plan(
@@ -116,6 +126,7 @@ def plan(
     machine: Machine,
     budget: Budget,
     axes: Sequence[str],
+    also: Sequence[Demand] = (),
     *,
     scored_tokens: int = 512,
 ) -> Plan:
@@ -127,7 +138,7 @@ def plan(
     limits = budget.bounds() or {"memory_bytes": machine.memory_bytes}
     bounded = Budget(**{k: int(v) if k.endswith("bytes") else v for k, v in limits.items()})  # type: ignore[arg-type]
     scored_tokens = min(scored_tokens, longest or scored_tokens)
-    found = prospect(blocks, axes, bounded, workload, seconds, scored_tokens=scored_tokens)
+    found = prospect(blocks, axes, bounded, workload, seconds, also, scored_tokens=scored_tokens)
     contexts = {workload.context, *CONTEXTS} if longest is None else {workload.context, longest, *CONTEXTS}
     return Plan(
         parameters=parameters(shapes),
@@ -140,6 +151,7 @@ def plan(
         },
         workspace_bytes={batch.concurrency: workspace_bytes(shapes.values(), batch) for batch in found.offered},
         figures={batch.concurrency: model_figures(shapes, batch, seconds) for batch in found.offered},
+        also=[model_figures(shapes, demand.workload, seconds) for demand in also],
         smallest_bytes=found.smallest_bytes,
         verdict=_verdict(found, bounded, shapes),
     )
@@ -148,7 +160,7 @@ def plan(
 def _verdict(found: Prospect, budget: Budget, shapes: Shapes) -> str:
     for batch, table in found.offered.items():
         alone = {slot: row[:1] for slot, row in table.items()}
-        if offers.problem(alone, budget, batch).allows((0,) * len(alone)):
+        if offers.problem(alone, budget, batch, found.also).allows((0,) * len(alone)):
             return "fits as it is" + (f", {offers.at_once(batch.concurrency)}" if len(found.offered) > 1 else "")
     try:
         found.hold_against(budget)

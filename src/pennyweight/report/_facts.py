@@ -78,6 +78,26 @@ def promises(report: Mapping[str, Any]) -> list[Promise]:
         asked = f"{key} {sign} {report['config']['budget'][key]}"
         asked += " of the parent's" if asked.endswith("%") else ""
         found.append(Promise(name, asked, f"{sign} {show(bound, limit)}", show(bound, came), kept, _how(report, bound)))
+    return found + [promise for number in range(len(report.get("also", ()))) for promise in _beside(report, number)]
+
+
+def _beside(report: Mapping[str, Any], number: int) -> list[Promise]:
+    """Every bound of a further demand."""
+    demand, asked, found = report["also"][number], report["config"]["also"][number]["budget"], []
+    for bound, limit in demand["budget"].items():
+        key, name = BOUNDS[bound]
+        came, at_least, slack = demand["predicted"][bound], bound == "tokens_per_second", 1e-9 * limit
+        kept, sign = came >= limit - slack if at_least else came <= limit + slack, "≥" if at_least else "≤"
+        how, speed = "predicted", report["verified"]["also"][number]["speed"]
+        if bound.endswith("bytes"):
+            how = "computed, not measured"
+        elif speed is not None:
+            measured = show(bound, speed["child"][bound.removesuffix("_seconds")])
+            how = f"predicted; {measured} measured in the native engine"
+        words = f"{key} {sign} {asked[key]}, {demand['told']}"
+        found.append(
+            Promise(f"{name}, {demand['told']}", words, f"{sign} {show(bound, limit)}", show(bound, came), kept, how)
+        )
     return found
 
 

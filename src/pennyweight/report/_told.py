@@ -128,6 +128,23 @@ class Memory(Told):
     child: Positive
 
 
+class Measured(Told):
+    """Of a further demand."""
+
+    speed: Speeds | None
+    speed_how: str
+
+
+class Further(Told):
+    """A demand beside the first workload's."""
+
+    told: str
+    workload: Workload
+    budget: Annotated[dict[Bound, Positive], Field(min_length=1)]
+    predicted: Figures
+    parent: Figures
+
+
 class Verified(Told):
     checks: list[Check]
     whole: bool
@@ -137,6 +154,7 @@ class Verified(Told):
     speed_how: str
     slowdown: NotRequired[Positive | None]
     memory: NotRequired[Memory | None]
+    also: NotRequired[list[Measured]]
 
 
 class Parent(Told):
@@ -172,8 +190,13 @@ class Uniform(Told):
     group: Count
 
 
+class Asked(Told):
+    budget: dict[str, str | None]
+
+
 class Config(Told):
     budget: dict[str, str | None]
+    also: NotRequired[list[Asked]]
     data: Data
     heal: Heal
     axes: list[str]
@@ -198,6 +221,7 @@ class Report(Told):
     model: str
     budget: dict[Bound, Positive]
     workload: Workload
+    also: NotRequired[list[Further]]
     plan: Plan
     parent: Parent
     chosen: Chosen
@@ -239,6 +263,12 @@ def _contradiction(report: Any) -> str | None:
         return f"slots do not name {others} runners-up"
     if any(report["config"]["budget"].get(BOUNDS[bound][0]) is None for bound in report["budget"]):
         return "budget has a bound that config.budget does not ask for"
+    also = report.get("also", [])
+    if not len(also) == len(report["verified"].get("also", [])) == len(report["config"].get("also", [])):
+        return "further demands are not as many as were asked for and verified"
+    pairs = zip(also, report["config"].get("also", []), strict=True)
+    if any(asked["budget"].get(BOUNDS[bound][0]) is None for each, asked in pairs for bound in each["budget"]):
+        return "a further demand has a bound that config.also does not ask for"
     if any(("predicted" in entry) == ("infeasible" in entry) for entry in report["chosen"]["sweep"]):
         return "a budget of the sweep is neither solved nor infeasible"
     samples = report["verified"]["samples"]
