@@ -141,6 +141,14 @@ def test_an_offer_that_another_beats_on_every_count_is_dropped():
         assert undominated([best, offer(*numbers)]) == [best, offer(*numbers)]
 
 
+def test_an_offer_that_is_better_under_a_further_demand_alone_stays():
+    best, worse = offer(1, 5, 5, 5, 5), offer(2, 6, 6, 6, 6)
+    slow, fast = (dataclasses.replace(worse.cost, decode_seconds=seconds) for seconds in (2.0, 1.0))
+    best, worse = dataclasses.replace(best, also=(slow,)), dataclasses.replace(worse, also=(fast,))
+    assert undominated([best, worse]) == [best, worse]
+    assert undominated([best, dataclasses.replace(worse, also=(slow,))]) == [best]
+
+
 def test_of_equal_offers_the_first_stays_and_the_order_is_kept():
     first, second = offer(1, 5, 5, 5, 5), offer(1, 5, 5, 5, 5)
     cheaper = offer(9, 1, 1, 1, 1)
