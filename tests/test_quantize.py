@@ -8,7 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from pennyweight import formats, kinds
-from pennyweight.formats import Grid, packed_int, zigzag
+from pennyweight.formats import Grid, packed_int, trellis, zigzag
 from pennyweight.model.stored import Stored
 from pennyweight.quantize import _grids, gptq, rtn
 
@@ -139,9 +139,8 @@ def test_inputs_that_are_always_zero_are_left_out_of_it(quantiser):
     x, weight, spec = inputs(63), weights(7, 63), packed_int.Spec(4, 9)
     dead = torch.arange(63) % 4 == 1
     x[:, dead] = 0
-    codes, grid = quantiser.quantize(weight, quantiser.prepare(moment_of(x)), spec)
-    scale = grid.scale
-    nearest = _grids.codes(weight, Grid(scale), spec)
+    codes, _ = quantiser.quantize(weight, quantiser.prepare(moment_of(x)), spec)
+    nearest = _grids.codes(weight, _grids.grid(weight, spec, moment_of(x).diagonal()), spec)
     assert torch.equal(codes[:, dead], nearest[:, dead])
     other = torch.where(dead, 0.01, weight)  # what multiplies a zero cannot matter to the rest
     others = quantiser.quantize(other, quantiser.prepare(moment_of(x)), packed_int.Spec(4, 1))[0]
@@ -233,8 +232,8 @@ def gptq_reference(weight: torch.Tensor, moment: torch.Tensor, scale: torch.Tens
 @pytest.mark.parametrize(("rows", "columns", "group"), [(7, 63, 9), (3, 257, 257), (5, 320, 64)])
 def test_gptq_in_blocks_is_gptq_column_by_column(bits, rows, columns, group):
     weight, moment, spec = weights(rows, columns), moment_of(inputs(columns)), packed_int.Spec(bits, group)
-    codes, grid = gptq.quantize(weight, gptq.prepare(moment), spec)
-    scale = grid.scale
+    codes, _ = gptq.quantize(weight, gptq.prepare(moment), spec)
+    scale = _grids.grid(weight, spec, moment.diagonal()).scale  # as they are while codes are found
     expected = gptq_reference(weight, moment, scale, spec)
     assert (codes == expected).float().mean() > 0.995  # float32 may round a tie the other way
     slow = expected * scale.float().repeat_interleave(group, dim=1)
@@ -246,11 +245,11 @@ def test_gptq_in_blocks_is_gptq_column_by_column(bits, rows, columns, group):
 def test_with_inputs_that_have_nothing_to_do_with_each_other_gptq_is_rounding():
     weight, spec = weights(63, 257), packed_int.Spec(4, 257)
     codes, grid = gptq.quantize(weight, gptq.prepare(torch.eye(257)), spec)
-    scale = grid.scale
-    expected, grid = rtn.quantize(weight, None, spec)
-    same_scale = grid.scale
-    assert torch.equal(scale, same_scale)
+    expected, plain = rtn.quantize(weight, None, spec)
     assert torch.equal(codes, expected)
+    fitted, before = ((codes * each.scale.float() - weight).square().sum(dim=1) for each in (grid, plain))
+    assert (fitted <= before * (1 + 1e-6)).all()
+    assert fitted.sum() < before.sum()
 
 
 def test_gptq_visits_the_columns_with_the_largest_inputs_first():
@@ -370,3 +369,24 @@ def test_weights_that_are_all_positive_or_all_alike_are_kept():
             made = made_of(rtn, weight, None, spec)
             assert torch.isfinite(made).all()
             assert (made - weight).norm() <= 0.08 * weight.norm(), spec
+
+
+@pytest.mark.parametrize("spec", [packed_int.Spec(4, 32), trellis.Spec(2, 32), trellis.Spec(3, 32)], ids=str)
+def test_scales_fitted_at_the_end_lower_the_error_of_the_same_codes(spec, monkeypatch):
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(96, 128), torch.randn(2048, 128) @ torch.randn(128, 128)
+    prepared = gptq.prepare(inputs.T @ inputs / len(inputs))
+    codes, grid = gptq.quantize(weight, prepared, spec)
+    monkeypatch.setattr(gptq, "_fitted", lambda weight, steps, grid, prepared, spec: grid.scale.float())
+    before, plain = gptq.quantize(weight, prepared, spec)
+    assert torch.equal(codes, before)
+
+    def errors(grid):
+        parts = {"codes": codes, "grid": grid}
+        made = formats.unpack(formats.of(spec).encode(weight, spec, lambda w, s: tuple(parts.values()), None))
+        return ((weight - made) @ inputs.T).square().mean(dim=1)
+
+    fitted, kept = errors(grid), errors(plain)
+    assert fitted.sum() < 0.97 * kept.sum()
+    assert (fitted <= kept * 1.001).all()
+    assert torch.equal(_grids.kept(grid.scale, spec).float(), grid.scale.float())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from pennyweight.formats import SUPER_GROUPS, Grid, packed_int
+from pennyweight.formats import SUPER_GROUPS, Grid, packed_int, trellis
 from pennyweight.model.stored import Stored
 from pennyweight.quantize import _trellis
 
@@ -145,6 +145,14 @@ def _super(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _nearest(grouped: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
     return ((grouped - minimum.unsqueeze(-1)) / scale.unsqueeze(-1)).round_().clamp_(0, 15)
+
+
+def kept(scale: torch.Tensor, spec: Stored) -> torch.Tensor:
+    """Scales (rows, groups) along rows as the format keeps them."""
+    if spec.coded == "trellis":
+        eighths, factor = trellis.factors(scale)
+        return eighths.float() * factor.float().unsqueeze(1)
+    return scale.to(torch.bfloat16)
 
 
 def expand(part: torch.Tensor, spec: Stored, rows: int) -> torch.Tensor:
