@@ -1,4 +1,4 @@
-"""Trellis codes: 2 to 6 bits a weight that mean more together than each alone, with half the error of rounding.
+"""Trellis codes: 2 to 6 bits a weight that mean more together than each alone, with less error than rounding up to 5.
 
 Down every column the bits of the weights form one stream, begun anew every 1024 rows. A weight's value is computed from
 a window over the last bits of it (native/trellis.h; QTIP, arXiv:2406.11235, with a code of our own). A matrix W (rows,

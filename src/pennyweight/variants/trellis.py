@@ -1,4 +1,4 @@
-"""Trellis codes: 2 to 6 bits a weight with about half the error of rounded codes of as many (formats/trellis.py).
+"""Trellis codes: few bits a weight with less error than rounded codes of as many (formats/trellis.py).
 
 Asked for: only pennyweight's engine reads them, and reading takes arithmetic, so that few bits save memory more than
 time.
@@ -39,11 +39,11 @@ class Spec:
 
 
 def options(shape: Shape) -> list[Spec]:
-    """2 to 5 bits for blocks, 3 to 6 for embeddings and the head, in groups of 64 or else 32 where these divide the
-    hidden size."""
+    """2 to 5 bits for blocks, 3 to 5 for embeddings and the head, in groups of 64 or else 32 where these divide the
+    hidden size. With 6 bits rounding is as good."""
     group = next((group for group in _GROUPS if shape.hidden_size % group == 0), None)
     if group is None or shape.stored != BFLOAT16:
         return []
     if isinstance(shape, Embedding) or (isinstance(shape, Head) and not shape.tied):
-        return [Spec(bits, group, "rtn") for bits in (3, 4, 5, 6)]
+        return [Spec(bits, group, "rtn") for bits in (3, 4, 5)]
     return [Spec(bits, group) for bits in (2, 3, 4, 5)] if isinstance(shape, Attention | GatedMLP | Dense) else []
