@@ -69,8 +69,9 @@ def uniform(pico, text, tmp_path_factory):
 
 def test_uniform_bits_are_the_same_everywhere_and_nothing_is_gathered(uniform):
     _, out, _, report, gathered = uniform
-    assert all(ways <= {(4, 32), (16, 0)} for ways in kept_in(out).values())
-    assert sum((4, 32) in ways for ways in kept_in(out).values()) == 2 * 3 + 2
+    kept = {slot: ways - {(16, 0)} for slot, ways in kept_in(out).items()}
+    assert {slot for slot, ways in kept.items() if ways == {(8, 32)}} == {"embed", "head"}
+    assert sum(ways == {(4, 32)} for ways in kept.values()) == 2 * 3
     assert not gathered and all(slot["score"] == 0 for slot in report["slots"])
     assert len(report["verified"]["checks"]) == 8 and all(check["ok"] for check in report["verified"]["checks"])
     assert report["unhealed"]["kl"] > 0
@@ -96,16 +97,23 @@ def test_pages_of_a_uniform_run_claim_no_search(uniform):
     assert "least summed score" not in card + page and "budget was kept" not in card
 
 
-@pytest.mark.parametrize(("bits", "group", "blocks", "embed"), [(3, 64, (3, 32), (4, 64)), (5, 128, (8, 64), (8, 64))])
-def test_slots_take_the_fewest_bits_from_those_asked_for_on(pico, text, tmp_path, bits, group, blocks, embed):
-    wanted = config(text, uniform={"bits": bits, "group": group}, axes=("bits", "few_bits"))
+@pytest.mark.parametrize(
+    ("uniform", "blocks", "ends"),
+    [
+        ({"bits": 3, "group": 64}, (3, 32), (8, 64)),
+        ({"bits": 5, "group": 128, "embedding_bits": 3}, (8, 64), (4, 64)),
+    ],
+)
+def test_slots_take_the_fewest_bits_from_those_asked_for_on(pico, text, tmp_path, uniform, blocks, ends):
+    wanted = config(text, uniform=uniform, axes=("bits", "few_bits"))
     with open_job(pico("llama"), tmp_path / "out", wanted, dry=True) as job:
         found = singles(job)
     for slot, (choice,) in found.items():
         ((_, spec),) = choice.specs
-        assert (spec.bits, spec.group) == (embed if slot.layer is None else blocks)
+        assert (spec.bits, spec.group) == (ends if slot.layer is None else blocks)
+    wanted = config(text, uniform={"bits": 4, "embedding_bits": 9}, axes=("bits",))
     with (
-        open_job(pico("llama"), tmp_path / "out", config(text, uniform={"bits": 9}, axes=("bits",)), dry=True) as job,
+        open_job(pico("llama"), tmp_path / "out", wanted, dry=True) as job,
         pytest.raises(ValueError, match=r"embed can be kept in 4, 8 bits, not in 9"),
     ):
         singles(job)
@@ -209,4 +217,8 @@ def test_the_command_makes_a_folder_and_names_it(pico, text, tmp_path):
     found = CliRunner().invoke(app, ["quantize", str(pico("llama")), "--out", str(out), *told])
     assert found.exit_code == 0, found.stderr
     assert found.stdout.splitlines()[-1] == str(out) and "8 of 8 passed" in found.stdout
-    assert json.loads((out / "penny.json").read_text())["config"]["uniform"] == {"bits": 8, "group": 32}
+    assert json.loads((out / "penny.json").read_text())["config"]["uniform"] == {
+        "bits": 8,
+        "group": 32,
+        "embedding_bits": 8,
+    }

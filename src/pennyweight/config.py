@@ -124,11 +124,16 @@ class HealConfig(_Strict):
 
 
 class UniformConfig(_Strict):
-    """Every matrix in the same bits instead of a search: in the fewest bits from `bits` up that a slot is offered, and
-    the widest of its groups up to `group`."""
+    """Every matrix of the blocks in the same bits instead of a search: in the fewest bits from `bits` up that a slot is
+    offered, and the widest of its groups up to `group`.
+
+    Embedding and head go by `embedding_bits`: every token passes them, and rounding to nearest is all that codes of an
+    embedding can be found by.
+    """
 
     bits: int = Field(ge=1)
     group: int = Field(default=32, ge=1)
+    embedding_bits: int = Field(default=8, ge=1)
 
 
 class FitConfig(_Strict):

@@ -150,7 +150,10 @@ def fit(
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder of the result.")],
-    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Every matrix in so many bits.")] = None,
+    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Every matrix of the blocks in so many bits.")] = None,
+    embedding_bits: Annotated[
+        int | None, typer.Option(min=1, max=8, help="With --bits: of embedding and head; by default 8.")
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(help="Or a mix of bits for these bytes: 700MB, or a share of the parent's in 16 bits: 30%."),
@@ -176,12 +179,12 @@ def quantize(
 
         if (bits is None) == (weights is None):
             raise ValueError("give either --bits, the same for every matrix, or --weights, what a mix may take")
-        if bits is None and group is not None:
-            raise ValueError("--group goes with --bits; a mix chooses its groups")
+        if bits is None and (group, embedding_bits) != (None, None):
+            raise ValueError("--group and --embedding-bits go with --bits; a mix chooses its own")
         wanted = {
             "budget": {"weights": weights},
-            "uniform": None if bits is None else {"bits": bits, **({} if group is None else {"group": group})},
-            "axes": tuple((axes or (_QUANTISES if bits is None else _offering(bits))).split(",")),
+            "uniform": None if bits is None else {"bits": bits, "group": group, "embedding_bits": embedding_bits},
+            "axes": tuple((axes or (_QUANTISES if bits is None else _offering(bits, embedding_bits))).split(",")),
             "metric": "error",
             "heal": {"whole_tokens": 0, "local_tokens": 0},
             "data": {
@@ -199,9 +202,9 @@ def quantize(
         _fit(model, out, effective, run=run, engine="local", dry_run=False, as_json=as_json)
 
 
-def _offering(bits: int) -> str:
+def _offering(bits: int, embedding_bits: int | None) -> str:
     """The axes of uniform bits: few of them are no usual wish."""
-    return "bits" if bits >= 4 else "bits,few_bits"
+    return "bits" if min(bits, embedding_bits or bits) >= 4 else "bits,few_bits"
 
 
 def _fit(

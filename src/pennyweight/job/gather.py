@@ -47,12 +47,13 @@ def singles(job: Job) -> dict[Slot, list[Choice]]:
 
 def _alike(slot: Slot, offered: Collection[Choice], wanted: UniformConfig) -> Choice:
     """The choice that stores all matrices of a slot as `wanted` says."""
+    asked = wanted.bits if slot.layer is not None else wanted.embedding_bits
     ways = {choice: getattr(spec, "stored", None) for choice in offered for _, spec in choice.specs}
     one = {choice: (way.bits, way.group) for choice, way in ways.items() if way is not None}
     bits = sorted({bits for bits, _ in one.values()})
-    if wanted.bits > bits[-1]:
-        raise ValueError(f"{slot} can be kept in {', '.join(map(str, bits))} bits, not in {wanted.bits} or more")
-    nearest = next(each for each in bits if each >= wanted.bits)
+    if asked > bits[-1]:
+        raise ValueError(f"{slot} can be kept in {', '.join(map(str, bits))} bits, not in {asked} or more")
+    nearest = next(each for each in bits if each >= asked)
     groups = sorted(group for each, group in one.values() if each == nearest)
     widest = max((group for group in groups if group <= wanted.group), default=groups[0])
     return next(choice for choice, way in one.items() if way == (nearest, widest))

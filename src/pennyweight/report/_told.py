@@ -188,6 +188,7 @@ class Heal(Told):
 class Uniform(Told):
     bits: Count
     group: Count
+    embedding_bits: NotRequired[Count]
 
 
 class Asked(Told):

@@ -75,7 +75,10 @@ Scores are {_facts.METRICS[report["metric"]]}, of each choice alone, before heal
 
 def _said(report: Mapping[str, Any]) -> str:
     if (uniform := report["config"].get("uniform")) is not None:
-        return f"every matrix is kept in {uniform['bits']} bits, or in the fewest above them that its slot is offered."
+        ends = uniform.get("embedding_bits", uniform["bits"])
+        apart = "" if ends == uniform["bits"] else f", embedding and head in {ends}"
+        kept = f"every matrix is kept in {uniform['bits']} bits{apart}"
+        return f"{kept}, or in the fewest above them that its slot is offered."
     return (
         "for every attention, every FFN and the embedding, one variant was chosen, so that together they lose least "
         "within the budget."
