@@ -108,7 +108,11 @@ def models(folder: Path) -> dict[str, Path]:
         (made[name] / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
         (made[name] / "checksums.json").unlink()
     made["sharded"] = _random_model.write({**SHAPE, **MODELS["qwen3"]}, folder / "sharded", shard_bytes=2**15)
-    for name, stored in (("packed", ("packed_int", (4, 32))), ("int3", ("int3", ())), ("zigzag", ("zigzag", ()))):
+    for name, stored in (
+        ("packed", ("packed_int", (4, 32))),
+        ("planes", ("planes", (6, 32))),
+        ("zigzag", ("zigzag", ())),
+    ):
         made[name] = Path(shutil.copytree(made["child" if name == "zigzag" else "llama"], folder / name))
         tensors = load_file(made[name] / "model.safetensors")
         save_file(_packed(tensors, *stored), made[name] / "model.safetensors", metadata={"format": "pt"})

@@ -78,7 +78,7 @@ Quantised quantised(const Kernels& k, const std::vector<float>& x) {
 
 void check_rows(const Kernels& k, std::mt19937& random) {
     const Kernels& scalar = kernels_scalar();
-    for (int bits : {4, 8})
+    for (int bits : {3, 4, 5, 6, 8})
         for (bool affine : {false, true})
             for (int group : {32, 64, 128})
                 for (int rows : {1, 16, 33})

@@ -100,6 +100,19 @@ void quantise(const float* x, int n, std::int8_t* codes, float* scale, std::int3
     }
 }
 
+// Codes of columns 4q to 4q + 3 in half a tile's rows, of a block in two planes; `at` is where the half's bytes begin.
+template <int kBits>
+inline __m256i quad_codes(const std::uint8_t* at, int q) {
+    constexpr int kLow = Rows::low_bits(kBits), kHigh = kBits - kLow, kHighPlane = Rows::kTile * Rows::kBlock * kLow / 8;
+    const auto plane = [&](const std::uint8_t* from, int bits, int place) {
+        const __m256i unit = load(from + 64 * (q / (8 / bits)));
+        const int by = bits * (q % (8 / bits)) - place;  // what the code's bits are above where they shall be
+        const __m256i moved = by >= 0 ? _mm256_srli_epi16(unit, by) : _mm256_slli_epi16(unit, -by);
+        return _mm256_and_si256(moved, _mm256_set1_epi8(char(((1 << bits) - 1) << place)));
+    };
+    return _mm256_or_si256(plane(at, kLow, 0), plane(at + kHighPlane, kHigh, kLow));
+}
+
 // kHalves times 8 rows, from the given half of a tile on, times kTokens tokens.
 template <int kBits, bool kAffine, int kTokens, int kHalves>
 [[gnu::noinline]] void halves_times(const Rows& w, const std::uint8_t* at, int half, const Activations* x, float* y,
@@ -153,6 +166,34 @@ template <int kBits, bool kAffine, int kTokens, int kHalves>
                     for (int h = 0; h < kHalves; h++)
                         exact[t][h] = _mm256_add_epi32(_mm256_madd_epi16(words[t][h], ones),
                                                        _mm256_set1_epi32(kAffine ? 0 : x[t].minus8[b]));
+            } else if constexpr (kBits != 8) {
+                // Products of so many columns times four stay below 2^15: 8 of codes up to 7, 4 of 31, 2 of 63.
+                constexpr int kTogether = kBits == 3 ? 8 : kBits == 5 ? 4 : 2;
+#pragma GCC unroll 8
+                for (int h = 0; h < kHalves; h++) {
+                    const std::uint8_t* from = at + h / 2 * tile_bytes + 32 * (half + h % 2);
+                    if (kHalves == 2) _mm_prefetch(reinterpret_cast<const char*>(from + 4096), _MM_HINT_T0);
+                    for (int t = 0; t < kTokens; t++) {
+                        const int minus8 = x[t].minus8[b];
+                        exact[t][h] = _mm256_set1_epi32(kAffine ? 0 : kBits == 3 ? minus8 / 2 : minus8 << (kBits - 4));
+                    }
+#pragma GCC unroll 8
+                    for (int start = 0; start < 8; start += kTogether) {
+                        __m256i words[kTokens];
+                        for (auto& word : words) word = _mm256_setzero_si256();
+#pragma GCC unroll 8
+                        for (int q = start; q < start + kTogether; q++) {
+                            const __m256i unit = quad_codes<kBits>(from, q);
+#pragma GCC unroll 4
+                            for (int t = 0; t < kTokens; t++) {
+                                const auto* quad = reinterpret_cast<const std::int32_t*>(x[t].codes + 32 * b);
+                                words[t] = _mm256_add_epi16(words[t], _mm256_maddubs_epi16(unit, _mm256_set1_epi32(quad[q])));
+                            }
+                        }
+                        for (int t = 0; t < kTokens; t++)
+                            exact[t][h] = _mm256_add_epi32(exact[t][h], _mm256_madd_epi16(words[t], ones));
+                    }
+                }
             } else {
                 // Codes less their offset, at most 128 in size: two products with at most 127 each stay below 2^15.
                 for (int t = 0; t < kTokens; t++)
@@ -218,8 +259,11 @@ void rows_times_as(const Rows& w, const Activations* x, int count, float* y, std
 }
 
 void rows_times(const Rows& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first, int last) {
-    auto* run = w.bits == 4 ? (w.affine ? rows_times_as<4, true> : rows_times_as<4, false>)
-                            : (w.affine ? rows_times_as<8, true> : rows_times_as<8, false>);
+    auto* run = w.bits == 3   ? (w.affine ? rows_times_as<3, true> : rows_times_as<3, false>)
+                : w.bits == 4 ? (w.affine ? rows_times_as<4, true> : rows_times_as<4, false>)
+                : w.bits == 5 ? (w.affine ? rows_times_as<5, true> : rows_times_as<5, false>)
+                : w.bits == 6 ? (w.affine ? rows_times_as<6, true> : rows_times_as<6, false>)
+                              : (w.affine ? rows_times_as<8, true> : rows_times_as<8, false>);
     run(w, x, count, y, stride, first, last);
 }
 

@@ -68,6 +68,19 @@ void quantise(const float* x, int n, std::int8_t* codes, float* scale, std::int3
     }
 }
 
+// Codes of columns 4q to 4q + 3 in a tile's rows, of a block in two planes.
+template <int kBits>
+inline __m512i quad_codes(const std::uint8_t* at, int q) {
+    constexpr int kLow = Rows::low_bits(kBits), kHigh = kBits - kLow, kHighPlane = Rows::kTile * Rows::kBlock * kLow / 8;
+    const auto plane = [&](const std::uint8_t* from, int bits, int place) {
+        const __m512i unit = _mm512_loadu_si512(from + 64 * (q / (8 / bits)));
+        const int by = bits * (q % (8 / bits)) - place;  // what the code's bits are above where they shall be
+        const __m512i moved = by >= 0 ? _mm512_srli_epi16(unit, by) : _mm512_slli_epi16(unit, -by);
+        return _mm512_and_si512(moved, _mm512_set1_epi8(char(((1 << bits) - 1) << place)));
+    };
+    return _mm512_or_si512(plane(at, kLow, 0), plane(at + kHighPlane, kHigh, kLow));
+}
+
 // Rows of one tile times `kTokens` tokens. A unit of weights is loaded and split once for all of them.
 template <int kBits, bool kAffine, int kTokens>
 inline void tile_times(const Rows& w, const std::uint8_t* at, const Activations* x, float* y, std::ptrdiff_t stride) {
@@ -86,28 +99,42 @@ inline void tile_times(const Rows& w, const std::uint8_t* at, const Activations*
 #pragma GCC unroll 8
             for (int t = 0; t < kTokens; t++) {
                 if constexpr (kAffine) exact[t] = _mm512_setzero_si512();
-                else if constexpr (kBits == 4) exact[t] = _mm512_set1_epi32(x[t].minus8[b]);
-                else exact[t] = _mm512_slli_epi32(_mm512_set1_epi32(x[t].minus8[b]), 4);
+                else if constexpr (kBits == 3) exact[t] = _mm512_srai_epi32(_mm512_set1_epi32(x[t].minus8[b]), 1);
+                else exact[t] = _mm512_slli_epi32(_mm512_set1_epi32(x[t].minus8[b]), kBits - 4);
             }
+            if constexpr (kBits != 4 && kBits != 8) {
+                for (std::size_t line = 0; line < block_bytes; line += 64)
+                    _mm_prefetch(reinterpret_cast<const char*>(at + line + 4096), _MM_HINT_T0);
 #pragma GCC unroll 8
-            for (int v = 0; v < (kBits == 4 ? 4 : 8); v++) {
-                const __m512i unit = _mm512_loadu_si512(at + 64 * v);
-                // The same stream 4 KiB ahead: the hardware prefetcher stops at every page.
-                _mm_prefetch(reinterpret_cast<const char*>(at + 64 * v + 4096), _MM_HINT_T0);
-                if constexpr (kBits == 4) {
-                    const __m512i low = _mm512_and_si512(unit, nibble);
-                    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(unit, 4), nibble);
+                for (int q = 0; q < 8; q++) {
+                    const __m512i unit = quad_codes<kBits>(at, q);
 #pragma GCC unroll 8
                     for (int t = 0; t < kTokens; t++) {
                         const auto* quad = reinterpret_cast<const std::int32_t*>(x[t].codes + 32 * b);
-                        exact[t] = _mm512_dpbusd_epi32(exact[t], low, _mm512_set1_epi32(quad[2 * v]));
-                        exact[t] = _mm512_dpbusd_epi32(exact[t], high, _mm512_set1_epi32(quad[2 * v + 1]));
+                        exact[t] = _mm512_dpbusd_epi32(exact[t], unit, _mm512_set1_epi32(quad[q]));
                     }
-                } else {
+                }
+            } else {
 #pragma GCC unroll 8
-                    for (int t = 0; t < kTokens; t++) {
-                        const auto* quad = reinterpret_cast<const std::int32_t*>(x[t].codes + 32 * b);
-                        exact[t] = _mm512_dpbusd_epi32(exact[t], unit, _mm512_set1_epi32(quad[v]));
+                for (int v = 0; v < (kBits == 4 ? 4 : 8); v++) {
+                    const __m512i unit = _mm512_loadu_si512(at + 64 * v);
+                    // The same stream 4 KiB ahead: the hardware prefetcher stops at every page.
+                    _mm_prefetch(reinterpret_cast<const char*>(at + 64 * v + 4096), _MM_HINT_T0);
+                    if constexpr (kBits == 4) {
+                        const __m512i low = _mm512_and_si512(unit, nibble);
+                        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(unit, 4), nibble);
+#pragma GCC unroll 8
+                        for (int t = 0; t < kTokens; t++) {
+                            const auto* quad = reinterpret_cast<const std::int32_t*>(x[t].codes + 32 * b);
+                            exact[t] = _mm512_dpbusd_epi32(exact[t], low, _mm512_set1_epi32(quad[2 * v]));
+                            exact[t] = _mm512_dpbusd_epi32(exact[t], high, _mm512_set1_epi32(quad[2 * v + 1]));
+                        }
+                    } else {
+#pragma GCC unroll 8
+                        for (int t = 0; t < kTokens; t++) {
+                            const auto* quad = reinterpret_cast<const std::int32_t*>(x[t].codes + 32 * b);
+                            exact[t] = _mm512_dpbusd_epi32(exact[t], unit, _mm512_set1_epi32(quad[v]));
+                        }
                     }
                 }
             }
@@ -145,8 +172,11 @@ void rows_times_as(const Rows& w, const Activations* x, int count, float* y, std
 }
 
 void rows_times(const Rows& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first, int last) {
-    auto* run = w.bits == 4 ? (w.affine ? rows_times_as<4, true> : rows_times_as<4, false>)
-                            : (w.affine ? rows_times_as<8, true> : rows_times_as<8, false>);
+    auto* run = w.bits == 3   ? (w.affine ? rows_times_as<3, true> : rows_times_as<3, false>)
+                : w.bits == 4 ? (w.affine ? rows_times_as<4, true> : rows_times_as<4, false>)
+                : w.bits == 5 ? (w.affine ? rows_times_as<5, true> : rows_times_as<5, false>)
+                : w.bits == 6 ? (w.affine ? rows_times_as<6, true> : rows_times_as<6, false>)
+                              : (w.affine ? rows_times_as<8, true> : rows_times_as<8, false>);
     run(w, x, count, y, stride, first, last);
 }
 

@@ -83,6 +83,18 @@ void quantise(const float* x, int n, std::int8_t* codes, float* scale, std::int3
     }
 }
 
+// Codes of columns 4q to 4q + 3 in four rows, of a block in two planes; `at` is where the rows' bytes begin.
+template <int kBits>
+inline int8x16_t quad_codes(const std::uint8_t* at, int q) {
+    constexpr int kLow = Rows::low_bits(kBits), kHigh = kBits - kLow, kHighPlane = Rows::kTile * Rows::kBlock * kLow / 8;
+    const auto plane = [&](const std::uint8_t* from, int bits, int place) {
+        const uint8x16_t unit = vld1q_u8(from + 64 * (q / (8 / bits)));
+        const int by = place - bits * (q % (8 / bits));  // to the left, or if below zero to the right
+        return vandq_u8(vshlq_u8(unit, vdupq_n_s8(std::int8_t(by))), vdupq_n_u8(std::uint8_t(((1 << bits) - 1) << place)));
+    };
+    return vreinterpretq_s8_u8(vorrq_u8(plane(at, kLow, 0), plane(at + kHighPlane, kHigh, kLow)));
+}
+
 // Rows of one tile, four to a register, times `kTokens` tokens.
 template <int kBits, bool kAffine, int kTokens>
 inline void tile_times(const Rows& w, const std::uint8_t* at, const Activations* x, float* y, std::ptrdiff_t stride) {
@@ -102,25 +114,36 @@ inline void tile_times(const Rows& w, const std::uint8_t* at, const Activations*
             int32x4_t exact[kTokens][4];
             for (int t = 0; t < kTokens; t++) {
                 // Bytes become signed by taking 128 off, which for plain scales is the offset itself.
-                const std::int32_t start = kBits == 4 ? (kAffine ? 0 : x[t].minus8[b]) : (kAffine ? -16 * x[t].minus8[b] : 0);
+                const std::int32_t start = kBits == 8 ? (kAffine ? -16 * x[t].minus8[b] : 0)
+                                           : kAffine  ? 0
+                                                      : x[t].minus8[b] / 8 * (1 << (kBits - 1));
                 for (auto& e : exact[t]) e = vdupq_n_s32(start);
             }
-            for (int v = 0; v < (kBits == 4 ? 4 : 8); v++)
-                for (int i = 0; i < 4; i++) {
-                    const uint8x16_t unit = vld1q_u8(at + 64 * v + 16 * i);
-                    if constexpr (kBits == 4) {
-                        const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(unit, nibble));
-                        const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(unit, 4));
-                        for (int t = 0; t < kTokens; t++) {
-                            exact[t][i] = vdotq_s32(exact[t][i], low, quad_of(x[t].codes + 32 * b, 2 * v));
-                            exact[t][i] = vdotq_s32(exact[t][i], high, quad_of(x[t].codes + 32 * b, 2 * v + 1));
-                        }
-                    } else {
-                        const int8x16_t code = vreinterpretq_s8_u8(veorq_u8(unit, offset));
+            if constexpr (kBits != 4 && kBits != 8) {
+                for (int q = 0; q < 8; q++)
+                    for (int i = 0; i < 4; i++) {
+                        const int8x16_t unit = quad_codes<kBits>(at + 16 * i, q);
                         for (int t = 0; t < kTokens; t++)
-                            exact[t][i] = vdotq_s32(exact[t][i], code, quad_of(x[t].codes + 32 * b, v));
+                            exact[t][i] = vdotq_s32(exact[t][i], unit, quad_of(x[t].codes + 32 * b, q));
                     }
-                }
+            } else {
+                for (int v = 0; v < (kBits == 4 ? 4 : 8); v++)
+                    for (int i = 0; i < 4; i++) {
+                        const uint8x16_t unit = vld1q_u8(at + 64 * v + 16 * i);
+                        if constexpr (kBits == 4) {
+                            const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(unit, nibble));
+                            const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(unit, 4));
+                            for (int t = 0; t < kTokens; t++) {
+                                exact[t][i] = vdotq_s32(exact[t][i], low, quad_of(x[t].codes + 32 * b, 2 * v));
+                                exact[t][i] = vdotq_s32(exact[t][i], high, quad_of(x[t].codes + 32 * b, 2 * v + 1));
+                            }
+                        } else {
+                            const int8x16_t code = vreinterpretq_s8_u8(veorq_u8(unit, offset));
+                            for (int t = 0; t < kTokens; t++)
+                                exact[t][i] = vdotq_s32(exact[t][i], code, quad_of(x[t].codes + 32 * b, v));
+                        }
+                    }
+            }
             for (int t = 0; t < kTokens; t++) {
                 for (int i = 0; i < 4; i++)
                     part[t][i] = vfmaq_n_f32(part[t][i], vcvtq_f32_s32(exact[t][i]), x[t].scale[b]);
@@ -157,8 +180,11 @@ void rows_times_as(const Rows& w, const Activations* x, int count, float* y, std
 }
 
 void rows_times(const Rows& w, const Activations* x, int count, float* y, std::ptrdiff_t stride, int first, int last) {
-    auto* run = w.bits == 4 ? (w.affine ? rows_times_as<4, true> : rows_times_as<4, false>)
-                            : (w.affine ? rows_times_as<8, true> : rows_times_as<8, false>);
+    auto* run = w.bits == 3   ? (w.affine ? rows_times_as<3, true> : rows_times_as<3, false>)
+                : w.bits == 4 ? (w.affine ? rows_times_as<4, true> : rows_times_as<4, false>)
+                : w.bits == 5 ? (w.affine ? rows_times_as<5, true> : rows_times_as<5, false>)
+                : w.bits == 6 ? (w.affine ? rows_times_as<6, true> : rows_times_as<6, false>)
+                              : (w.affine ? rows_times_as<8, true> : rows_times_as<8, false>);
     run(w, x, count, y, stride, first, last);
 }
 

@@ -56,13 +56,8 @@ void quantise(const float* x, int n, std::int8_t* codes, float* scale, std::int3
 // Sum over one block of 32 columns of row r of (code - offset) * x, exactly; without the offset if affine.
 std::int32_t block_sum(const std::uint8_t* block, int r, int bits, bool affine, const std::int8_t* x,
                        std::int32_t minus8) {
-    std::int32_t total = affine ? 0 : bits == 4 ? minus8 : 16 * minus8;
-    for (int c = 0; c < Rows::kBlock; c++) {
-        const int unit = bits == 4 ? c / 8 : c / 4;
-        const std::uint8_t byte = block[64 * unit + 4 * r + c % 4];
-        const int code = bits == 8 ? byte : c % 8 < 4 ? byte & 15 : byte >> 4;
-        total += code * x[c];
-    }
+    std::int32_t total = affine ? 0 : minus8 / 8 * (1 << (bits - 1));
+    for (int c = 0; c < Rows::kBlock; c++) total += Rows::code(block, bits, r, c) * x[c];
     return total;
 }
 

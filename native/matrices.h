@@ -16,14 +16,16 @@ constexpr int round_up(int value, int multiple) { return (value + multiple - 1) 
 // minima. Codes come in units of 64 bytes whose byte 4r + e belongs to row r, so that a unit is 16 dwords of four
 // neighbouring columns: what one instruction of VNNI, SDOT or PMADDUBSW + PMADDWD multiplies by one broadcast dword
 // of activations. 4 bits: unit v of 32 columns holds column 8v + e in low and 8v + 4 + e in high nibbles. 8 bits:
-// unit v holds column 4v + e. Codes are unsigned with an offset of 8 or 128: w = scale (code - offset), affine
-// w = scale code + minimum.
+// unit v holds column 4v + e. Other codes are in two planes, the low bits' units first: 6 bits are a plane of 4 and one
+// of 2, 5 bits of 4 and 1, 3 bits of 2 and 1. In a plane of 2 bits, unit v holds column 16v + 4k + e in bits 2k and
+// 2k + 1 of its byte, in one of 1 bit column 4k + e in bit k. Codes are unsigned with an offset of half their range:
+// w = scale (code - offset), affine w = scale code + minimum.
 struct Rows {
     static constexpr int kTile = 16;
     static constexpr int kBlock = 32;  // columns that share one activation scale
 
     int rows = 0, cols = 0;  // as the model has them
-    int bits = 4;            // 4 or 8
+    int bits = 4;            // 3, 4, 5, 6 or 8
     int group = 32;          // columns that share a scale; a multiple of 32
     bool affine = false;
     Half half = Half::float16;
@@ -36,6 +38,29 @@ struct Rows {
     std::size_t group_bytes() const { return group / kBlock * block_bytes() + (affine ? 2 : 1) * kTile * 2; }
     std::size_t tile_bytes() const { return groups() * group_bytes(); }
     std::size_t bytes() const { return tiles() * tile_bytes(); }
+    int offset() const { return 1 << (bits - 1); }
+
+    static constexpr int low_bits(int bits) { return bits == 8 ? 8 : bits == 3 ? 2 : 4; }  // of the first plane
+    // Column k of a block in its row r.
+    static int code(const std::uint8_t* block, int bits, int r, int k) {
+        const int low = low_bits(bits), high = bits - low;
+        const int code = plane(block, low, r, k);
+        return high ? code | plane(block + kTile * kBlock * low / 8, high, r, k) << low : code;
+    }
+    static void set_code(std::uint8_t* block, int bits, int r, int k, int code) {
+        const int low = low_bits(bits), high = bits - low;
+        byte(block, low, r, k) |= std::uint8_t((code & ((1 << low) - 1)) << shift(low, k));
+        if (high) byte(block + kTile * kBlock * low / 8, high, r, k) |= std::uint8_t(code >> low << shift(high, k));
+    }
+
+private:
+    // A plane of some bits has 8 / bits columns' codes to a byte, four columns apart.
+    static int shift(int bits, int k) { return bits * (k / 4 % (8 / bits)); }
+    template <class Byte>
+    static Byte& byte(Byte* plane, int bits, int r, int k) { return plane[64 * (k / (32 / bits)) + 4 * r + k % 4]; }
+    static int plane(const std::uint8_t* at, int bits, int r, int k) {
+        return byte(at, bits, r, k) >> shift(bits, k) & ((1 << bits) - 1);
+    }
 };
 
 // Zigzag (ZG4): scales run down the output within one input column, so that a column that is not needed is not read.

@@ -22,6 +22,45 @@ const std::uint8_t* keep(Matrix& matrix, const std::uint8_t* from, std::size_t c
     return matrix.bytes.data();
 }
 
+// One column of a packed row.
+template <int kBits>
+int code_of(const std::uint8_t* row, int column) {
+    if constexpr (kBits == 8) return row[column];
+    if constexpr (kBits == 4) return column % 2 ? row[column / 2] >> 4 : row[column / 2] & 15;
+    int code = 0;
+    for (int b = 0; b < kBits; b++) {
+        const std::uint8_t* word = row + 4 * (std::size_t(column) / 32 * kBits + b);
+        code |= (word[column % 32 / 8] >> column % 8 & 1) << b;
+    }
+    return code;
+}
+
+// From packed rows to tiles; `to` is zero.
+template <int kBits>
+void fill_rows(const Rows& w, std::uint8_t* to, const std::uint8_t* codes, std::size_t row_bytes,
+               const std::uint16_t* scales, const std::uint16_t* minima) {
+    const int groups = w.groups(), blocks = w.group / Rows::kBlock;
+    for (int tile = 0; tile < w.tiles(); tile++) {
+        std::uint8_t* at = to + tile * w.tile_bytes();
+        for (int g = 0; g < groups; g++, at += w.group_bytes()) {
+            for (int r = 0; r < Rows::kTile; r++) {
+                const int row = tile * Rows::kTile + r;
+                if (row >= w.rows) continue;  // scales stay zero
+                for (int b = 0; b < blocks; b++) {
+                    const int first = g * w.group + b * Rows::kBlock;
+                    const std::uint8_t* from = codes + row * row_bytes;
+                    for (int c = 0; c < Rows::kBlock; c++)
+                        Rows::set_code(at + b * w.block_bytes(), kBits, r, c,
+                                       first + c < w.cols ? code_of<kBits>(from, first + c) : w.offset());
+                }
+                std::uint8_t* halves = at + blocks * w.block_bytes();
+                std::memcpy(halves + 2 * r, scales + std::size_t(row) * groups + g, 2);
+                if (minima) std::memcpy(halves + 2 * (Rows::kTile + r), minima + std::size_t(row) * groups + g, 2);
+            }
+        }
+    }
+}
+
 }  // namespace
 
 std::shared_ptr<Matrix> make_wide(const std::uint8_t* weights, int rows, int cols, Wide::Type type,
@@ -35,47 +74,22 @@ std::shared_ptr<Matrix> make_wide(const std::uint8_t* weights, int rows, int col
 
 std::shared_ptr<Matrix> make_rows(const std::uint8_t* codes, std::size_t row_bytes, const std::uint16_t* scales,
                                   const std::uint16_t* minima, int rows, int cols, int bits, int group, Half half) {
-    if ((bits != 4 && bits != 8) || group < 1 || (group % Rows::kBlock && group != cols) || (group != cols && cols % group))
+    if (bits < 3 || bits > 8 || bits == 7 || group < 1 || (group % Rows::kBlock && group != cols) || (group != cols && cols % group))
         throw std::invalid_argument(std::to_string(bits) + " bits in groups of " + std::to_string(group) + " of " +
-                                    std::to_string(cols) + " columns; 4 or 8 bits and groups of whole 32 or a whole row");
+                                    std::to_string(cols) +
+                                    " columns; 3, 4, 5, 6 or 8 bits and groups of whole 32 or a whole row");
     auto made = std::make_shared<Matrix>();
     made->layout = Matrix::Layout::rows;
     Rows& w = made->rows;
     w = {rows, cols, bits, round_up(group, Rows::kBlock), minima != nullptr, half, nullptr};
     made->bytes = Buffer(w.bytes());
     w.data = made->bytes.data();
-    const int groups = w.groups(), blocks = w.group / Rows::kBlock;
-    const std::uint8_t zero = bits == 4 ? 8 : 128;
-    for (int tile = 0; tile < w.tiles(); tile++) {
-        std::uint8_t* at = made->bytes.data() + tile * w.tile_bytes();
-        for (int g = 0; g < groups; g++, at += w.group_bytes()) {
-            for (int r = 0; r < Rows::kTile; r++) {
-                const int row = tile * Rows::kTile + r;
-                if (row >= rows) continue;  // scales stay zero
-                for (int b = 0; b < blocks; b++) {
-                    std::uint8_t* block = at + b * w.block_bytes();
-                    std::uint8_t code[Rows::kBlock];
-                    const int first = g * w.group + b * Rows::kBlock;
-                    const std::uint8_t* from = codes + row * row_bytes;
-                    for (int c = 0; c < Rows::kBlock; c++) {
-                        const int col = first + c;
-                        code[c] = col >= cols ? zero
-                                  : bits == 8 ? from[col]
-                                              : std::uint8_t(col % 2 ? from[col / 2] >> 4 : from[col / 2] & 15);
-                    }
-                    if (bits == 8)
-                        for (int v = 0; v < 8; v++) std::memcpy(block + 64 * v + 4 * r, code + 4 * v, 4);
-                    else
-                        for (int v = 0; v < 4; v++)
-                            for (int e = 0; e < 4; e++)
-                                block[64 * v + 4 * r + e] = std::uint8_t(code[8 * v + e] | code[8 * v + 4 + e] << 4);
-                }
-                std::uint8_t* halves = at + blocks * w.block_bytes();
-                std::memcpy(halves + 2 * r, scales + std::size_t(row) * groups + g, 2);
-                if (minima) std::memcpy(halves + 2 * (Rows::kTile + r), minima + std::size_t(row) * groups + g, 2);
-            }
-        }
-    }
+    auto* fill = bits == 3   ? fill_rows<3>
+                 : bits == 4 ? fill_rows<4>
+                 : bits == 5 ? fill_rows<5>
+                 : bits == 6 ? fill_rows<6>
+                             : fill_rows<8>;
+    fill(w, made->bytes.data(), codes, row_bytes, scales, minima);
     return made;
 }
 

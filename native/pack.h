@@ -13,8 +13,9 @@ namespace pennyweight {
 std::shared_ptr<Matrix> make_wide(const std::uint8_t* weights, int rows, int cols, Wide::Type type,
                                   std::shared_ptr<void> lender = nullptr);
 
-// Codes packed row by row, `row_bytes` bytes each: two to a byte, the even column low (4 bits), or one (8 bits);
-// unsigned, offset 8 or 128. One 16-bit scale (and minimum, unless null) per row and group of columns.
+// Codes packed row by row, `row_bytes` bytes each: two to a byte, the even column low (4 bits), or one (8 bits); of other
+// bits, 32-bit words for 32 columns, one for each bit of their codes, the lowest first, whose bit j is column j's.
+// Unsigned, with an offset of half their range. One 16-bit scale (and minimum, unless null) per row and group of columns.
 // A group that is no multiple of 32 must be the whole row.
 std::shared_ptr<Matrix> make_rows(const std::uint8_t* codes, std::size_t row_bytes, const std::uint16_t* scales,
                                   const std::uint16_t* minima, int rows, int cols, int bits, int group, Half half);

@@ -111,15 +111,13 @@ void dequantise_row(const Matrix& matrix, int row, float* out) {
     }
     if (matrix.layout != Matrix::Layout::rows) throw std::logic_error("a zigzag matrix has no rows to read");
     const Rows& w = matrix.rows;
-    const int r = row % Rows::kTile, offset = w.affine ? 0 : w.bits == 4 ? 8 : 128;
+    const int r = row % Rows::kTile, offset = w.affine ? 0 : w.offset();
     const std::uint8_t* tile = w.data + row / Rows::kTile * w.tile_bytes();
     for (int c = 0; c < w.cols; c++) {
         const std::uint8_t* group = tile + c / w.group * w.group_bytes();
         const std::uint8_t* block = group + c % w.group / Rows::kBlock * w.block_bytes();
         const std::uint8_t* halves = group + w.group / Rows::kBlock * w.block_bytes();
-        const int k = c % Rows::kBlock;
-        const std::uint8_t byte = block[64 * (w.bits == 4 ? k / 8 : k / 4) + 4 * r + k % 4];
-        const int code = w.bits == 8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
+        const int code = Rows::code(block, w.bits, r, c % Rows::kBlock);
         out[c] = float(code - offset) * load_half(halves + 2 * r, w.half);
         if (w.affine) out[c] += load_half(halves + 2 * (Rows::kTile + r), w.half);
     }

@@ -19,7 +19,7 @@ from pennyweight.disk.gguf import file as gguf_file
 from pennyweight.disk.gguf import ggml
 from pennyweight.disk.tokenizer import encode, load_tokenizer
 from pennyweight.export.gguf import write
-from pennyweight.formats import Grid, int3, packed_int
+from pennyweight.formats import Grid, packed_int, planes
 
 pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 from pennyweight.runtime.alike import compare
@@ -70,7 +70,9 @@ def test_what_is_read_back_is_the_same_to_the_bit(pico, family, tmp_path):
         (packed_int.Spec(4, 32), "Q4_0"),
         (packed_int.Spec(4, 64), "Q4_0"),
         (packed_int.Spec(8, 64), "Q8_0"),
-        (int3.Spec(3, 32), "Q4_0"),
+        (planes.Spec(3, 32), "Q4_0"),
+        (planes.Spec(5, 32), "Q8_0"),
+        (planes.Spec(6, 64), "Q8_0"),
     ],
     ids=str,
 )

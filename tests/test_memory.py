@@ -10,7 +10,7 @@ import pytest
 
 from pennyweight import families
 from pennyweight.disk.model_config import read_config
-from pennyweight.formats import int3, packed_int, zigzag
+from pennyweight.formats import packed_int, planes, zigzag
 from pennyweight.model.demand import Workload
 from pennyweight.model.shapes import Attention, GatedMLP, Shape
 from pennyweight.model.slots import Slot
@@ -63,7 +63,8 @@ def model(**changes: object) -> dict[Slot, Shape]:
         {"num_kv_heads": 3},
         {"stored": packed_int.Spec(8, 96)},
         {"stored": packed_int.Spec(4, 32)},
-        {"stored": int3.Spec(3, 96)},
+        {"stored": planes.Spec(3, 96)},
+        {"stored": planes.Spec(6, 32)},
         {"stored": zigzag.Spec(64)},
     ],
     ids=str,
@@ -113,7 +114,7 @@ def test_a_process_takes_what_was_predicted():
 
 
 def test_every_way_to_store_says_what_it_takes():
-    for stored in (BFLOAT16, packed_int.Spec(4, 32), packed_int.Spec(8, 100), int3.Spec(3, 32), zigzag.Spec(64)):
+    for stored in (BFLOAT16, packed_int.Spec(4, 32), packed_int.Spec(8, 100), planes.Spec(3, 32), zigzag.Spec(64)):
         for rows, columns in ((1, 32), (257, 320), (64, 100)):
             own = stored.over(columns)
             assert own.resident_bytes(rows, columns) >= rows * columns * min(own.bits, 16) / 8

@@ -70,7 +70,7 @@ def uniform(pico, text, tmp_path_factory):
 def test_uniform_bits_are_the_same_everywhere_and_nothing_is_gathered(uniform):
     _, out, _, report, gathered = uniform
     kept = {slot: ways - {(16, 0)} for slot, ways in kept_in(out).items()}
-    assert {slot for slot, ways in kept.items() if ways == {(8, 32)}} == {"embed", "head"}
+    assert {slot for slot, ways in kept.items() if ways == {(8, 64)}} == {"embed", "head"}
     assert sum(ways == {(4, 32)} for ways in kept.values()) == 2 * 3
     assert not gathered and all(slot["score"] == 0 for slot in report["slots"])
     assert len(report["verified"]["checks"]) == 8 and all(check["ok"] for check in report["verified"]["checks"])
@@ -190,7 +190,7 @@ def test_one_pass_gives_the_losses_and_the_agreement(pico, text):
     [
         ((), "either --bits"),
         (("--bits", "4", "--weights", "30%"), "either --bits"),
-        (("--weights", "30%", "--group", "64"), "--group goes with --bits"),
+        (("--weights", "30%", "--group", "64"), "--group and --embedding-bits go with --bits"),
         (("--bits", "4", "--axes", "bits,ffn_width"), "cannot judge the axis ffn_width"),
         (("--weights", "30%", "--axes", "sparsity"), "cannot judge the axis sparsity; choose --axes among bits"),
     ],

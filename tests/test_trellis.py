@@ -11,7 +11,7 @@ import torch
 native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
 
 from pennyweight import formats  # noqa: E402
-from pennyweight.formats import int3, packed_int, trellis  # noqa: E402
+from pennyweight.formats import packed_int, planes, trellis  # noqa: E402
 from pennyweight.quantize import _trellis, gptq, rtn  # noqa: E402
 
 CODES = {2: (10, 2827, 9), 3: (9, 45627, 9), 4: (10, 2827, 13), 5: (9, 27533, 13), 6: (10, 6171, 13)}
@@ -129,7 +129,7 @@ def test_fewer_bytes_than_rounded_codes_and_less_error():
         off = formats.unpack(parts).float() - weight
         return spec.nbytes(*weight.shape), float(((off @ moment) * off).sum())
 
-    for coded, plain in ((trellis.Spec(3, 64), int3.Spec(3, 32)), (trellis.Spec(4, 64), packed_int.Spec(4, 32))):
+    for coded, plain in ((trellis.Spec(3, 64), planes.Spec(3, 32)), (trellis.Spec(4, 64), packed_int.Spec(4, 32))):
         (small, error), (large, other) = of(coded), of(plain)
         assert small < 0.94 * large and error < 0.75 * other
 

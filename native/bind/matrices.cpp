@@ -45,7 +45,8 @@ void bind_matrices(nb::module_& module) {
                int bits, int group, bool bfloat16) {
                 expect(group >= 1, "groups of one column or more");
                 const int rows = size(codes.shape(0)), groups = size(cols) / group;
-                expect(std::size_t(cols) * bits <= codes.shape(1) * 8, "codes has too few bytes a row");
+                const std::size_t whole = bits == 4 || bits == 8 ? cols : round_up(cols, Rows::kBlock);
+                expect(whole * bits <= codes.shape(1) * 8, "codes has too few bytes a row");
                 expect(int(scales.shape(0)) == rows && int(scales.shape(1)) == groups, "scales is (rows, columns / group)");
                 expect(!minima || (minima->shape(0) == scales.shape(0) && minima->shape(1) == scales.shape(1)),
                        "minima is (rows, columns / group)");

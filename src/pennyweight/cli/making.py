@@ -203,8 +203,9 @@ def quantize(
 
 
 def _offering(bits: int, embedding_bits: int | None) -> str:
-    """The axes of uniform bits: few of them are no usual wish."""
-    return "bits" if min(bits, embedding_bits or bits) >= 4 else "bits,few_bits"
+    """The axes of uniform bits: other widths than 4 and 8 are no usual wish."""
+    few, mid = ({bits, embedding_bits} & set(widths) for widths in ((1, 2, 3), (5, 6)))
+    return ",".join(("bits", *(("few_bits",) if few else ()), *(("mid_bits",) if mid else ())))
 
 
 def _fit(
