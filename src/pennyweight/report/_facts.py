@@ -66,50 +66,45 @@ def early(report: Mapping[str, Any]) -> str:
 
 
 def promises(report: Mapping[str, Any]) -> list[Promise]:
-    """Every bound that was asked for. Only file bytes are held against a measurement: times differ from run to run."""
-    found = []
-    for bound, limit in report["budget"].items():
-        key, name = BOUNDS[bound]
-        came = report["file_bytes"] if bound == "weight_bytes" else best(report)["predicted"][bound]
-        at_least = bound == "tokens_per_second"
-        slack = 1e-9 * limit  # the rounding of sums over slots
-        kept = came >= limit - slack if at_least else came <= limit + slack
-        sign = "≥" if at_least else "≤"
-        asked = f"{key} {sign} {report['config']['budget'][key]}"
-        asked += " of the parent's" if asked.endswith("%") else ""
-        found.append(Promise(name, asked, f"{sign} {show(bound, limit)}", show(bound, came), kept, _how(report, bound)))
-    return found + [promise for number in range(len(report.get("also", ()))) for promise in _beside(report, number)]
-
-
-def _beside(report: Mapping[str, Any], number: int) -> list[Promise]:
-    """Every bound of a further demand."""
-    demand, asked, found = report["also"][number], report["config"]["also"][number]["budget"], []
-    for bound, limit in demand["budget"].items():
-        key, name = BOUNDS[bound]
-        came, at_least, slack = demand["predicted"][bound], bound == "tokens_per_second", 1e-9 * limit
-        kept, sign = came >= limit - slack if at_least else came <= limit + slack, "≥" if at_least else "≤"
-        how, speed = "predicted", report["verified"]["also"][number]["speed"]
-        if bound.endswith("bytes"):
-            how = "computed, not measured"
-        elif speed is not None:
-            measured = show(bound, speed["child"][bound.removesuffix("_seconds")])
-            how = f"predicted; {measured} measured in the native engine"
-        words = f"{key} {sign} {asked[key]}, {demand['told']}"
-        found.append(
-            Promise(f"{name}, {demand['told']}", words, f"{sign} {show(bound, limit)}", show(bound, came), kept, how)
-        )
+    """Every bound that was asked for, of the budget and of each further demand. Only file bytes are held against a
+    measurement: times differ from run to run."""
+    written = {"weight_bytes": report["file_bytes"]}
+    asked, verified, reached = report["config"]["budget"], report["verified"], {**best(report)["predicted"], **written}
+    together = report["workload"]["concurrency"]
+    found = [
+        _promise(bound, limit, asked, reached, _how(bound, verified["speed"], verified.get("memory"), together))
+        for bound, limit in report["budget"].items()
+    ]
+    for number, demand in enumerate(report.get("also", ())):
+        asked, speed = report["config"]["also"][number]["budget"], verified["also"][number]["speed"]
+        found += [
+            _promise(bound, limit, asked, demand["predicted"] | written, _how(bound, speed), f", {demand['told']}")
+            for bound, limit in demand["budget"].items()
+        ]
     return found
 
 
-def _how(report: Mapping[str, Any], bound: str) -> str:
+def _promise(
+    bound: str, limit: float, asked: Mapping[str, str], reached: Mapping[str, float], how: str, told: str = ""
+) -> Promise:
+    """`asked`: bounds as they were typed, by their names in the configuration. `told`: whose bound it is."""
+    (key, name), came, at_least = BOUNDS[bound], reached[bound], bound == "tokens_per_second"
+    slack = 1e-9 * limit  # the rounding of sums over slots
+    kept, sign = (came >= limit - slack, "≥") if at_least else (came <= limit + slack, "≤")
+    words = f"{key} {sign} {asked[key]}" + (" of the parent's" if asked[key].endswith("%") else "")
+    return Promise(name + told, words + told, f"{sign} {show(bound, limit)}", show(bound, came), kept, how)
+
+
+def _how(
+    bound: str, speed: Mapping[str, Any] | None, memory: Mapping[str, Any] | None = None, together: int = 1
+) -> str:
+    """Where a number comes from, beside what the native engine was measured to take."""
     if bound == "weight_bytes":
         return "measured on the written files"
-    speed, memory = report["verified"]["speed"], report["verified"].get("memory")
     if bound == "memory_bytes":
         if memory is None:
             return "computed, not measured"
         return f"computed; {show(bound, memory['child'])} at most were resident while it served"
-    together = report["workload"]["concurrency"]
     told = "predicted" + (f" for {together} texts at once" if bound == "tokens_per_second" and together > 1 else "")
     if speed is None:
         return f"{told}, not measured"
