@@ -71,7 +71,7 @@ def test_what_is_read_back_is_the_same_to_the_bit(pico, family, tmp_path):
         (packed_int.Spec(4, 64), "Q4_0"),
         (packed_int.Spec(8, 64), "Q8_0"),
         (planes.Spec(3, 32), "Q4_0"),
-        (planes.Spec(5, 32), "Q8_0"),
+        (planes.Spec(5, 32), "Q5_0"),
         (planes.Spec(6, 64), "Q8_0"),
     ],
     ids=str,
@@ -91,9 +91,9 @@ def test_codes_and_scales_are_the_file_s(pico, tmp_path, spec, kind):
     np.testing.assert_array_equal(gguf.quants.dequantize(raw, Type[kind]), expected.numpy())
 
 
-@pytest.mark.parametrize(("put", "kind"), [(ggml.q4_0, "Q4_0"), (ggml.q8_0, "Q8_0")])
+@pytest.mark.parametrize(("put", "kind"), [(ggml.q4_0, "Q4_0"), (ggml.q5_0, "Q5_0"), (ggml.q8_0, "Q8_0")])
 def test_every_code_survives(put, kind):
-    bits = 4 if kind == "Q4_0" else 8
+    bits = int(kind[1])
     codes = np.arange(-(1 << bits - 1), 1 << bits - 1, dtype=np.int8).repeat(2).reshape(-1, 32)
     scale = np.linspace(0.01, 3, len(codes), dtype=np.float32).astype(np.float16).astype(np.float32)[:, None]
     np.testing.assert_array_equal(gguf.quants.dequantize(put(codes, scale), Type[kind]), codes * scale)

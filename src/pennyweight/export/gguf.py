@@ -4,9 +4,9 @@ Everything is decided before a byte is written: the metadata that the file will 
 (disk/gguf/), and a model that comes out another, in a shape, a rotary table or the ids of a text, is
 refused. What is rounded for want of a type is rounded because `rounded` says so.
 
-llama.cpp's block types have a float16 scale for every 32 columns. Codes of 4 bits around zero are Q4_0, of 8 bits Q8_0;
-3 bits are codes of 4 that use half of them; a scale for more columns is said again for every 32. Scales are bfloat16 on
-our side: those above 2**-17 are float16 as well, and a matrix with a smaller one has no type.
+llama.cpp's block types have a float16 scale for every 32 columns. Codes of 4 bits around zero are Q4_0, of 5 Q5_0, of
+8 Q8_0; 3 and 6 bits are some of the codes of 4 and 8; a scale for more columns is said again for every 32. Scales are
+bfloat16 on our side: those above 2**-17 are float16 as well, and a matrix with a smaller one has no type.
 """
 
 from __future__ import annotations
@@ -44,7 +44,13 @@ _FILE_TYPES = {
     Type.F16: LlamaFileType.MOSTLY_F16,
     Type.BF16: LlamaFileType.MOSTLY_BF16,
 }
-_FILE_TYPES |= {Type.Q4_0: LlamaFileType.MOSTLY_Q4_0, Type.Q8_0: LlamaFileType.MOSTLY_Q8_0}
+_FILE_TYPES |= {
+    Type.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    Type.Q5_0: LlamaFileType.MOSTLY_Q5_0,
+    Type.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+_CODED = {Type.Q4_0: 4, Type.Q5_0: 5, Type.Q8_0: 8}
+"""Types of codes around zero with a scale for every 32 columns, and the most bits of a code, fewest first."""
 _SAME_TURN = 1e-5
 """Relative: files keep the base of rotary frequencies in float32."""
 
@@ -233,7 +239,8 @@ def _type(parts: Mapping[str, torch.Tensor]) -> tuple[Type | None, str]:
         return None, f"{group} columns share a scale, which is no multiple of 32"
     if not torch.equal(scale.half().float(), scale.float()):
         return None, "a scale of it is too small or too large for float16"
-    return (Type.Q4_0 if formats.stored_of(parts).bits <= 4 else Type.Q8_0), ""
+    bits = formats.stored_of(parts).bits
+    return next(kind for kind, most in _CODED.items() if bits <= most), ""
 
 
 def _vectors(checkpoint: Checkpoint, blocks: Collection[Block], name: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -260,11 +267,11 @@ def _put_in(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
 def _rows(checkpoint: Checkpoint, architecture: Architecture, name: str, kind: Type) -> np.ndarray:
     """A matrix as a type: floats (rows, columns), or (rows, bytes) uint8."""
     parts = formats.read(name, checkpoint.entries, checkpoint.read)
-    found = formats.codes(parts) if kind in (Type.Q4_0, Type.Q8_0) else None
+    found = formats.codes(parts) if kind in _CODED else None
     if found is not None:
         codes, scale = (part.float().numpy() if part.is_floating_point() else part.numpy() for part in found)
         wide = scale.repeat(codes.shape[1] // scale.shape[1] // ggml.Rows.GROUP, axis=1)
-        rows = {Type.Q4_0: ggml.q4_0, Type.Q8_0: ggml.q8_0}[kind](codes, wide)
+        rows = {Type.Q4_0: ggml.q4_0, Type.Q5_0: ggml.q5_0, Type.Q8_0: ggml.q8_0}[kind](codes, wide)
     else:
         matrix = formats.unpack(parts)
         if kind == Type.BF16:

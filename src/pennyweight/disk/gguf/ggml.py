@@ -52,7 +52,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix for native/pack.h: codes packed by rows, low nibble first; float16 scales and minima as their bits."""
+    """A matrix for native/pack.h: codes packed by rows as it tells; float16 scales and minima as their bits."""
 
     codes: np.ndarray
     scales: np.ndarray
@@ -77,8 +77,16 @@ def rows(kind: Kind, raw: np.ndarray) -> Rows:
     codes = (parts.codes.astype(np.int16) + offset).astype(np.uint8)
     if kind.bits == 4:
         codes = codes[:, 0::2] | codes[:, 1::2] << 4
+    elif kind.bits < 8:
+        codes = _planes(codes, kind.bits)
     minima = None if parts.minimum is None else _float16(parts.minimum)
     return Rows(np.ascontiguousarray(codes), _float16(parts.scale), minima)
+
+
+def _planes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Words of 32 columns, one for each bit of their codes, as bytes of a row."""
+    planes = [np.packbits(codes >> bit & 1, axis=-1, bitorder="little") for bit in range(bits)]
+    return np.stack([plane.reshape(len(codes), -1, 4) for plane in planes], axis=2).reshape(len(codes), -1)
 
 
 def _float16(values: np.ndarray) -> np.ndarray:
@@ -189,6 +197,14 @@ def q4_0(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return np.concatenate([_bytes(scale), low | high << 4], axis=-1).reshape(len(codes), -1)
 
 
+def q5_0(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Rows of Q5_0, as `q4_0`, of codes from -16 to 15."""
+    columns = (codes + 16).astype(np.uint8).reshape(*scale.shape, Rows.GROUP)
+    low, high = np.split(columns & 15, 2, axis=-1)
+    fifth = np.packbits(columns >> 4, axis=-1, bitorder="little")
+    return np.concatenate([_bytes(scale), fifth, low | high << 4], axis=-1).reshape(len(codes), -1)
+
+
 def q8_0(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Rows of Q8_0, as `q4_0`, of codes from -128 to 127."""
     columns = codes.astype(np.int8).view(np.uint8).reshape(*scale.shape, Rows.GROUP)
@@ -210,11 +226,11 @@ KINDS = {
         Kind(Type.BF16),
         Kind(Type.Q4_0, _split_q4_0, 4),
         Kind(Type.Q4_1, _split_q4_1, 4),
-        Kind(Type.Q5_0, _split_q5_0, 8),
-        Kind(Type.Q5_1, _split_q5_1, 8),
+        Kind(Type.Q5_0, _split_q5_0, 5),
+        Kind(Type.Q5_1, _split_q5_1, 5),
         Kind(Type.Q8_0, _split_q8_0, 8),
         Kind(Type.Q4_K, _split_q4_k, 4, _ROUNDED),
-        Kind(Type.Q5_K, _split_q5_k, 8, _ROUNDED),
+        Kind(Type.Q5_K, _split_q5_k, 5, _ROUNDED),
         Kind(Type.Q6_K, _split_q6_k, 8, "requantised to 8 bits in groups of 32 columns"),
     )
 }
