@@ -178,10 +178,10 @@ def out_is_the_model(here: Path) -> None:
 @case("a child that differs only by windows, in stock transformers: stops, or is right")
 def windows_in_stock(here: Path) -> None:
     model = inside(lambda: _pico.model(here / "m"))
-    # Windows are offered up to the rows they are judged by, so rows are as long as the context that is paid for.
-    load = ("--prompt", 120, "--new", 120, "--context-tokens", 200)
+    # A window keeps room for the tokens of a step as well, so it pays where texts are longer than both together.
+    load = ("--prompt", 16, "--new", 1200, "--context-tokens", 200)
     planned = fine(penny("plan", model, *load[:4], "--machine", "m2-max", "--json")).out
-    whole = json.loads(planned)["figures"]["memory_bytes"]
+    whole = json.loads(planned)["figures"]["1"]["memory_bytes"]
     fine(fit(model, here / "out", "--memory", f"{int(whole) - 30_000}B", "--axes", "window", *load))
 
     def compute() -> bool:

@@ -155,6 +155,20 @@ def test_a_format_keeps_a_matrix_as_it_says(stored):
 
 
 @pytest.mark.parametrize("stored", [spec for name in kinds.names("formats") for spec in kept(name)], ids=str)
+def test_the_engine_refuses_what_no_norm_survives(stored):
+    pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
+    parts = formats.of(stored).random(300, 96, stored, torch.Generator().manual_seed(0), 2**12)
+    wide = [suffix for suffix, part in parts.items() if part.dtype in (torch.bfloat16, torch.float32)]
+    assert wide or stored.down
+    for suffix in wide:
+        for value in (3e35, -3e35, float("nan"), float("inf")):
+            damaged = parts[suffix].clone()
+            damaged.view(-1)[-1] = value
+            with pytest.raises(ValueError, match="the checkpoint is damaged"):
+                formats.native("x", {**parts, suffix: damaged})
+
+
+@pytest.mark.parametrize("stored", [spec for name in kinds.names("formats") for spec in kept(name)], ids=str)
 def test_the_engine_multiplies_by_what_a_format_keeps(stored):
     native = pytest.importorskip("pennyweight._native", reason="the native module was not built: no C++ compiler")
     module = formats.of(stored)

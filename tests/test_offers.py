@@ -74,7 +74,9 @@ def test_a_block_taken_out_has_nothing_left_to_change_and_a_linear_one_only_how_
     assert {"noop"} in found
     assert {"linear", "bits"} in found
     assert all(axes == {"noop"} for axes in found if "noop" in axes)
-    assert all(len(axes) <= 2 and axes <= {"linear", "bits", "mid_bits", "trellis"} for axes in found if "linear" in axes)
+    assert all(
+        len(axes) <= 2 and axes <= {"linear", "bits", "mid_bits", "trellis"} for axes in found if "linear" in axes
+    )
 
 
 def test_axes_that_leave_each_other_alone_multiply():

@@ -244,10 +244,16 @@ def joined_tensor(suffix: str, found: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.tensor([sum(int(shape[0]) for shape in found), *found[0].tolist()[1:]], dtype=found[0].dtype)
 
 
+_MOST = 1e18
+"""Of weights and scales: the square of what is larger is beyond float32, and any norm behind it nothing or NaN."""
+
+
 def refuse_damage(name: str, tensor: torch.Tensor) -> None:
-    """Raises ValueError for values that are not finite."""
+    """Raises ValueError for values that are not finite, or that no model computes with."""
     import torch
 
     extremes = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor  # NaN is carried through
     if not bool(torch.isfinite(extremes).all()):
         raise ValueError(f"{name} holds NaN or infinite values; the checkpoint is damaged, fetch it again")
+    if bool((extremes.abs() > _MOST).any()):
+        raise ValueError(f"{name} holds values beyond {_MOST:.0e}; the checkpoint is damaged, fetch it again")
