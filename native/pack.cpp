@@ -49,9 +49,19 @@ void fill_rows(const Rows& w, std::uint8_t* to, const std::uint8_t* codes, std::
                 for (int b = 0; b < blocks; b++) {
                     const int first = g * w.group + b * Rows::kBlock;
                     const std::uint8_t* from = codes + row * row_bytes;
+                    std::uint8_t* block = at + b * w.block_bytes();
+                    std::uint8_t code[Rows::kBlock];
                     for (int c = 0; c < Rows::kBlock; c++)
-                        Rows::set_code(at + b * w.block_bytes(), kBits, r, c,
-                                       first + c < w.cols ? code_of<kBits>(from, first + c) : w.offset());
+                        code[c] = std::uint8_t(first + c < w.cols ? code_of<kBits>(from, first + c) : w.offset());
+                    // Opening a model is mostly this: four codes at a time where they lie side by side.
+                    if constexpr (kBits == 8)
+                        for (int v = 0; v < 8; v++) std::memcpy(block + 64 * v + 4 * r, code + 4 * v, 4);
+                    else if constexpr (kBits == 4)
+                        for (int v = 0; v < 4; v++)
+                            for (int e = 0; e < 4; e++)
+                                block[64 * v + 4 * r + e] = std::uint8_t(code[8 * v + e] | code[8 * v + 4 + e] << 4);
+                    else
+                        for (int c = 0; c < Rows::kBlock; c++) Rows::set_code(block, kBits, r, c, code[c]);
                 }
                 std::uint8_t* halves = at + blocks * w.block_bytes();
                 std::memcpy(halves + 2 * r, scales + std::size_t(row) * groups + g, 2);
@@ -74,7 +84,8 @@ std::shared_ptr<Matrix> make_wide(const std::uint8_t* weights, int rows, int col
 
 std::shared_ptr<Matrix> make_rows(const std::uint8_t* codes, std::size_t row_bytes, const std::uint16_t* scales,
                                   const std::uint16_t* minima, int rows, int cols, int bits, int group, Half half) {
-    if (bits < 3 || bits > 8 || bits == 7 || group < 1 || (group % Rows::kBlock && group != cols) || (group != cols && cols % group))
+    if (bits < 3 || bits > 8 || bits == 7 || group < 1 || (group % Rows::kBlock && group != cols) ||
+        (group != cols && cols % group))
         throw std::invalid_argument(std::to_string(bits) + " bits in groups of " + std::to_string(group) + " of " +
                                     std::to_string(cols) +
                                     " columns; 3, 4, 5, 6 or 8 bits and groups of whole 32 or a whole row");

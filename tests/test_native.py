@@ -84,7 +84,16 @@ def test_wrong_arguments_are_python_errors():
             lambda cols=cols, bits=bits, group=group: n.Matrix.rows(codes, halves, None, cols, bits, group, False)
             for cols, bits, group in (
                 *((-1, 8, 32), (0, 8, 32), (-most - 1, 8, -1), (most, 8, most), (33, 8, 33), (32, 8, 0), (32, 8, -32)),
-                *((32, 0, 32), (32, -8, 32), (32, 3, 32), (32, 16, 32), (32, 8, 16), (32, 8, 64), (2**40, 8, 32)),
+                *(
+                    (32, 0, 32),
+                    (32, -8, 32),
+                    (32, 2, 32),
+                    (32, 7, 32),
+                    (32, 16, 32),
+                    (32, 8, 16),
+                    (32, 8, 64),
+                    (2**40, 8, 32),
+                ),
             )
         ),
         lambda: n.Matrix.rows(codes, halves[:3], None, 32, 8, 32, False),

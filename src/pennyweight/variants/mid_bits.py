@@ -1,6 +1,6 @@
 """Five and six bits per weight, between the two widths that transformers reads. Asked for: it does not read these.
 
-An embedding loses little in 6 bits where 4 cost it dearly, and a block that suffers in 4 may be well in 5.
+They fill the gap between 4 bits and 8, for embeddings and the head as well, which have no other width in between.
 """
 
 from __future__ import annotations
