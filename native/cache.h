@@ -28,8 +28,9 @@ constexpr std::size_t bytes_of(Cache cache, int n) {
     return cache == Cache::int8 ? n + 2 : (cache == Cache::float16 ? 2 : 4) * std::size_t(n);
 }
 
-// n floats as codes of 8 bits, to codes[i * stride], and their scale, a bfloat16. What is not finite makes that a NaN.
-inline std::uint16_t encode(const float* x, int n, std::int8_t* codes, int stride) {
+// n floats as codes of 8 bits, the i-th to at(i), and their scale, a bfloat16. What is not finite makes that a NaN.
+template <class At>
+std::uint16_t encode(const float* x, int n, At&& at) {
     float most = 0;
     bool finite = true;
     for (int i = 0; i < n; i++) {
@@ -40,7 +41,7 @@ inline std::uint16_t encode(const float* x, int n, std::int8_t* codes, int strid
     const std::uint16_t scale = std::uint16_t((std::bit_cast<std::uint32_t>(most / 127) + 0xffff) >> 16);
     const bool any = finite && most > 0x1p-100f;
     const float inverse = any ? 1 / std::bit_cast<float>(std::uint32_t(scale) << 16) : 0;
-    for (int i = 0; i < n; i++) codes[i * stride] = any ? std::int8_t(std::nearbyint(x[i] * inverse)) : 0;
+    for (int i = 0; i < n; i++) at(i) = any ? std::int8_t(std::nearbyint(x[i] * inverse)) : 0;
     return finite ? any ? scale : 0 : 0x7fc0;
 }
 
@@ -72,12 +73,14 @@ inline void spread(float* x, int n) {
 
 // What the queries of one key-value head look at: up to kSegment positions [first, last) of a cache of `blocks` blocks of
 // 16 positions, used as a ring. Keys lie block by block transposed (head_dim, 16), so that 16 dot products need no sums
-// across lanes; values lie position by position (16, padded value_dim). The 16 scales of a block come behind its codes.
+// across lanes; values lie position by position (16, padded value_dim). Codes of 8 bits lie in pairs, as products of 16-bit
+// integers take them: keys by two channels (head_dim / 2, 16, 2), a last odd channel as before, values by two positions
+// (8, padded value_dim, 2). The 16 scales of a block come behind its codes.
 struct Cached {
     static constexpr int kBlock = 16;
     static constexpr int kSegment = 512;  // positions that are looked at in one go
     static constexpr int kQueries = 8;  // and by how many queries at once, at most
-    static constexpr int kScratch = kQueries * (kSegment + 2 * kBlock);
+    static constexpr int kScores = kSegment + 2 * kBlock;  // of a query, over whole blocks
 
     const std::uint8_t* keys = nullptr;
     const std::uint8_t* values = nullptr;
@@ -86,7 +89,21 @@ struct Cached {
     int blocks = 0;
     int first = 0, last = 0;
     float scale = 1, cap = 0;  // of scores; a cap above 0: cap tanh(score / cap)
-    float* scratch = nullptr;  // kScratch floats
+    float* scratch = nullptr;  // scratch_floats(head_dim)
+
+    // For scores, and for queries and weights as integers of 16 bits.
+    static constexpr std::size_t scratch_floats(int head_dim) {
+        return kQueries * (kScores + kScores / 2 + std::size_t(head_dim + 1) / 2);
+    }
+
+    // Where in a block the code of a channel and a place lies.
+    static constexpr std::size_t key_at(int d, int place, int head_dim) {
+        const bool alone = d == head_dim - 1 && d % 2 == 0;
+        return std::size_t(d / 2) * 2 * kBlock + (alone ? place : 2 * place + d % 2);
+    }
+    static constexpr std::size_t value_at(int d, int place, int padded) {
+        return std::size_t(place / 2) * 2 * padded + 2 * d + place % 2;
+    }
 
     static int padded(int value_dim) { return round_up(value_dim, kBlock); }
     static constexpr std::size_t block_bytes(Cache cache, int n) { return kBlock * bytes_of(cache, n); }

@@ -27,13 +27,15 @@ struct Lanes {
         const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
     }
-    static Lanes load_int8(const std::int8_t* x) {
-        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))))};
-    }
     static Lanes broadcast(float x) { return {_mm256_set1_ps(x)}; }
     void store(float* x) const { _mm256_storeu_ps(x, v); }
     void store_half(std::uint16_t* x) const {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+    void store_short(std::int16_t* x) const {
+        const __m256i whole = _mm256_cvtps_epi32(v);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(x),
+                         _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
     }
     static Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
     static Lanes mul(Lanes a, Lanes b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -52,6 +54,27 @@ struct Lanes {
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
         return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
     }
+
+    struct Pairs {
+        __m256i v;
+    };
+    struct Sums {
+        __m256i v;
+    };
+    static Pairs load_pairs(const std::int8_t* x) {
+        return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+    }
+    static Pairs load_alone(const std::int8_t* x) {
+        const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
+        return {_mm256_and_si256(wide, _mm256_set1_epi32(0xffff))};
+    }
+    static Pairs broadcast_pair(const std::int16_t* x) {
+        std::int32_t two;
+        std::memcpy(&two, x, 4);
+        return {_mm256_set1_epi32(two)};
+    }
+    static Sums dot(Pairs a, Pairs b, Sums to) { return {_mm256_add_epi32(to.v, _mm256_madd_epi16(a.v, b.v))}; }
+    static Lanes floats_of(Sums sums) { return {_mm256_cvtepi32_ps(sums.v)}; }
 };
 
 inline __m256 halves(const void* at, Half kind) {

@@ -26,13 +26,13 @@ struct Lanes {
         const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
     }
-    static Lanes load_int8(const std::int8_t* x) {
-        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))))};
-    }
     static Lanes broadcast(float x) { return {_mm512_set1_ps(x)}; }
     void store(float* x) const { _mm512_storeu_ps(x, v); }
     void store_half(std::uint16_t* x) const {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+    void store_short(std::int16_t* x) const {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
     }
     static Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     static Lanes mul(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -44,6 +44,27 @@ struct Lanes {
     static Lanes nearest(Lanes a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
     static Lanes times_two_to(Lanes a, Lanes n) { return {_mm512_scalef_ps(a.v, n.v)}; }
     float sum() const { return _mm512_reduce_add_ps(v); }
+
+    struct Pairs {
+        __m512i v;
+    };
+    struct Sums {
+        __m512i v;
+    };
+    static Pairs load_pairs(const std::int8_t* x) {
+        return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))};
+    }
+    static Pairs load_alone(const std::int8_t* x) {
+        const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+        return {_mm512_and_si512(wide, _mm512_set1_epi32(0xffff))};
+    }
+    static Pairs broadcast_pair(const std::int16_t* x) {
+        std::int32_t two;
+        std::memcpy(&two, x, 4);
+        return {_mm512_set1_epi32(two)};
+    }
+    static Sums dot(Pairs a, Pairs b, Sums to) { return {_mm512_dpwssd_epi32(to.v, a.v, b.v)}; }
+    static Lanes floats_of(Sums sums) { return {_mm512_cvtepi32_ps(sums.v)}; }
 };
 
 inline __m512 halves(const void* at, Half kind) {

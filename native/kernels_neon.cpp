@@ -27,14 +27,10 @@ struct Lanes {
     static Lanes load(const float* x) { return {vld1q_f32(x)}; }
     static Lanes load_half(const std::uint16_t* x) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)))}; }
     static Lanes load_brain(const std::uint16_t* x) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(x), 16))}; }
-    static Lanes load_int8(const std::int8_t* x) {
-        std::uint32_t four;
-        std::memcpy(&four, x, 4);
-        return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))))};
-    }
     static Lanes broadcast(float x) { return {vdupq_n_f32(x)}; }
     void store(float* x) const { vst1q_f32(x, v); }
     void store_half(std::uint16_t* x) const { vst1_u16(x, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+    void store_short(std::int16_t* x) const { vst1_s16(x, vqmovn_s32(vcvtnq_s32_f32(v))); }
     static Lanes fma(Lanes a, Lanes b, Lanes c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
     static Lanes mul(Lanes a, Lanes b) { return {vmulq_f32(a.v, b.v)}; }
     static Lanes add(Lanes a, Lanes b) { return {vaddq_f32(a.v, b.v)}; }
@@ -47,6 +43,30 @@ struct Lanes {
         return {vmulq_f32(a.v, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127)), 23)))};
     }
     float sum() const { return vaddvq_f32(v); }
+
+    struct Pairs {
+        int16x8_t v;
+    };
+    struct Sums {
+        int32x4_t v;
+    };
+    static Pairs load_pairs(const std::int8_t* x) { return {vmovl_s8(vld1_s8(x))}; }
+    static Pairs load_alone(const std::int8_t* x) {
+        std::uint32_t four;
+        std::memcpy(&four, x, 4);
+        const int32x4_t wide = vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four))));
+        return {vreinterpretq_s16_s32(vandq_s32(wide, vdupq_n_s32(0xffff)))};
+    }
+    static Pairs broadcast_pair(const std::int16_t* x) {
+        std::int32_t two;
+        std::memcpy(&two, x, 4);
+        return {vreinterpretq_s16_s32(vdupq_n_s32(two))};
+    }
+    static Sums dot(Pairs a, Pairs b, Sums to) {
+        const int32x4_t low = vmull_s16(vget_low_s16(a.v), vget_low_s16(b.v)), high = vmull_high_s16(a.v, b.v);
+        return {vaddq_s32(to.v, vpaddq_s32(low, high))};
+    }
+    static Lanes floats_of(Sums sums) { return {vcvtq_f32_s32(sums.v)}; }
 };
 
 inline float32x4_t halves(const std::uint8_t* at, Half kind) {

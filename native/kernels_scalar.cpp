@@ -19,10 +19,10 @@ struct Lanes {
     static Lanes load(const float* x) { return {*x}; }
     static Lanes load_half(const std::uint16_t* x) { return {from_float16(*x)}; }
     static Lanes load_brain(const std::uint16_t* x) { return {from_bfloat16(*x)}; }
-    static Lanes load_int8(const std::int8_t* x) { return {float(*x)}; }
     static Lanes broadcast(float x) { return {x}; }
     void store(float* x) const { *x = v; }
     void store_half(std::uint16_t* x) const { *x = to_float16(v); }
+    void store_short(std::int16_t* x) const { *x = std::isnan(v) ? 0 : std::int16_t(std::nearbyintf(v)); }
     static Lanes fma(Lanes a, Lanes b, Lanes c) { return {std::fma(a.v, b.v, c.v)}; }
     static Lanes mul(Lanes a, Lanes b) { return {a.v * b.v}; }
     static Lanes add(Lanes a, Lanes b) { return {a.v + b.v}; }
@@ -33,6 +33,16 @@ struct Lanes {
     static Lanes nearest(Lanes a) { return {std::nearbyintf(a.v)}; }
     static Lanes times_two_to(Lanes a, Lanes n) { return {std::isnan(n.v) ? n.v : std::ldexp(a.v, int(n.v))}; }
     float sum() const { return v; }
+
+    struct Pairs {
+        std::int32_t low, high;
+    };
+    using Sums = std::int32_t;
+    static Pairs load_pairs(const std::int8_t* x) { return {x[0], x[1]}; }
+    static Pairs load_alone(const std::int8_t* x) { return {*x, 0}; }
+    static Pairs broadcast_pair(const std::int16_t* x) { return {x[0], x[1]}; }
+    static Sums dot(Pairs a, Pairs b, Sums to) { return to + a.low * b.low + a.high * b.high; }
+    static Lanes floats_of(Sums sums) { return {float(sums)}; }
 };
 
 void quantise(const float* x, int n, std::int8_t* codes, float* scale, std::int32_t* minus8, float* sum) {

@@ -1,14 +1,17 @@
 // Operations on floats that every instruction set does alike, written once over a vector type V of its kernel file.
 //
-// V has: kWidth lanes; load, load_half (float16), load_brain (bfloat16), load_int8, broadcast, store, store_half;
-// fma(a, b, c) = a b + c; mul, add, sub, div, min, max; sum over the lanes; nearest (to even) and times_two_to(v, n) = v
-// 2^n for whole n.
+// V has: kWidth lanes; load, load_half (float16), load_brain (bfloat16), broadcast, store, store_half, store_short (as 16-bit
+// integers, rounded to nearest); fma(a, b, c) = a b + c; mul, add, sub, div, min, max; sum over the lanes; nearest (to even)
+// and times_two_to(v, n) = v 2^n for whole n. And integers: Pairs, two numbers of 16 bits a lane, from 8 bits (load_pairs),
+// from kWidth numbers of 8 bits, each with a zero behind it (load_alone), or the same two in all lanes (broadcast_pair);
+// Sums, 32 bits a lane: dot(a, b, sums) adds both products of a lane, and floats_of.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "half.h"
 #include "kernels.h"
@@ -217,8 +220,7 @@ void wide_times(const Wide& w, const float* const* x, int count, float* y, std::
 
 template <class V, Cache kCache>
 inline V load_cached(const std::uint8_t* block, std::size_t index) {
-    if constexpr (kCache == Cache::int8) return V::load_int8(reinterpret_cast<const std::int8_t*>(block) + index);
-    else if constexpr (kCache == Cache::float16) return V::load_half(reinterpret_cast<const std::uint16_t*>(block) + index);
+    if constexpr (kCache == Cache::float16) return V::load_half(reinterpret_cast<const std::uint16_t*>(block) + index);
     else return V::load(reinterpret_cast<const float*>(block) + index);
 }
 
@@ -228,10 +230,108 @@ inline V load_scales(const std::uint8_t* block, int n, int lane) {
     return V::load_brain(reinterpret_cast<const std::uint16_t*>(block + Cached::kBlock * n) + lane * V::kWidth);
 }
 
-// softmax(q K^T scale) V for a few queries that share keys and values.
+// What is not below this in size is worth integers; the rest is nothing, and has an inverse that is a number.
+constexpr float kTiny = 1e-30f;
+
+// x (n) as integers of up to `most` in size, and what to multiply them with: NaN if x is not finite.
+template <class V>
+float to_short(const float* x, int n, float most, std::int16_t* codes) {
+    const V zero = V::broadcast(0);
+    V largest_one = zero, trouble = zero;
+    for (int i = 0; i < n; i += V::kWidth) {
+        const V v = load_some<V>(x + i, n - i);
+        largest_one = V::max(largest_one, V::max(v, V::sub(zero, v)));
+        trouble = V::fma(v, zero, trouble);  // not finite: NaN
+    }
+    const float size = largest(largest_one);
+    const V inverse = V::broadcast(size > kTiny ? most / size : 0);
+    int i = 0;
+    for (; i + V::kWidth <= n; i += V::kWidth) V::mul(V::load(x + i), inverse).store_short(codes + i);
+    if (i < n) {
+        std::int16_t few[V::kWidth];
+        V::mul(load_some<V>(x + i, n - i), inverse).store_short(few);
+        std::memcpy(codes + i, few, sizeof(std::int16_t) * (n - i));
+    }
+    return size / most + trouble.sum();
+}
+
+// Memory comes while something else is computed: the values of a block are fetched as its keys are read, line by line, since
+// later they are read in strides, which no hardware prefetcher follows.
+inline void fetch_line(const std::uint8_t* from, int at) {
+    if (at % 64 == 0) __builtin_prefetch(from + at, 0, 2);
+}
+
+// What a few queries times the keys of a block are, before the scale of scores. `values` are fetched by the way.
+template <class V, Cache kCache, int kQueries>
+struct KeyProducts {
+    static constexpr int kLanes = Cached::kBlock / V::kWidth;  // vectors of a block of positions
+
+    KeyProducts(const Cached& a, const float* const* query) : head_dim(a.head_dim), query(query) {}
+
+    void of(const std::uint8_t* keys, const std::uint8_t* values, V (&dot)[kQueries][kLanes]) const {
+        for (auto& q : dot)
+            for (auto& lane : q) lane = V::broadcast(0);
+        for (int d = 0; d < head_dim; d++) {
+            fetch_line(values, d * Cached::kBlock * (kCache == Cache::float16 ? 2 : 4));
+            for (int lane = 0; lane < kLanes; lane++) {
+                const V key = load_cached<V, kCache>(keys, d * Cached::kBlock + lane * V::kWidth);
+                for (int m = 0; m < kQueries; m++) dot[m][lane] = V::fma(key, V::broadcast(query[m][d]), dot[m][lane]);
+            }
+        }
+    }
+
+    const int head_dim;
+    const float* const* const query;
+};
+
+// Of codes: integers of 16 bits for the query, and sums that are exact.
+template <class V, int kQueries>
+struct KeyProducts<V, Cache::int8, kQueries> {
+    static constexpr int kLanes = Cached::kBlock / V::kWidth;
+
+    KeyProducts(const Cached& a, const float* const* query) : head_dim(a.head_dim) {
+        const float most = std::min(32767.0f, std::floor(float(1u << 31) / (128.0f * float(head_dim))));  // sums are below 2^31
+        auto* room = reinterpret_cast<std::int16_t*>(a.scratch + kQueries * (Cached::kScores + Cached::kScores / 2));
+        for (int m = 0; m < kQueries; m++) {
+            codes[m] = room + m * (head_dim + head_dim % 2);
+            scale[m] = to_short<V>(query[m], head_dim, most, codes[m]);
+            if (head_dim % 2) codes[m][head_dim] = 0;
+        }
+    }
+
+    void of(const std::uint8_t* keys, const std::uint8_t* values, V (&dot)[kQueries][kLanes]) const {
+        typename V::Sums sums[kQueries][kLanes] = {};
+        const auto* at = reinterpret_cast<const std::int8_t*>(keys);
+        int d = 0;
+        for (; d + 2 <= head_dim; d += 2) {
+            fetch_line(values, d * Cached::kBlock);
+            for (int lane = 0; lane < kLanes; lane++) {
+                const auto key = V::load_pairs(at + d * Cached::kBlock + 2 * lane * V::kWidth);
+                for (int m = 0; m < kQueries; m++) sums[m][lane] = V::dot(key, V::broadcast_pair(codes[m] + d), sums[m][lane]);
+            }
+        }
+        for (int lane = 0; d < head_dim && lane < kLanes; lane++) {
+            const auto key = V::load_alone(at + d * Cached::kBlock + lane * V::kWidth);
+            for (int m = 0; m < kQueries; m++) sums[m][lane] = V::dot(key, V::broadcast_pair(codes[m] + d), sums[m][lane]);
+        }
+        for (int lane = 0; lane < kLanes; lane++) {
+            const V scales = load_scales<V>(keys, head_dim, lane);
+            for (int m = 0; m < kQueries; m++)
+                dot[m][lane] = V::mul(V::floats_of(sums[m][lane]), V::mul(scales, V::broadcast(scale[m])));
+        }
+    }
+
+    const int head_dim;
+    std::int16_t* codes[kQueries];
+    float scale[kQueries];
+};
+
+// softmax(q K^T scale) V for a few queries that share keys and values. Codes of 8 bits are multiplied as integers, by
+// queries and weights of 16 bits: an error of 2^-15 of the largest, where the codes themselves have 2^-8.
 template <class V, Cache kCache, int kQueries>
 void attend_block(const Cached& a, const float* const* query, Share* share, float* const* out) {
     constexpr int kLanes = Cached::kBlock / V::kWidth;  // vectors of a block of positions
+    constexpr bool kCodes = kCache == Cache::int8;
     const int first = a.first / Cached::kBlock, last = (a.last + Cached::kBlock - 1) / Cached::kBlock;
     const int stride = (last - first) * Cached::kBlock;
     // Positions of the first and the last block that are not seen get what does not count.
@@ -241,24 +341,15 @@ void attend_block(const Cached& a, const float* const* query, Share* share, floa
     };
     V most[kQueries];
     for (auto& m : most) m = V::broadcast(-INFINITY);
+    const int padded = Cached::padded(a.value_dim);
+    const auto values_of = [&](int b) { return a.values + b % a.blocks * Cached::block_bytes(kCache, padded); };
+    const KeyProducts<V, kCache, kQueries> products(a, query);
     for (int b = first; b < last; b++) {
-        const std::uint8_t* keys = a.keys + b % a.blocks * Cached::block_bytes(kCache, a.head_dim);
         V dot[kQueries][kLanes];
-        for (auto& q : dot)
-            for (auto& lane : q) lane = V::broadcast(0);
-        for (int d = 0; d < a.head_dim; d++)
-            for (int lane = 0; lane < kLanes; lane++) {
-                const V key = load_cached<V, kCache>(keys, d * Cached::kBlock + lane * V::kWidth);
-                for (int m = 0; m < kQueries; m++) dot[m][lane] = V::fma(key, V::broadcast(query[m][d]), dot[m][lane]);
-            }
-        V factor[kLanes];
-        for (int lane = 0; lane < kLanes; lane++) {
-            factor[lane] = V::broadcast(a.scale);
-            if constexpr (kCache == Cache::int8) factor[lane] = V::mul(factor[lane], load_scales<V>(keys, a.head_dim, lane));
-        }
+        products.of(a.keys + b % a.blocks * Cached::block_bytes(kCache, a.head_dim), values_of(b), dot);
         for (int m = 0; m < kQueries; m++) {
             float* to = a.scratch + m * stride + (b - first) * Cached::kBlock;
-            for (int lane = 0; lane < kLanes; lane++) V::mul(dot[m][lane], factor[lane]).store(to + lane * V::kWidth);
+            for (int lane = 0; lane < kLanes; lane++) V::mul(dot[m][lane], V::broadcast(a.scale)).store(to + lane * V::kWidth);
             if (b == first || b == last - 1) cut(b, to, -INFINITY);
             for (int lane = 0; lane < kLanes; lane++) most[m] = V::max(most[m], V::load(to + lane * V::kWidth));
         }
@@ -273,49 +364,69 @@ void attend_block(const Cached& a, const float* const* query, Share* share, floa
                 for (int lane = 0; lane < kLanes; lane++) most[m] = V::max(most[m], V::load(at + lane * V::kWidth));
             }
         }
-    const int padded = Cached::padded(a.value_dim);
-    const auto values_of = [&](int b) { return a.values + b % a.blocks * Cached::block_bytes(kCache, padded); };
-    float total[kQueries];
+    auto* weights = reinterpret_cast<std::int16_t*>(a.scratch + kQueries * Cached::kScores);  // of codes
+    float factor[kQueries];  // of what weights and values add up to
     for (int m = 0; m < kQueries; m++) {
         const V top = V::broadcast(largest(most[m]));
+        float* scores = a.scratch + m * stride;
         V sum = V::broadcast(0);
         for (int b = first; b < last; b++) {
-            float* at = a.scratch + m * stride + (b - first) * Cached::kBlock;
+            float* at = scores + (b - first) * Cached::kBlock;
             for (int lane = 0; lane < kLanes; lane++)
                 exponential<V>(V::sub(V::load(at + lane * V::kWidth), top)).store(at + lane * V::kWidth);
             if (b == first || b == last - 1) cut(b, at, 0);  // the exponential of minus infinity is cut off above zero
             for (int lane = 0; lane < kLanes; lane++) {
                 const V p = V::load(at + lane * V::kWidth);
                 sum = V::add(sum, p);
-                if constexpr (kCache == Cache::int8)  // what multiplies codes
+                if constexpr (kCodes)  // what multiplies codes
                     V::mul(p, load_scales<V>(values_of(b), padded, lane)).store(at + lane * V::kWidth);
             }
+            if (kCodes && (b == first || b == last - 1)) cut(b, at, 0);  // scales of what is not seen
         }
-        total[m] = sum.sum();
-        share[m] = {largest(most[m]), total[m]};
+        const float total = sum.sum();
+        share[m] = {largest(most[m]), total};
+        factor[m] = 1 / total;
+        if constexpr (kCodes) factor[m] *= to_short<V>(scores, stride, 32767, weights + m * stride);
     }
+    static_assert(32767ll * 127 * Cached::kSegment < 1ll << 31);  // sums of weights times codes
     constexpr int kSpan = kQueries > (V::kWidth == 8 ? 2 : 6) ? 2 : 4;  // vectors of value_dim held at once: AVX2 has few
-    for (int d = 0; d < a.value_dim; d += kSpan * V::kWidth) {
-        const int width = std::min(kSpan, (a.value_dim - d + V::kWidth - 1) / V::kWidth);
-        V mixed[kQueries][kSpan];
-        for (auto& q : mixed)
-            for (auto& v : q) v = V::broadcast(0);
+    // kVectors vectors of values from the d-th channel on: as many as are named, so that their sums stay in registers.
+    const auto mix = [&]<int kVectors>(int d, std::integral_constant<int, kVectors>) {
+        std::conditional_t<kCodes, typename V::Sums, V> mixed[kQueries][kVectors] = {};
         for (int b = first; b < last; b++) {
             const std::uint8_t* values = values_of(b);
-            const float* weight = a.scratch + (b - first) * Cached::kBlock;
+            const int at = (b - first) * Cached::kBlock;
             const int from = std::max(0, a.first - b * Cached::kBlock), to = std::min(Cached::kBlock, a.last - b * Cached::kBlock);
-            for (int p = from; p < to; p++)
-                for (int v = 0; v < width; v++) {
-                    const V value = load_cached<V, kCache>(values, p * padded + d + v * V::kWidth);
-                    for (int m = 0; m < kQueries; m++)
-                        mixed[m][v] = V::fma(V::broadcast(weight[m * stride + p]), value, mixed[m][v]);
+            if constexpr (kCodes) {
+                for (int p = from & ~1; p < to; p += 2) {
+                    typename V::Pairs value[kVectors];
+                    for (int v = 0; v < kVectors; v++)
+                        value[v] = V::load_pairs(reinterpret_cast<const std::int8_t*>(values) + p * padded + 2 * (d + v * V::kWidth));
+                    for (int m = 0; m < kQueries; m++) {
+                        const auto weight = V::broadcast_pair(weights + m * stride + at + p);
+                        for (int v = 0; v < kVectors; v++) mixed[m][v] = V::dot(value[v], weight, mixed[m][v]);
+                    }
                 }
+            } else {
+                for (int p = from; p < to; p++)
+                    for (int v = 0; v < kVectors; v++) {
+                        const V value = load_cached<V, kCache>(values, p * padded + d + v * V::kWidth);
+                        for (int m = 0; m < kQueries; m++)
+                            mixed[m][v] = V::fma(V::broadcast(a.scratch[m * stride + at + p]), value, mixed[m][v]);
+                    }
+            }
         }
         for (int m = 0; m < kQueries; m++)
-            for (int v = 0; v < width; v++)
-                store_some<V>(V::mul(mixed[m][v], V::broadcast(1.0f / total[m])), out[m] + d + v * V::kWidth,
-                              a.value_dim - d - v * V::kWidth);
-    }
+            for (int v = 0; v < kVectors; v++) {
+                V sum;
+                if constexpr (kCodes) sum = V::floats_of(mixed[m][v]);
+                else sum = mixed[m][v];
+                store_some<V>(V::mul(sum, V::broadcast(factor[m])), out[m] + d + v * V::kWidth, a.value_dim - d - v * V::kWidth);
+            }
+    };
+    int d = 0;
+    for (; d + (kSpan - 1) * V::kWidth < a.value_dim; d += kSpan * V::kWidth) mix(d, std::integral_constant<int, kSpan>());
+    for (; d < a.value_dim; d += V::kWidth) mix(d, std::integral_constant<int, 1>());
 }
 
 // As many queries at once as have their sums in registers.
@@ -331,7 +442,7 @@ void attend_by(const Cached& a, const float* const* query, int count, Share* sha
 template <class V, Cache kCache>
 void attend_in(const Cached& a, const float* const* query, int count, Share* share, float* const* out) {
     if constexpr (V::kWidth == 16) attend_by<V, kCache, 8, 6, 4, 3, 2, 1>(a, query, count, share, out);
-    else if constexpr (V::kWidth == 4) attend_by<V, kCache, 6, 4, 3, 2, 1>(a, query, count, share, out);
+    else if constexpr (V::kWidth == 4 || kCache == Cache::int8) attend_by<V, kCache, 6, 4, 3, 2, 1>(a, query, count, share, out);
     else attend_by<V, kCache, 4, 3, 2, 1>(a, query, count, share, out);
 }
 

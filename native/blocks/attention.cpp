@@ -85,12 +85,12 @@ public:
         std::uint8_t* keys = keys_.data() + block * Cached::block_bytes(of_.cache, dim);
         std::uint8_t* values = values_.data() + block * Cached::block_bytes(of_.cache, padded);
         if (of_.cache == Cache::int8) {
-            const auto store = [&](const float* x, int n, std::uint8_t* block, int width, std::size_t first, int stride) {
-                const std::uint16_t scale = encode(x, n, reinterpret_cast<std::int8_t*>(block) + first, stride);
-                reinterpret_cast<std::uint16_t*>(block + kBlock * width)[place] = scale;
+            const auto store = [&](const float* x, int n, std::uint8_t* block, int width, auto index) {
+                const auto at = [&](int d) -> std::int8_t& { return reinterpret_cast<std::int8_t*>(block)[index(d, place, width)]; };
+                reinterpret_cast<std::uint16_t*>(block + kBlock * width)[place] = encode(x, n, at);
             };
-            store(key, dim, keys, dim, place, kBlock);
-            store(value, value_dim, values, padded, place * padded, 1);
+            store(key, dim, keys, dim, Cached::key_at);
+            store(value, value_dim, values, padded, Cached::value_at);
         } else if (of_.cache == Cache::float32) {
             for (int d = 0; d < dim; d++) reinterpret_cast<float*>(keys)[place + d * kBlock] = key[d];
             std::memcpy(reinterpret_cast<float*>(values) + place * padded, value, sizeof(float) * value_dim);
@@ -202,8 +202,8 @@ void Attention::mix(Step& step, int t, int number) const {
     const bool shared = threads_share_heads(step);
     // Segment s of a task, counted from the first it sees: its shares (per_group) and what it adds (per_group, value_dim).
     const std::size_t part = std::size_t(per_group) * (value_dim + 2);
-    float* scores = step.own(t, Cached::kScratch + std::max(dim, value_dim) + (shared ? 0 : part * segments(step)));
-    float *room = scores + Cached::kScratch, *own_parts = room + std::max(dim, value_dim);
+    float* scores = step.own(t, Cached::scratch_floats(dim) + std::max(dim, value_dim) + (shared ? 0 : part * segments(step)));
+    float *room = scores + Cached::scratch_floats(dim), *own_parts = room + std::max(dim, value_dim);
     const auto share_of = [&](float* parts, int s) { return reinterpret_cast<Share*>(parts + s * part); };
     const auto part_of = [&](float* parts, int s) { return parts + s * part + 2 * per_group; };
 
