@@ -542,6 +542,38 @@ def connection(address: str):
         yield made
 
 
+def test_answers_do_not_wait_for_acknowledgements(address):
+    with httpx.Client(base_url=address) as client:
+        spent = []
+        for _ in range(10):  # the first ones are acknowledged at once
+            started = time.perf_counter()
+            assert client.get("/health").status_code == 200
+            spent.append(time.perf_counter() - started)
+    assert min(spent[-5:]) < 0.03, spent
+
+
+def test_a_client_that_still_sends_reads_why_it_was_refused(address):
+    host, port = address.removeprefix("http://").split(":")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=5) as client:
+        client.sendall(head + b" " * 100_000)
+        time.sleep(0.2)  # it has answered
+        for _ in range(39):
+            client.sendall(b" " * 100_000)
+        assert received(client).startswith(b"HTTP/1.1 413")
+
+
+def test_a_client_that_sends_forever_is_cut_off(address, monkeypatch):
+    monkeypatch.setattr("pennyweight.serve.connections.LINGER_SECONDS", 0.2)
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000000\r\n\r\n")
+        started = time.monotonic()
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            while time.monotonic() < started + 4:
+                client.sendall(b" " * 100_000)
+
+
 def received(client: socket.socket) -> bytes:
     """All until the server closes the connection."""
     parts = []

@@ -16,10 +16,11 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -36,6 +37,10 @@ READ_SECONDS = 30.0
 """In which a client has to take something of what is sent to it."""
 IDLE_SECONDS = 0.5
 """After which a connection that asks nothing may have to make room."""
+LINGER_SECONDS = 2.0
+"""In which a client may end sending what was refused before it was read."""
+SIP_SECONDS = 0.005
+"""From a part of that to the next one."""
 REFUSAL_SECONDS = 0.5
 """That the answer to what is no HTTP takes while others are served."""
 AGAIN_SECONDS = 0.5
@@ -56,19 +61,57 @@ def room() -> int:
     return max(4, min(MOST, limit - len(list(Path("/dev/fd").iterdir())) - SPARE))
 
 
+class _Parting:
+    """A transport that its connection closes in its own way."""
+
+    def __init__(self, transport: Any, close: Callable[[Any], None]) -> None:
+        self._transport, self._close, self._closed = transport, close, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        again, self._closed = self._closed, True
+        if again:
+            self._transport.close()
+        else:
+            self._close(self._transport)
+
+    def is_closing(self) -> bool:
+        return self._closed or self._transport.is_closing()
+
+
 class Connection(H11Protocol):
-    """uvicorn's, but closed when a request does not come or what is sent is not read."""
+    """uvicorn's, but closed when a request does not come or what is sent is not read, and closed late where a client is
+    still sending what was refused: a connection that is closed before all of it is read is reset, and the client never
+    sees the answer."""
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        super().connection_made(_Parting(transport, self._part))  # pyright: ignore[reportArgumentType]
+        self._lingers: Any = None  # the transport
         self.since = self.loop.time()  # the last request was answered then
         self._late: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._lingers is not None:
+            self._lingers.pause_reading()
+            self.loop.call_later(SIP_SECONDS, self._lingers.resume_reading)
+            return
         super().data_received(data)
         self._wait_for_head()
+
+    def _part(self, transport: Any) -> None:
+        if self.conn.their_state not in (h11.SEND_BODY, h11.ERROR):
+            transport.close()
+            return
+        self._lingers = transport
+        if self._late is not None:
+            self._late.cancel()
+        self._late = self.loop.call_later(LINGER_SECONDS, transport.abort)
+        transport.write_eof()
+        transport.resume_reading()
 
     def on_response_complete(self) -> None:
         self.since = self.loop.time()
@@ -186,6 +229,8 @@ class Server(uvicorn.Server):
 
     async def _join(self, taken: socket.socket) -> None:
         try:
+            # A body that goes out behind its head would wait for the client's acknowledgement, which takes 40 ms.
+            taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, taken)
         except OSError:  # it has gone already
             taken.close()
