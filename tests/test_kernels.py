@@ -39,7 +39,9 @@ def compiled(folder: Path, compiler: str, flags: tuple[str, ...], per_file: dict
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 @pytest.mark.timeout(300)
 def test_instruction_sets_agree_and_sanitizers_are_silent(tmp_path):
-    program = compiled(tmp_path, str(CXX), ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), X86)
+    # What this processor does not run is not compiled for it: it takes longer than all the others.
+    flags = {name: own if name[8:-4] in _native.kernel_names() else () for name, own in X86.items()}
+    program = compiled(tmp_path, str(CXX), ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), flags)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     checked = done.stdout.split()
