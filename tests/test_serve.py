@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import asyncio.selector_events
+import collections
 import copy
 import errno
 import functools
@@ -597,17 +596,63 @@ def test_idle_connections_make_room_and_busy_ones_do_not(model, monkeypatch):
         assert received(idle[0]) == b""
 
 
+def test_who_comes_behind_many_silent_ones_does_not_wait_for_all_of_them(model, monkeypatch):
+    """In the order of the line it would be the last."""
+    begun = []
+    begin = Server._join
+
+    async def join(server, taken):
+        begun.append(taken.getpeername())
+        await begin(server, taken)
+
+    monkeypatch.setattr(Server, "_join", join)
+    with ExitStack() as stack:
+        address, _ = stack.enter_context(serving(model))
+        get(f"{address}/health")
+        begun.clear()
+        halted, go_on = threading.Event(), threading.Event()
+        STARTED[address]._accepting.get_loop().call_soon_threadsafe(lambda: (halted.set(), go_on.wait(20)))
+        assert halted.wait(20)
+        for _ in range(100):
+            stack.enter_context(connection(address))
+        asking = stack.enter_context(connection(address))
+        asking.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        go_on.set()
+        assert b" 200 " in received(asking)
+        assert begun.index(asking.getsockname()) < 50
+        while len(begun) < 101:  # and nobody is left out
+            time.sleep(0.01)
+
+
+def test_what_a_request_leaves_is_freed_at_once(model):
+    """Objects that hold each other wait for the collector, which stops everybody for as long as it takes."""
+    with serving(model) as (address, _):
+        for number in range(2):
+            gc.collect()
+            gc.disable()
+            try:
+                for _ in range(20):
+                    assert post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+                time.sleep(0.2)
+                kept = collections.Counter(type(one).__name__ for one in gc.get_objects())
+            finally:
+                gc.enable()
+            if number:  # the first time, caches are filled
+                for name in ("Connection", "RequestResponseCycle", "Answer", "Ticket", "Text"):
+                    assert kept[name] < 20, name
+
+
 def test_without_descriptors_one_line_is_said_and_connections_wait(model, monkeypatch, capsys):
     """As accept does it at their limit, here five times."""
     monkeypatch.setattr("pennyweight.serve.connections.AGAIN_SECONDS", 0.01)
-    accept, left = asyncio.selector_events.BaseSelectorEventLoop.sock_accept, [errno.EMFILE] * 5
+    accept, left = socket.socket.accept, [errno.EMFILE] * 5
 
-    async def short(loop, listening):
+    def short(listening):
         if left:
             raise OSError(left.pop(), "Too many open files")
-        return await accept(loop, listening)
+        return accept(listening)
 
-    monkeypatch.setattr(asyncio.selector_events.BaseSelectorEventLoop, "sock_accept", short)
+    monkeypatch.setattr(socket.socket, "accept", short)
     with serving(model) as (address, _):
         assert get(f"{address}/health", timeout=20).status_code == 200
     assert capsys.readouterr().err.splitlines() == ["ERROR:    no new connections for now: Too many open files"]

@@ -62,14 +62,14 @@ class Answer:
         wanted = Wanted(prompt, most, sampling, stop, ask.min_tokens)
         after = () if isinstance(ask, Chat) else prompt
         self.words = Words(model.tokenizer, stop=ask.stop, after=after, special=model.special, least=ask.min_tokens)
-        self.queue: asyncio.Queue[tuple[list[int], str | Exception | None]] = asyncio.Queue()
+        self.queue = queue = asyncio.Queue[tuple[list[int], str | Exception | None]]()
         self.prompt, self.tokens, self.number, self.finish = prompt, 0, number, ""
         self._server, self._started = server, time.monotonic()
         loop = asyncio.get_running_loop()
 
         def hear(tokens: list[int], finish: str | Exception | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is gone, and with it whoever listened
-                loop.call_soon_threadsafe(self.queue.put_nowait, (tokens, finish))
+                loop.call_soon_threadsafe(queue.put_nowait, (tokens, finish))
 
         self._ticket = server.worker.submit(wanted, hear)
         server.live.add(self)

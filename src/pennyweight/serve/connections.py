@@ -16,6 +16,7 @@ import resource
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ REFUSAL_SECONDS = 0.5
 AGAIN_SECONDS = 0.5
 """Until connections are taken again when no file descriptor was left for one."""
 TOGETHER = 16
-"""Connections that are taken in one round of the event loop."""
+"""Connections that begin in one round of the event loop."""
+IN_LINE = 64
+"""Connections that are taken from the system's line in one round."""
 SWITCH_SECONDS = 0.001
 """After which a thread that computes lets another one have its turn. The event loop asks for one several times in
 every round, and would wait Python's 5 ms each time while bodies are read."""
@@ -79,6 +82,15 @@ class _Parting:
 
     def is_closing(self) -> bool:
         return self._closed or self._transport.is_closing()
+
+    def gone(self) -> None:
+        """The connection is lost. What goes in a circle is collected some ten thousand objects at once, and everybody
+        waits for 50 ms meanwhile."""
+        self._closed, self._close = True, _nothing
+
+
+def _nothing(transport: Any) -> None:
+    pass
 
 
 class Connection(H11Protocol):
@@ -131,6 +143,7 @@ class Connection(H11Protocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        self.transport.gone()  # pyright: ignore[reportAttributeAccessIssue]
 
     def send_400_response(self, msg: str) -> None:
         """To what is no HTTP; not at once while others are served, or whoever sends it in a loop has most of the
@@ -177,6 +190,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._listening, self._closing = listening, app.state.close
         self._accepting: asyncio.Task[None] | None = None
+        self._line = deque[socket.socket]()
         self._joining: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: Any = None) -> None:
@@ -194,24 +208,29 @@ class Server(uvicorn.Server):
             self._accepting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._accepting
-        self._listening.close()
+        for one in (self._listening, *self._line):
+            one.close()
         await super().shutdown(sockets)
         gc.unfreeze()
 
     async def _accept(self, most: int) -> None:
-        """Take connections as long as there is room, which those make that have asked nothing for a while."""
-        loop, told = asyncio.get_running_loop(), float("-inf")
+        """Take connections as long as there is room, which those make that have asked nothing for a while. The newest
+        and the oldest begin by turns: who comes behind three hundred others does not wait for all of them, and nobody
+        for ever."""
+        loop, told, line = asyncio.get_running_loop(), float("-inf"), self._line
         connections: set[Any] = self.server_state.connections
         while True:
-            taking = len(connections) + len(self._joining)
-            if taking >= most:
+            room = most - len(connections) - len(self._joining) - len(line)
+            if not line and room <= 0:
                 idle = [one for one in connections if one.asks_nothing and loop.time() - one.since > IDLE_SECONDS]
                 if idle:
                     min(idle, key=lambda one: one.since).transport.abort()
                 await asyncio.sleep(0 if idle else 0.02)
                 continue
             try:
-                taken, _ = await loop.sock_accept(self._listening)
+                if not line:
+                    line.append((await loop.sock_accept(self._listening))[0])
+                    room -= 1
             except ConnectionError:
                 continue
             except OSError as err:
@@ -222,10 +241,12 @@ class Server(uvicorn.Server):
                     logging.getLogger("uvicorn.error").error("no new connections for now: %s", err.strerror)
                 await asyncio.sleep(AGAIN_SECONDS)
                 continue
-            for one in [taken, *self._waiting(min(TOGETHER, most - taking) - 1)]:
-                joining = asyncio.create_task(self._join(one))  # others are taken meanwhile
+            line.extend(self._waiting(min(IN_LINE, room)))
+            for number in range(min(TOGETHER, len(line))):
+                joining = asyncio.create_task(self._join(line.popleft() if number % 2 else line.pop()))
                 self._joining.add(joining)
                 joining.add_done_callback(self._joining.discard)
+            await asyncio.sleep(0)  # where the next is there already, accepting it does not give way
 
     async def _join(self, taken: socket.socket) -> None:
         try:
