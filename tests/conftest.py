@@ -53,7 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """What each family that can be built says of a small model, by model_type."""
 
-DISTINCT = ("llama", "qwen3", "gemma3_text", "phi3")
+DISTINCT = ("llama", "gemma3_text", "phi3")
 """Families between which everything occurs that whole jobs treat differently: biases, norms of heads, norms on both
 sides, layers of several kinds, tied embeddings, matrices that are one on disk. What a family says of its own layers is
 tried with all of them; jobs, scores and sparse children with these."""

@@ -59,7 +59,7 @@ def text(tmp_path_factory) -> Path:
     """A little text of our own, so that tests do not read the whole standard library."""
     folder = tmp_path_factory.mktemp("text")
     for i in range(8):
-        (folder / f"{i}.py").write_text(Path(__file__).read_text() + Path(slots.__file__).read_text()[i * 500 :][:9000])
+        (folder / f"{i}.py").write_text(Path(__file__).read_text()[:9000] + Path(slots.__file__).read_text()[i * 500 :][:9000])
     return folder
 
 
@@ -318,7 +318,7 @@ def interrupt() -> None:
 
 def test_stopped_in_every_stage_it_goes_on_to_the_same_bytes(finished, tmp_path):
     model, out, wanted, _ = finished
-    only("qwen3", model, "the run folder")
+    only("llama", model, "the run folder")
     for stage in ("stats", "score", "solve", "build", "heal blocks", "heal model", "pack", "verify", "agreement"):
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", wanted, listen=At(stage, interrupt, ticks=1))
@@ -329,7 +329,7 @@ def test_stopped_in_every_stage_it_goes_on_to_the_same_bytes(finished, tmp_path)
 
 def test_what_an_earlier_call_did_is_not_told_as_done_now(finished, tmp_path):
     model, _, wanted, _ = finished
-    only("qwen3", model, "a stage")
+    only("llama", model, "a stage")
     stages: dict[str, tuple[int, int]] = {}
 
     class StopAfterBlocks(Silent):
@@ -359,7 +359,7 @@ def test_what_a_run_stands_on_cannot_change(finished, text, tmp_path, monkeypatc
     """Model, tokenizer, text, how it is dealt out, versions and arithmetic: the first difference is named, with what
     came, what the run was begun with and what to do."""
     model, out, wanted, _ = finished
-    only("qwen3", model, "the run folder")
+    only("llama", model, "the run folder")
 
     def refused(difference: str, model=model, wanted=wanted):
         with pytest.raises(ValueError) as err:
@@ -407,7 +407,7 @@ class Stages(Silent):
 def again(finished, tmp_path):
     """A copy of a finished fit: its model, its config, its folder and its run folder."""
     model, out, wanted, _ = finished
-    only("qwen3", model, "the run folder")
+    only("llama", model, "the run folder")
     shutil.copytree(out, tmp_path / "out")
     shutil.copytree(run_folder(out), run_folder(tmp_path / "out"))
     return model, tmp_path / "out", wanted
@@ -553,7 +553,7 @@ def test_a_damaged_score_is_made_again(again):
 
 def test_a_second_start_says_who_is_at_it_and_leaves(finished, tmp_path):
     model, out, wanted, _ = finished
-    only("qwen3", model, "the run folder")
+    only("llama", model, "the run folder")
     with open_job(model, out, wanted):
         with pytest.raises(Held, match=rf"out\.run is worked on by process {os.getpid()} on .* since 20"):
             open_job(model, out, wanted)
@@ -661,7 +661,7 @@ def test_an_output_that_would_replace_an_input_is_refused(out, pico, text, tmp_p
 def test_a_disk_that_fills_up_in_any_stage_stops_it_to_go_on_to_the_same_bytes(finished, tmp_path, monkeypatch):
     """Every way to write fails from the moment a stage has begun, as it fails in each library's own words."""
     model, out, wanted, _ = finished
-    only("qwen3", model, "the run folder")
+    only("llama", model, "the run folder")
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")

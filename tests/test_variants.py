@@ -20,11 +20,12 @@ from pennyweight.model.shapes import Attention, GatedMLP
 from pennyweight.model.slots import Slot
 from pennyweight.variants import apply, bits, choice_from_json, ffn_width, kv_heads, linear, noop, window
 from pennyweight.variants._least_squares import solve, without
-from tests.conftest import FAMILIES
+from tests.conftest import DISTINCT, FAMILIES
 from tests.live import after, computed, entering, gate
 
 AXES = kinds.names("variants")
-STRUCTURAL = [axis for axis in AXES if axis != "bits"]
+STORING = {"bits", "few_bits", "mid_bits", "mixed_bits", "sparsity", "trellis"}
+"""Axes that say how matrices are stored, which takes a while and is the same for every family: tried with some."""
 
 
 MIXER, FFN = Slot("mixer", 0), Slot("ffn", 0)
@@ -34,7 +35,8 @@ SLOTS = {"mixer": MIXER, "ffn": FFN}
 class Bench:
     """A walked pico model with real statistics of one layer."""
 
-    def __init__(self, folder) -> None:
+    def __init__(self, folder, axes) -> None:
+        self.axes = axes
         self.walk = Walk(Checkpoint(folder))
         ids = torch.arange(4 * 48).mul(7919).remainder(300).view(4, 48)
         self.hidden = self.walk.embed(ids)
@@ -67,12 +69,12 @@ class Bench:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def bench(request, pico):
-    return Bench(pico(request.param))
+    return Bench(pico(request.param), AXES if request.param in DISTINCT else [a for a in AXES if a not in STORING])
 
 
 def every_option(bench: Bench):
     for kind, shape in bench.shapes.items():
-        for axis in AXES:
+        for axis in bench.axes:
             module = kinds.load("variants", axis)
             for spec in module.options(shape):
                 yield kind, shape, axis, module, spec
@@ -333,7 +335,7 @@ def test_the_energy_of_a_group_is_what_its_heads_add_to_the_stream():
 
 @pytest.fixture(scope="module")
 def four_heads(pico):
-    return Bench(pico("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8))
+    return Bench(pico("llama", num_attention_heads=8, num_key_value_heads=4, head_dim=8), AXES)
 
 
 def heads_of(parts, name: str) -> torch.Tensor:

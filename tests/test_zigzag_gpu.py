@@ -132,7 +132,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_products_equal_the_reference(make, rows, columns, spec):
     parts, x = random_parts(rows, columns, spec), activations(columns)
     matrix = make(parts)
-    for threshold in (-1.0, 0.0, 0.6, 5.0, float("inf")):
+    for threshold in (-1.0, 0.6, float("inf")):
         found, wanted = times(matrix, x, threshold), reference.times(parts, x.double(), threshold)
         assert found.dtype == torch.float32
         assert relative(found, wanted) < 1e-5
@@ -163,8 +163,7 @@ def test_no_column_is_dropped_and_none_too_many_read(make, count, scales):
     assert relative(found, dense @ x.double()) < 1e-5
 
 
-@pytest.mark.parametrize("weighed", [False, True])
-@pytest.mark.parametrize("columns", [1, 255, 1024, 3001, 70_001])
+@pytest.mark.parametrize(("columns", "weighed"), [(1, False), (255, True), (1024, False), (3001, False), (70_001, True)])
 def test_what_is_kept_is_exact(make, columns, weighed):
     """Indices, order and values, over more blocks than one program counts; NaN is not kept, infinity is."""
     x = activations(columns) * (torch.arange(columns) % (1 + columns // 1000) == 0)
