@@ -59,7 +59,9 @@ def text(tmp_path_factory) -> Path:
     """A little text of our own, so that tests do not read the whole standard library."""
     folder = tmp_path_factory.mktemp("text")
     for i in range(8):
-        (folder / f"{i}.py").write_text(Path(__file__).read_text()[:9000] + Path(slots.__file__).read_text()[i * 500 :][:9000])
+        (folder / f"{i}.py").write_text(
+            Path(__file__).read_text()[:9000] + Path(slots.__file__).read_text()[i * 500 :][:9000]
+        )
     return folder
 
 

@@ -163,7 +163,9 @@ def test_no_column_is_dropped_and_none_too_many_read(make, count, scales):
     assert relative(found, dense @ x.double()) < 1e-5
 
 
-@pytest.mark.parametrize(("columns", "weighed"), [(1, False), (255, True), (1024, False), (3001, False), (70_001, True)])
+@pytest.mark.parametrize(
+    ("columns", "weighed"), [(1, False), (255, True), (1024, False), (3001, False), (70_001, True)]
+)
 def test_what_is_kept_is_exact(make, columns, weighed):
     """Indices, order and values, over more blocks than one program counts; NaN is not kept, infinity is."""
     x = activations(columns) * (torch.arange(columns) % (1 + columns // 1000) == 0)

@@ -16,6 +16,7 @@ def names(room: str) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (_ROOT / room).glob("[!_]*.py")))
 
 
+@functools.cache
 def load(room: str, name: str) -> ModuleType:
     """The module of one thing. Raises ValueError, naming what there is, if the room has no such file."""
     if name not in names(room):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ class Choice:
         return " + ".join(str(spec) for _, spec in self.specs) or "parent"
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        return {axis: dataclasses.asdict(spec) for axis, spec in self.specs}
+        return {axis: dict(vars(spec)) for axis, spec in self.specs}  # they hold numbers and names: nothing to copy
 
     def key(self) -> str:
         """Canonical text: equal choices give equal keys."""

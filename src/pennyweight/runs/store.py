@@ -51,6 +51,9 @@ class Store:
         except (OSError, sqlite3.Error) as err:
             raise self._failed(err) from err
         self._rows("pragma journal_mode=wal")
+        # A killed job loses nothing. Without power the last results may be gone, never half there: they are made again,
+        # which costs less than waiting for the disk after each of thousands.
+        self._rows("pragma synchronous=normal")
         if (found := self._rows("pragma quick_check(1)")) != [("ok",)]:
             raise self._failed(sqlite3.DatabaseError(str(found[0][0])))
         if self._rows("select 1 from sqlite_master where name = 'results'"):
