@@ -123,6 +123,8 @@ def test_cached_states_give_what_a_full_forward_gives(run):
 
 
 def test_groups_of_layers_give_the_same_scores(run, tmp_path):
+    if run.folder.name != "llama":
+        pytest.skip("one family is enough: how choices are grouped does not depend on it")
     apart = Scored(run.folder, tmp_path, max_pending=1)
     assert len(apart.groups) == len(apart.choices) > len(run.groups) == 4  # quarters, whatever fits
     assert apart.out == run.out
