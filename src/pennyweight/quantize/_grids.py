@@ -59,22 +59,24 @@ def _symmetric(weight: torch.Tensor, spec: Stored, importance: torch.Tensor | No
     kept, smallest = (torch.float16, _SMALLEST) if spec.down else (torch.bfloat16, 1e-12)
     grouped = weight.float().view(len(weight), -1, spec.group)
     weights = None if importance is None else importance.float().view(1, -1, spec.group)
+    weighted = grouped if weights is None else grouped * weights
     peak = grouped.abs().amax(dim=-1, keepdim=True)
     best = torch.full_like(peak, torch.inf)
     chosen, fitted = torch.ones_like(peak), torch.ones_like(peak)
+    code, each = torch.empty(2, *grouped.shape)
 
     def attempt(scale: torch.Tensor) -> None:
         nonlocal best, chosen, fitted
         scale = scale.clamp_min(smallest).to(kept).float()
-        code = (grouped / scale).round_().clamp_(low, high)
-        weighted = code if weights is None else code * weights
-        error = (grouped - code * scale).square_()
-        error = (error if weights is None else error * weights).sum(dim=-1, keepdim=True)
+        torch.div(grouped, scale, out=code).round_().clamp_(low, high)
+        linear = torch.mul(code, weighted, out=each).sum(dim=-1, keepdim=True)
+        torch.mul(code, code, out=each)
+        square = (each if weights is None else each.mul_(weights)).sum(dim=-1, keepdim=True)
+        error = scale * (scale * square - 2 * linear)  # less the sum of squares, the same for all scales
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
         # The scale that would suit these codes best: least squares of the group on them.
-        square = (code * weighted).sum(dim=-1, keepdim=True)
-        fit = (grouped * weighted).sum(dim=-1, keepdim=True) / torch.where(square > 0, square, 1.0)
+        fit = linear / torch.where(square > 0, square, 1.0)
         fitted = torch.where(better & (fit > 0), fit, fitted)
 
     for shrink in _SHRINKS if spec.bits < 8 else (1.0,):
@@ -162,13 +164,17 @@ def expand(part: torch.Tensor, spec: Stored, rows: int) -> torch.Tensor:
     return part.float().repeat_interleave(spec.group, dim=1)
 
 
-def rounded(above: torch.Tensor, step: torch.Tensor, spec: Stored) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 of one column, and what they mean in steps; `above` the minimum and `step` are (rows,)."""
+def round_column(
+    above: torch.Tensor, step: torch.Tensor, spec: Stored, codes: torch.Tensor, made: torch.Tensor
+) -> None:
+    """Codes int8 of one column, and what they mean in steps, into `codes` and `made`; `above` is what lies above the
+    minimum, all are (rows,)."""
     if spec.coded == "trellis":
-        symbols, made = _trellis.rounded(above.unsqueeze(0), step.unsqueeze(0), spec)
-        return symbols[0], made[0]
-    code = (above / step).round_().clamp_(*spec.limits)
-    return code.to(torch.int8), code
+        symbols, meant = _trellis.rounded(above.unsqueeze(0), step.unsqueeze(0), spec)
+        codes.copy_(symbols[0])
+        made.copy_(meant[0])
+    else:
+        codes.copy_(torch.div(above, step, out=made).round_().clamp_(*spec.limits))
 
 
 def codes(weight: torch.Tensor, grid: Grid, spec: Stored) -> torch.Tensor:

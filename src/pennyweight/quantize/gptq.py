@@ -62,28 +62,31 @@ def quantize(weight: torch.Tensor, prepared: Prepared, spec: Stored) -> tuple[to
     order, factor = prepared.order, prepared.factor
     # Column by column means row by row of the transpose, which lies contiguous.
     step = _grids.expand(grid.scale, spec, len(weight))[:, order].T.contiguous()
-    work = weight.float()[:, order].T.contiguous()
-    lowest = None if grid.minimum is None else _grids.expand(grid.minimum, spec, len(weight))[:, order].T.contiguous()
+    above = weight.float() if grid.minimum is None else weight - _grids.expand(grid.minimum, spec, len(weight))
+    work = above[:, order].T.contiguous()
     columns, rows = work.shape
     ordered = torch.empty(columns, rows, dtype=torch.int8)
     fits = not spec.down and spec.bits < _FINE
     steps = torch.empty(columns, rows) if fits else None
+    made, errors = torch.empty(2, _BLOCK, rows)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
-        errors = torch.empty(end - start, rows)
-        for j in range(start, end):
-            above = work[j] if lowest is None else work[j] - lowest[j]
-            ordered[j], made = _grids.rounded(above, step[j], spec)
-            if steps is not None:
-                steps[order[j]] = made
-            torch.sub(above, made.mul_(step[j]), out=errors[j - start]).div_(factor[j, j])
-            work[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j - start], alpha=-1)
-        work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+        own, upper = work[start:end], factor[start:end, start:end]
+        # Rows taken together: one by one takes as long as what is done with the rows of a small matrix.
+        each = zip(own, step[start:end], ordered[start:end], made, errors, upper, strict=False)
+        for j, (column, scale, code, meant, error, later) in enumerate(each):
+            _grids.round_column(column, scale, spec, code, meant)
+            torch.sub(column, torch.mul(meant, scale, out=error), out=error).div_(later[j])
+            own[j + 1 :].addr_(later[j + 1 :], error, alpha=-1)
+        if steps is not None:
+            steps[order[start:end]] = made[: end - start]
+        work[end:].addmm_(factor[start:end, end:].T, errors[: end - start], alpha=-1)
     codes = torch.empty(columns, rows, dtype=torch.int8)
     codes[order] = ordered
+    codes = codes.T.contiguous()
     if steps is not None:
         grid = Grid(_grids.kept(_fitted(weight.float(), steps.T.contiguous(), grid, prepared, spec), spec))
-    return codes.T.contiguous(), grid
+    return codes, grid
 
 
 _FINE = 8
@@ -95,19 +98,20 @@ _VALUES_AT_ONCE = 2**22
 def _fitted(weight: torch.Tensor, steps: torch.Tensor, grid: Grid, prepared: Prepared, spec: Stored) -> torch.Tensor:
     """Scales (rows, groups) float32 that minimise the error of scale * steps; steps (rows, columns), what codes mean in
     scales. A row keeps its scales where others, as they are kept, are no better."""
-    moment, damping, groups = prepared.moment, _DAMPING * prepared.importance.mean(), grid.scale.shape[1]
+    moment, damped, groups = prepared.moment, float(_DAMPING * prepared.importance.mean()), grid.scale.shape[1]
     some, out = max(1, _VALUES_AT_ONCE // (groups * groups + len(moment))), []
     for first in range(0, len(weight), some):
         part = slice(first, first + some)
         own, before = steps[part].view(-1, groups, spec.group), grid.scale[part].float()
-        toward = (weight[part] @ moment + damping * weight[part]).view(own.shape)
-        linear = (own * toward).sum(dim=-1)
+        toward = (weight[part] @ moment).add_(weight[part], alpha=damped)
+        linear = (own * toward.view(own.shape)).sum(dim=-1)
         square = torch.empty(len(own), groups, groups)
         for group in range(groups):
-            there = slice(group * spec.group, (group + 1) * spec.group)
-            reached = (own[:, group] @ moment[there]).view(own.shape)
-            reached[:, group] += damping * own[:, group]
-            square[:, group] = (reached * own).sum(dim=-1)
+            start, end = group * spec.group, (group + 1) * spec.group
+            reached = (own[:, group] @ moment[start:end, :end]).view(len(own), group + 1, spec.group)
+            reached[:, group] += damped * own[:, group]
+            square[:, group, : group + 1] = reached.mul_(own[:, : group + 1]).sum(dim=-1)
+            square[:, :group, group] = square[:, group, :group]
         diagonal = square.diagonal(dim1=1, dim2=2)
         ridge = 1e-5 * diagonal.mean(dim=1, keepdim=True).clamp_min(1e-30)
         factor, failed = torch.linalg.cholesky_ex(square + torch.diag_embed(ridge.expand_as(diagonal)))
