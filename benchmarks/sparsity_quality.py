@@ -131,19 +131,26 @@ def greedy(walk: Walk, ids: torch.Tensor, target: float) -> tuple[Shares, list[f
 
 @torch.no_grad()
 def scored(
-    model: Any, walk: Walk, calibration: torch.Tensor, rows: torch.Tensor, step: float
+    walk: Walk, calibration: torch.Tensor, rows: torch.Tensor, step: float
 ) -> dict[tuple[Slot, str], np.ndarray]:
     """KL of the whole model against itself when one input alone leaves out 0, `step`, two of them ... 90 %."""
-    found = calibrated(parts_of(model, walk.blocks), lambda: model(calibration, use_cache=False))
-    dense = model(rows, use_cache=False).logits.float().flatten(0, 1)
+    layers, states, found = list(walk.each()), [walk.embed(rows)], dict[tuple[Slot, str], Any]()
+    counted = walk.embed(calibration)
+    for layer in layers:
+        found |= calibrated(layer.parts, functools.partial(layer.run, counted))
+        counted = layer.run(counted)
+        states.append(layer.run(states[-1]))
+    dense = walk.logits(states[-1]).flatten(0, 1)
     p, nobody = dense.softmax(dim=-1), torch.zeros(len(dense), 1, dtype=torch.int64)
     table = {}
     for done, (key, module) in enumerate(found.items(), 1):
-        row = [0.0]
+        row, first = [0.0], key[0].layer or 0
         for level in range(1, round(MOST / step) + 1):
             module.left_out = level * step
-            difference = model(rows, use_cache=False).logits.float().flatten(0, 1) - dense
-            row.append(float(score.divergence(p, difference, nobody)[0].mean()))
+            hidden = states[first]  # what comes before it is as it was
+            for layer in layers[first:]:
+                hidden = layer.run(hidden)
+            row.append(float(score.divergence(p, walk.logits(hidden).flatten(0, 1) - dense, nobody)[0].mean()))
         module.left_out = 0.0
         table[key] = np.maximum.accumulate(row)  # less can never be worth more: what wiggles is noise of few tokens
         print(f"  scored input {done} of {len(found)}", end="\r", flush=True)
@@ -170,7 +177,7 @@ def main() -> int:
     quick = options.quick
     job = _reference.opened(options.model)
     calibration = torch.from_numpy(job.text.calibration.ids[: 4 if quick else 16, :-1])
-    rows = torch.from_numpy(job.text.score.ids[:1, :256] if quick else job.text.score.ids[:6, :-1])
+    rows = torch.from_numpy(job.text.score.ids[:1, :256] if quick else job.text.score.ids[:, :-1])
     step = 2 * STEP if quick else STEP
     held_out = _reference.held_out(job, 4 if quick else 48)
     same_kind = job.text.held_out  # of the kind the tables were counted on, which books are not
@@ -179,8 +186,7 @@ def main() -> int:
     folder = _bench.work_folder("sparsity_quality")
     keys: dict[str, Any] = {"parent": loss(load_model(options.model, dtype=torch.float32), held_out).bits_per_byte}
     print(f"parent in bfloat16: {keys['parent']:.4f} bits per byte")
-    with torch.no_grad():
-        table = scored(load_model(options.model, dtype=torch.float32), walk, calibration, rows, step)
+    table = scored(walk, calibration, rows, step)
     worst, block_errors = 0.0, []
     for target in TARGETS[-1:] if quick else (0.0, *TARGETS):
         shares: dict[str, Shares] = {"uniform": dict.fromkeys(weight, target)}
