@@ -229,7 +229,9 @@ def measure(model: Path, inputs: str) -> dict[str, Any]:
             after = [
                 results.get(
                     f"{said} {name} after {seed}",
-                    lambda n=name, s=seed, o=opened: nats(healed(job, o(n), parent, s, work / f"{n} {s} run"), rows),
+                    lambda n=name, s=seed, o=opened, a=said: nats(
+                        healed(job, o(n), parent, s, work / f"{a} {n} {s} run"), rows
+                    ),
                 )
                 for seed in SEEDS
             ]
