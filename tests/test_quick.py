@@ -77,6 +77,18 @@ def test_uniform_bits_are_the_same_everywhere_and_nothing_is_gathered(uniform):
     assert report["unhealed"]["kl"] > 0
 
 
+def test_a_matrix_that_the_group_does_not_divide_has_a_smaller_one(pico, text, tmp_path):
+    """Not one scale for a whole row of 96: an FFN that was made narrower would pay for it. Stock transformers and the
+    engine read it (checks)."""
+    wanted = config(text, uniform={"bits": 4, "group": 64}, axes=("bits",))
+    report, _ = run(pico("llama", intermediate_size=96), tmp_path / "out", wanted)
+    stored = Checkpoint(tmp_path / "out").config["quantization_config"]["config_groups"].values()
+    (of_down,) = (each["weights"] for each in stored if "model.layers.0.mlp.down_proj" in each["targets"])
+    (of_up,) = (each["weights"] for each in stored if "model.layers.0.mlp.up_proj" in each["targets"])
+    assert (of_down["strategy"], of_down["group_size"], of_up["group_size"]) == ("group", 32, 64)
+    assert len(report["verified"]["checks"]) == 8 and all(check["ok"] for check in report["verified"]["checks"])
+
+
 def test_codes_of_uniform_bits_are_better_than_rounding(uniform, text):
     """GPTQ on what enters each layer of the child, though no statistics of the parent were gathered."""
     *_, report, _ = uniform

@@ -28,6 +28,7 @@ from pennyweight.model.shapes import (
     parameters,
 )
 from pennyweight.model.slots import Slot
+from pennyweight.model.stored import fitting
 from pennyweight.variants import choice_from_json, layout_from_json, reshape, reshape_all, structural
 
 AXES = kinds.names("variants")
@@ -314,3 +315,26 @@ def test_fewer_bits_never_cost_more_in_matrices_wide_enough_to_be_packed(shape):
         rows = sum(weight.shape[0] for weight in shape.weights() if len(weight.shape) > 1)
         assert by_bits[4] < by_bits[8]
         assert by_bits[8] < nbytes(shape) or rows < 16  # the packed shape's 16 bytes
+
+
+@pytest.mark.parametrize(
+    ("group", "columns", "wanted"),
+    [(128, 768, 128), (128, 704, 64), (128, 736, 32), (32, 48, 48), (128, 172, 172), (48, 96, 48), (172, 344, 172)],
+)
+def test_a_group_that_does_not_divide_a_row_is_halved_down_to_32_then_a_whole_row(group, columns, wanted):
+    assert fitting(group, columns) == wanted
+    assert packed_int.Spec(4, group).over(columns).group == wanted
+
+
+@pytest.mark.parametrize(
+    ("width", "offered"),
+    [
+        (768, [704, 672, 640, 576, 512, 480, 448, 384, 320, 288, 256, 192, 128, 96]),
+        (1536, [1408, 1344, 1280, 1152, 1024, 960, 896, 768, 640, 576, 512, 384, 256, 192]),
+        (128, [96, 64, 32]),
+        (8960, [8384, 7808, 7296, 6720, 6144, 5632, 5056, 4480, 3904, 3328, 2816, 2240, 1664, 1152]),
+    ],
+)
+def test_widths_go_in_steps_of_a_sixteenth_that_a_group_divides(width, offered):
+    shape = dataclasses.replace(MLP, intermediate_size=width)
+    assert [spec.width for spec in kinds.load("variants", "ffn_width").options(shape)] == offered

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from pennyweight.formats import Find, packed_int, refuse_damage
-from pennyweight.model.stored import Stored
+from pennyweight.model.stored import Stored, fitting
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +44,9 @@ class Spec(Stored):
             raise ValueError(f"{self}: {', '.join(map(str, BITS))} bits, and at least one column a group")
 
     def over(self, columns: int) -> Spec:
-        """With one scale a row where the group does not divide the columns."""
-        return self if columns % self.group == 0 else Spec(self.bits, columns)
+        """In a smaller group, or one scale a row, where the group does not divide the columns."""
+        group = fitting(self.group, columns)
+        return self if group == self.group else Spec(self.bits, group)
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from pennyweight.formats import Find, numbers, refuse_damage
-from pennyweight.model.stored import Stored
+from pennyweight.model.stored import Stored, fitting
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +62,9 @@ class Spec(Stored):
         return 0, (1 << self.bits) - 1
 
     def over(self, columns: int) -> Spec:
-        """With one scale a row where the group does not divide the columns."""
-        return self if columns % self.group == 0 else Spec(self.bits, columns)
+        """In a smaller group, or one scale a row, where the group does not divide the columns."""
+        group = fitting(self.group, columns)
+        return self if group == self.group else Spec(self.bits, group)
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {

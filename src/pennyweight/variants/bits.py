@@ -42,7 +42,8 @@ class Spec:
 def options(shape: Shape) -> list[Spec]:
     """4 bits in groups of 128, 64 and 32 where they divide the hidden size; 8 bits in the widest of them.
 
-    A matrix with other columns that the group does not divide (an FFN of odd width) gets one scale per row.
+    A matrix with other columns that the group does not divide gets a smaller group, or (an FFN of odd width) one scale
+    per row.
     """
     if not isinstance(shape, _Matrices) or (isinstance(shape, Head) and shape.tied):
         return []

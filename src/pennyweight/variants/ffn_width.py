@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 PLACE = 11
 STATS = ("activation_mean_abs", "inner_moment")
 TRAINS = True
-ALIGN = 128  # widths are multiples of this where the parent allows, so that every int4 group size fits
-SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+SHARES = tuple(sixteenths / 16 for sixteenths in range(15, 1, -1))
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,11 @@ class Spec:
 
 
 def options(shape: Shape) -> list[Spec]:
-    """Widths below the parent's, at the shares of Puzzle's search space, rounded to the alignment."""
+    """Widths below the parent's, in steps of a sixteenth (Puzzle's are twice as wide: too few to meet a budget by widths
+    alone as closely as one width for all layers does), rounded to the alignment."""
     if not isinstance(shape, GatedMLP):
         return []
-    align = ALIGN
+    align = 64 if shape.intermediate_size >= 1024 else 32  # an int4 group of one of these fits every width
     while align > 8 and shape.intermediate_size < 4 * align:
         align //= 2
     widths = {max(align, round(shape.intermediate_size * share / align) * align) for share in SHARES}
