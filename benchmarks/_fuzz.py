@@ -28,22 +28,37 @@ _WORDS = """
 _KEYS = tuple(_WORDS.split())
 
 
-def everything(count: int) -> dict[str, Any]:
-    """About `count` inputs in all: {"inputs", "bad", "examples", ...}."""
-    import fuzz_files
-
-    print(f"damaged files: {count * 6 // 10}", flush=True)
-    damaged = fuzz_files.main(count * 6 // 10)
-    files = {"inputs": damaged["cases"], "bad": len(damaged["faults"]), "examples": damaged["faults"][:10]}
-    print(f"requests: {count * 4 // 10}", flush=True)
-    requests = server(count * 4 // 10 + 1)
-    sanitised = under_asan(max(50, count // 100))
-    parts = {"files": files, "server": requests, "asan": sanitised}
+def everything(count: int, kept: Path) -> dict[str, Any]:
+    """About `count` inputs in all: {"inputs", "bad", "examples", ...}. A part that ended with nothing bad is kept in a
+    file named after `kept`, and not run again."""
+    parts: dict[str, dict[str, Any]] = {}
+    sizes = {files: count * 6 // 10, server: count * 4 // 10 + 1, under_asan: max(50, count // 100)}
+    for run, size in sizes.items():
+        name = run.__name__
+        file = kept.with_name(f"{kept.name}-{name}-{size}.json")
+        if file.exists():
+            parts[name] = json.loads(file.read_text())
+        else:
+            print(f"{name}: {size} inputs", flush=True)
+            parts[name] = run(size)
+            if not parts[name]["bad"]:
+                partial = file.with_suffix(".partial")
+                partial.write_text(json.dumps(parts[name]))
+                partial.replace(file)
+        print(f"{name}: {parts[name]['inputs']} inputs, {parts[name]['bad']} bad", flush=True)
     return {
         "inputs": sum(part["inputs"] for part in parts.values()),
         "bad": sum(part["bad"] for part in parts.values()),
         **parts,
     }
+
+
+def files(count: int) -> dict[str, Any]:
+    """Damaged files for every reader."""
+    import fuzz_files
+
+    damaged = fuzz_files.main(count)
+    return {"inputs": damaged["cases"], "bad": len(damaged["faults"]), "examples": damaged["faults"][:10]}
 
 
 def server(count: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ A case states what is right. It runs in a process of its own: a hang, a crash or
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -1243,6 +1244,8 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=None, help="generated inputs (default 100000, quick 2000)")
     parser.add_argument("--no-cases", action="store_true", help="generated inputs alone")
     options = parser.parse_args()
+    if not options.only and importlib.util.find_spec("schemathesis") is None:
+        raise SystemExit("requests are drawn by schemathesis: pip install -e '.[fuzz]', or ask for cases (--only)")
     os.environ["PENNY_CACHE"] = str(_bench.work_folder("faults"))  # nobody's measurements are read or written
     _cases.prepare()
     wrong: dict[str, str] = {}
@@ -1260,7 +1263,7 @@ def main() -> int:
         import _fuzz
 
         inputs = options.inputs or (2_000 if options.quick else 100_000)
-        fuzzed = _fuzz.everything(inputs)
+        fuzzed = _fuzz.everything(inputs, _bench.work_folder("faults") / _bench.package_hash()[:12])
         found["fuzzed"] = fuzzed
         bars.append(_bench.bar("generated inputs", fuzzed["inputs"], ">=", inputs))
         bars.append(_bench.bar("tracebacks, crashes, hangs, 5xx, memory", fuzzed["bad"], "==", 0))
