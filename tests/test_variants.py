@@ -14,12 +14,12 @@ import torch
 from pennyweight import kinds
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.judge.stats import NAMES, Collector, SlotStats, of_slot
+from pennyweight.live.least_squares import solve, without
 from pennyweight.live.walk import Walk
 from pennyweight.model.choices import Choice
 from pennyweight.model.shapes import Attention, GatedMLP
 from pennyweight.model.slots import Slot
 from pennyweight.variants import apply, bits, choice_from_json, ffn_width, kv_heads, linear, noop, window
-from pennyweight.variants._least_squares import solve, without
 from tests.conftest import DISTINCT, FAMILIES
 from tests.live import after, computed, entering, gate
 

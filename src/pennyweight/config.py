@@ -110,17 +110,24 @@ class DataConfig(_Strict):
 
 class HealConfig(_Strict):
     """Distillation: `library` of every variant before it is scored, `local` of the child's blocks, `whole` of the
-    child. Tokens are per variant, per slot and in all; 0 leaves a stage out.
+    child; between the last two `fit`, in closed form (heal/in_sequence.py). Tokens are per variant, per slot and in
+    all; 0 leaves a stage out. None: as many as the others take, 16,384 at most.
 
     Peak learning rates are chosen by the model's width and by how much it lost, unless given.
     """
 
     library_tokens: int = Field(default=0, ge=0)
     local_tokens: int = Field(default=60_000, ge=0)
+    fit_tokens: int | None = Field(default=None, ge=0)
     whole_tokens: int = Field(default=300_000, ge=0)
     local_lr: float | None = Field(default=None, gt=0)
     whole_lr: float | None = Field(default=None, gt=0)
     batch_rows: int = Field(default=2, ge=1)
+
+    @property
+    def fitted(self) -> int:
+        """Tokens of the fit."""
+        return min(16_384, max(self.local_tokens, self.whole_tokens)) if self.fit_tokens is None else self.fit_tokens
 
 
 class UniformConfig(_Strict):

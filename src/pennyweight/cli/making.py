@@ -76,6 +76,9 @@ def fit(
     local_tokens: Annotated[
         int | None, typer.Option(min=0, help="Tokens per block of local distillation; 0 for none.")
     ] = None,
+    fit_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Tokens that blocks are fitted in sequence on; 0 for none.")
+    ] = None,
     machine: Annotated[str | None, typer.Option(help='"this", a shipped machine or a JSON file.')] = None,
     prices: Annotated[str | None, typer.Option(help="computed or measured.")] = None,
     max_ram: Annotated[str | None, typer.Option(help="Memory the job may plan with, e.g. 8GiB or 50%.")] = None,
@@ -122,7 +125,12 @@ def fit(
                     "score_rows": score_rows,
                     "held_out_rows": held_out_rows,
                 },
-                "heal": {"whole_tokens": heal_tokens, "local_tokens": local_tokens, "library_tokens": library_tokens},
+                "heal": {
+                    "whole_tokens": heal_tokens,
+                    "local_tokens": local_tokens,
+                    "fit_tokens": fit_tokens,
+                    "library_tokens": library_tokens,
+                },
                 "metric": metric,
                 "race": race,
                 "hours": hours,

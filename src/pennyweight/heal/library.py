@@ -18,13 +18,13 @@ import torch
 
 from pennyweight.disk.opened import open_checkpoint
 from pennyweight.heal import local, schedule
-from pennyweight.judge.stats import SlotStats, of_slot, read, variant_path
+from pennyweight.judge.stats import of_slot, read, variant_path
 from pennyweight.live.walk import Layer, Walk, autocast
 from pennyweight.model.choices import Choice
 from pennyweight.model.shapes import Shape
 from pennyweight.model.slots import Slot
 from pennyweight.runs import executor, scratch
-from pennyweight.variants import apply, noop, reshape
+from pennyweight.variants import apply, reshape
 
 STRETCHES = (0.25, 0.75)
 """Shares of a variant's tokens; between them those that are beaten drop out."""
@@ -122,16 +122,9 @@ def _alone(
     with autocast(dtype):
         if slot.kind == "ffn":
             mixer = Slot("mixer", slot.layer)
-            without = _without(layer, slot)
+            without = local.without(layer, slot)
             hidden = without.run(hidden, together=batch_rows)
-            layer = _without(layer, mixer)
+            layer = local.without(layer, mixer)
             tokens = next(n for n in range(min(_FFN_TOKENS, hidden.shape[1]), 0, -1) if hidden.shape[1] % n == 0)
             hidden = hidden.reshape(-1, tokens, hidden.shape[2])
         return layer, hidden, layer.run(hidden, together=batch_rows)
-
-
-def _without(layer: Layer, slot: Slot) -> Layer:
-    """A copy of the layer in which nothing stands in a slot."""
-    copied = layer.fork(slot)
-    copied.parts[slot] = noop.apply(copied.parts[slot], noop.Spec(), SlotStats({}))
-    return copied

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pennyweight.heal import loop, schedule
+from pennyweight.live.blocks import replace_block
 from pennyweight.live.walk import Layer, Walk, autocast
 from pennyweight.model.shapes import Noop
 from pennyweight.model.slots import Slot
@@ -117,3 +118,12 @@ def train(
                 parameter.copy_(old)
         last = at_first
     return [at_first, last]
+
+
+def without(layer: Layer, slot: Slot) -> Layer:
+    """A copy of the layer in which nothing stands in a slot."""
+    copied = layer.fork(slot)
+    parts = copied.parts[slot]
+    if not isinstance(parts.shape, Noop):
+        copied.parts[slot] = replace_block(parts, Noop(hidden_size=parts.shape.hidden_size))
+    return copied

@@ -11,7 +11,7 @@ import torch
 from pennyweight import families, units
 from pennyweight.disk.checkpoint import Checkpoint
 from pennyweight.disk.writer import Writer
-from pennyweight.heal import local, whole
+from pennyweight.heal import in_sequence, local, whole
 from pennyweight.heal.schedule import JUDGES
 from pennyweight.job.job import Job
 from pennyweight.judge import score, stats
@@ -97,15 +97,18 @@ def _in_16_bits(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def heal(job: Job, layout: Mapping[Slot, Choice], built: Path, folder: Path) -> Path:
-    """Distil the built child block by block, then whole; returns the folder of the healed child."""
+    """Distil the built child block by block, fit it in sequence, then distil it whole; returns the folder of the healed
+    child."""
     plan = job.config.heal
     changed = {slot: structural(choice) for slot, choice in layout.items() if structural(choice)}
     ids = torch.from_numpy(job.text.heal.ids[:, :-1])
-    if not changed or (plan.local_tokens == 0 and plan.whole_tokens == 0) or not len(ids):
+    if not changed or not (plan.local_tokens or plan.fitted or plan.whole_tokens) or not len(ids):
         return built
     current = built
     if plan.local_tokens:
         current = _heal_local(job, changed, ids, built, folder.with_name(folder.name + "-blocks"))
+    if plan.fitted:
+        current = _fit(job, changed, ids, current, folder.with_name(folder.name + "-fitted"))
     if plan.whole_tokens:
         current = _heal_whole(job, ids, current, folder)
     return current
@@ -130,12 +133,31 @@ def _heal_local(job: Job, changed: Mapping[Slot, Choice], ids: torch.Tensor, bui
         store=job.store,
         listen=job.listen,
     )
-    replaced = {name: tensor for tensors in new.values() for name, tensor in tensors.items()}
+    return _with(job, child, {name: tensor for tensors in new.values() for name, tensor in tensors.items()}, folder)
+
+
+def _fit(job: Job, changed: Mapping[Slot, Choice], ids: torch.Tensor, built: Path, folder: Path) -> Path:
+    child = Walk(Checkpoint(built), dtype=job.dtype)
+    found = in_sequence.fit(
+        job.walk,
+        child,
+        changed,
+        ids,
+        tokens=job.config.heal.fitted,
+        batch_rows=4,
+        store=job.store,
+        listen=job.listen,
+    )
+    return _with(job, child, found, folder)
+
+
+def _with(job: Job, child: Walk, replaced: Mapping[str, torch.Tensor], folder: Path) -> Path:
+    """A folder of the child in which some tensors are other ones."""
     with waiting(job.listen, "write child"):
         writer = Writer(folder, joins=families.joined(child.checkpoint.config))
         for name in child.checkpoint.entries:
             writer.add(name, replaced[name] if name in replaced else child.checkpoint.read(name))
-        return writer.finish(child.checkpoint.config, like=built)
+        return writer.finish(child.checkpoint.config, like=child.checkpoint.path)
 
 
 def _heal_whole(job: Job, ids: torch.Tensor, built: Path, folder: Path) -> Path:

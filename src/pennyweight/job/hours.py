@@ -28,6 +28,7 @@ from pennyweight.units import show_seconds
 
 _SHARE = 0.5  # of the measured rate
 _TRAINED = 4  # passes of a trained token: the parent's, the child's, and its gradients' two
+_FITTED = 3  # passes of a token that is fitted to: the parent's, and the child's before and after
 _CONTENDING = 0.35  # of the scoring that is left after the first part, where choices are raced
 _APPLY = 0.02  # seconds to make a choice of a slot, for each chunk
 _STEADY = 20.0  # seconds of what does not grow with text: reading, checking, packing
@@ -109,7 +110,11 @@ class Work:
             "stats": judged * (passed * (self.layers + self.moments) + 4 * self.codes),
             "library": heal.library_tokens * self.learning * _TRAINED,
             "score": own * tokens * self.scored + rows * tokens * self.layers,
-            "heal": heals * _TRAINED * (heal.local_tokens * self.blocks + heal.whole_tokens * whole),
+            "heal": heals
+            * (
+                _TRAINED * (heal.local_tokens * self.blocks + heal.whole_tokens * whole)
+                + heal.fitted * (_FITTED * self.layers + self.moments)
+            ),
             "pack": passed * 2 * (self.layers + self.moments),
             "verify": 2 * data.held_out_rows * tokens * whole,
         }

@@ -121,16 +121,18 @@ def _disk_bytes(job: Job, *, thrifty: bool) -> int:
     learning = 2 * hidden * (JUDGES - (-config.heal.library_tokens // job.row_tokens)) if job.library else 0
     child = job.parent_bytes
     heals = any(not variants.stores(axis) for axis in config.axes)
-    local, all_of_it = (child * (heals and n > 0) for n in (config.heal.local_tokens, config.heal.whole_tokens))
+    local, fitted, all_of_it = (
+        child * (heals and n > 0) for n in (config.heal.local_tokens, config.heal.fitted, config.heal.whole_tokens)
+    )
     shipped = min(child, job.budget.weight_bytes or child) + offers.FILE_OVERHEAD
     kept = 0 if thrifty else again
     stages = (
         again + max(gathering, learning, scoring),
         again + child,
-        # Slots healed by themselves and the child of them; the child and Adam's two moments in float32, twice while
-        # they are replaced, and the child at last.
-        kept + child + 2 * local + 13 * all_of_it,
-        kept + child + (0 if thrifty else local) + 2 * shipped + 2 * rows.calibration_rows * hidden,
+        # Slots healed by themselves and the child of them, the same of those that are fitted; the child and Adam's two
+        # moments in float32, twice while they are replaced, and the child at last.
+        kept + child + 2 * local + 2 * fitted + 13 * all_of_it,
+        kept + child + (0 if thrifty else local + fitted) + 2 * shipped + 2 * rows.calibration_rows * hidden,
     )
     return max(stages) + compared + _SMALL
 

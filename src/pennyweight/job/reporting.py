@@ -97,6 +97,11 @@ def facts(
             for slot in layout
             if (losses := job.store.get(f"heal/local-loss/{slot}", list[float])) is not None
         },
+        "fitted": {
+            str(slot): errors
+            for slot in job.shapes
+            if (errors := job.store.get(f"heal/fitted-loss/{slot}", list[float])) is not None
+        },
         "whole_heal": job.store.get("heal/whole/losses", list[float]) or [],
         "whole_heal_judged": job.store.get("heal/whole/judged"),
         "file_bytes": verify.safetensors_bytes(job.store.folder / "candidate"),

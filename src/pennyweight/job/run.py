@@ -54,6 +54,10 @@ def run_job(job: Job) -> dict[str, Any]:
     return _Run(job).report()
 
 
+_HEALED = ("healed", "healed-blocks", "healed-fitted")  # folders
+_FITTED = ("heal/fitted/", "heal/fitted-loss/")
+
+
 class _Run:
     """The stages of one job, each asking for those that it stands on."""
 
@@ -187,18 +191,18 @@ class _Run:
 
     def healed(self) -> Path:
         """The folder of the child in 16 bits, healed if that was asked for."""
-        self._made_from("heal", self._healing, "healed", "heal/whole/")
+        self._made_from("heal", self._healing, "healed", *_FITTED, "heal/whole/")
         name = self.store.get("healed", str)
         if name is None or self.store.folder_digests(f"folder/{name}", self.folder / name) is None:
             built, folder = self.built(), self.folder / "healed"
-            self._drop_folder("healed", "healed-blocks")
+            self._drop_folder(*_HEALED)
             made = self._timed("heal", lambda: heal(self.job, self.layout, built, folder))
             name = made.name
             if made != built:
                 self.store.put_folder(f"folder/{name}", made)
             self.store.put("healed", name)
         self.store.drop("heal/whole/checkpoint")
-        self._drop_folder(*({"built", "healed", "healed-blocks"} - {name}))
+        self._drop_folder(*({"built", *_HEALED} - {name}))
         return self.folder / name
 
     def candidate(self) -> Path:
@@ -263,8 +267,8 @@ class _Run:
         self._drop_codes()
         if self.thrifty:
             self._forget_gathered()
-            self._drop_folder("built", "healed", "healed-blocks")
-            for prefix in ("pack/", "heal/local/"):
+            self._drop_folder("built", *_HEALED)
+            for prefix in ("pack/", "heal/local/", *_FITTED):
                 self.store.drop(prefix)
         return told
 

@@ -103,7 +103,8 @@ def read(checkpoint: Readable, tokenizer: Any, config: FitConfig, store: Store, 
 def _rows_needed(config: FitConfig, context: int) -> int:
     """Rows for calibration, scoring and healing, the ones that judge healing included."""
     heal, data = config.heal, config.data
-    healing = -(-max(heal.library_tokens, heal.local_tokens, heal.whole_tokens) // context) + JUDGES
+    most = max(heal.library_tokens, heal.local_tokens, heal.fitted, heal.whole_tokens)
+    healing = -(-most // context) + JUDGES
     return data.calibration_rows + data.score_rows + healing + 1
 
 

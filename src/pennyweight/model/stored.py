@@ -61,8 +61,8 @@ class Stored:
 
 
 def fitting(group: int, columns: int) -> int:
-    """Columns that share a scale in rows of so many: `group`, or its half, or that's half, down to 32, whichever divides
-    them first; a whole row where none does."""
+    """Columns that share a scale in rows of so many: `group`, or its half, or that's half, down to 32, whichever
+    divides them first; a whole row where none does."""
     while columns % group and not group % 64:
         group //= 2
     return columns if columns % group else group

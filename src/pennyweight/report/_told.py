@@ -182,6 +182,7 @@ class Data(Told):
 class Heal(Told):
     library_tokens: NotRequired[int]
     local_tokens: int
+    fit_tokens: NotRequired[int | None]
     whole_tokens: int
 
 
@@ -233,6 +234,7 @@ class Report(Told):
     unhealed: NotRequired[dict[str, Real] | None]
     verified: Verified
     local_heal: dict[SlotName, Pair]
+    fitted: NotRequired[dict[SlotName, Pair]]
     whole_heal: list[Real]
     whole_heal_judged: NotRequired[Pair | None]
     file_bytes: Positive

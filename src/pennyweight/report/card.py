@@ -148,6 +148,11 @@ def _history(report: Mapping[str, Any]) -> str:
         steps.insert(0, f"Every variant that can learn was distilled against the parent's block, on up to {before}.")
     if report["local_heal"]:
         steps.append(f"Every block whose shape changed was distilled against the parent's, on {local} each.")
+    if fitted := report.get("fitted"):
+        steps.append(
+            f"The matrices that {len(fitted)} blocks write with were fitted to the parent's residual stream, one after "
+            "the other."
+        )
     if report["whole_heal"]:
         steps.append(f"The whole model was distilled against the parent, on {whole}.")
     if not report["local_heal"] and not report["whole_heal"]:

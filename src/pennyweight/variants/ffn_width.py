@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from pennyweight.live.least_squares import without
 from pennyweight.model.shapes import GatedMLP, Shape
-from pennyweight.variants._least_squares import without
 
 if TYPE_CHECKING:
     from pennyweight.judge.stats import SlotStats
@@ -37,8 +37,8 @@ class Spec:
 
 
 def options(shape: Shape) -> list[Spec]:
-    """Widths below the parent's, in steps of a sixteenth (Puzzle's are twice as wide: too few to meet a budget by widths
-    alone as closely as one width for all layers does), rounded to the alignment."""
+    """Widths below the parent's, in steps of a sixteenth, rounded to what an int4 group divides. Puzzle's steps are
+    twice as wide: by widths alone they meet a budget less closely than one width for all layers does."""
     if not isinstance(shape, GatedMLP):
         return []
     align = 64 if shape.intermediate_size >= 1024 else 32  # an int4 group of one of these fits every width

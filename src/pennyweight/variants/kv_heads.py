@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from pennyweight.live.least_squares import without
 from pennyweight.model.shapes import Attention, Shape
-from pennyweight.variants._least_squares import without
 
 if TYPE_CHECKING:
     from pennyweight.judge.stats import SlotStats

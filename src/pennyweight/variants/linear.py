@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from pennyweight.live.least_squares import solve
 from pennyweight.model.shapes import Attention, Dense, GatedMLP, Shape
-from pennyweight.variants._least_squares import solve
 
 if TYPE_CHECKING:
     from pennyweight.judge.stats import SlotStats
