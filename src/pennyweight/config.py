@@ -111,7 +111,7 @@ class DataConfig(_Strict):
 class HealConfig(_Strict):
     """Distillation: `library` of every variant before it is scored, `local` of the child's blocks, `whole` of the
     child; between the last two `fit`, in closed form (heal/in_sequence.py). Tokens are per variant, per slot and in
-    all; 0 leaves a stage out. None: as many as the others take, 16,384 at most.
+    all; 0 leaves a stage out. None: as many as the others take, 32,768 at most.
 
     Peak learning rates are chosen by the model's width and by how much it lost, unless given.
     """
@@ -127,7 +127,7 @@ class HealConfig(_Strict):
     @property
     def fitted(self) -> int:
         """Tokens of the fit."""
-        return min(16_384, max(self.local_tokens, self.whole_tokens)) if self.fit_tokens is None else self.fit_tokens
+        return min(32_768, max(self.local_tokens, self.whole_tokens)) if self.fit_tokens is None else self.fit_tokens
 
 
 class UniformConfig(_Strict):
