@@ -341,7 +341,7 @@ def test_the_cache_is_told_as_far_as_the_model_goes():
     [
         (0.5, variants.default(), "bits alone leaves"),
         (0.2, variants.default(), "bits and ffn_width together leave"),
-        (0.5, ("noop", "ffn_width"), "noop alone leaves"),
+        (0.45, ("noop", "ffn_width"), "noop alone leaves"),
         (0.02, ("bits", "ffn_width"), None),
     ],
 )
