@@ -294,6 +294,13 @@ def test_a_bare_report_says_what_is_missing(bare):
     assert "Runners-up" not in text
 
 
+def test_a_child_that_was_only_fitted_is_told_so(bare):
+    bare["fitted"] = {"0.mixer": [0.02, 0.02], "0.ffn": [0.02, 0.01]}
+    text = Page(html.render(bare)).text
+    assert "Nothing was healed" not in text
+    assert "matrices that 2 blocks write with were fitted" in text
+
+
 def test_only_small_parents_get_the_warning(report, bare):
     assert all("fewer than 100 M parameters" in render(report) for render in (html.render, card.render))
     assert not any("fewer than 100 M parameters" in render(bare) for render in (html.render, card.render))

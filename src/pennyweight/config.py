@@ -126,7 +126,7 @@ class HealConfig(_Strict):
 
     @property
     def fitted(self) -> int:
-        """Tokens of the fit."""
+        """Tokens of the fit, as asked for or by default."""
         return min(32_768, max(self.local_tokens, self.whole_tokens)) if self.fit_tokens is None else self.fit_tokens
 
 
