@@ -24,7 +24,7 @@ from pennyweight.heal import schedule
 from pennyweight.heal.local import without
 from pennyweight.live import magnitudes
 from pennyweight.live.least_squares import solve
-from pennyweight.live.parts import set_linear
+from pennyweight.live.parts import Parts, set_linear
 from pennyweight.live.walk import Layer, Walk, autocast
 from pennyweight.model.shapes import Noop
 from pennyweight.model.slots import Slot
@@ -81,7 +81,7 @@ def _kept(
 ) -> dict[str, torch.Tensor]:
     """The slot's new matrix by name on disk, which is put in place; nothing if it stays."""
     parts, key = half.parts[slot], f"heal/fitted/{slot}"
-    name = writes(parts)
+    name = _writes(parts)
     if name is None:
         return {}
     linear, on_disk = parts.matrix(name), parts.place.tensor(name)
@@ -100,7 +100,7 @@ def _kept(
     return tensors
 
 
-def writes(parts: Any) -> str | None:
+def _writes(parts: Parts) -> str | None:
     """The name of the one matrix whose products join the residual stream as they are."""
     shape = parts.shape
     if isinstance(shape, Noop) or parts.norm("post_norm") is not None:
