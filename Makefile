@@ -1,5 +1,5 @@
 # Everything on a fresh machine with Python 3.11 and, for the native module, a C++ compiler.
-#   make demo   set up, then fit the shipped model to a fifth of its size (about 4 minutes on 2 cores)
+#   make demo   set up, then fit the shipped model to a fifth of its size (about 5 minutes on 2 cores)
 #   make test   set up, then run the tests (under 6 minutes on 2 cores, no network after the set-up)
 #   make mutants   change the maths, one operator at a time, and see that a test fails (hours; goes on where it was)
 #   make real   set up, fetch SmolLM2-135M-Instruct (269 MB) and fit it to 30 % of its bytes: hours on 2 cores; goes on where
