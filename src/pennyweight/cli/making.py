@@ -277,7 +277,7 @@ def demo(
         settings = {
             "budget": {"weights": weights},
             "sweep": tuple(f"weights={share}%" for share in (18, 25, 30, 40, 60)),
-            "heal": {"local_tokens": 30_000, "whole_tokens": 120_000},
+            "heal": {"local_tokens": 30_000, "whole_tokens": 80_000},
         }
         print(f"fitting {Path(parent).name} to {weights} of its bytes", file=sys.stderr)
         _fit(parent, out, merged(FitConfig(), settings), run=None, engine="local", dry_run=False, as_json=False)
