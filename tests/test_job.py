@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sqlite3
+import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -775,6 +776,12 @@ def test_codes_of_a_matrix_are_found_once(pico, text, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(pico("llama"), tmp_path / "out", wanted, At("pack", interrupt))
     assert not found
+
+
+def test_the_time_of_a_stage_is_without_that_of_stages_it_waits_for(pico, text, tmp_path):
+    wanted = config(text, budget={"weights": "30%"}, heal={"local_tokens": 0, "whole_tokens": 512, "batch_rows": 4})
+    report = run(pico("llama"), tmp_path / "out", wanted, At("heal model", lambda: time.sleep(3)))
+    assert report["timings"]["heal"] >= 3 > report["timings"]["pack"] > 0
 
 
 def test_packing_takes_the_codes_of_the_embedding_that_scoring_found(pico, text, tmp_path, monkeypatch):

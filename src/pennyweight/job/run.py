@@ -66,14 +66,18 @@ class _Run:
         if job.config.machine == "this" and self.store.get("machine") is None:
             self.store.put("machine", asdict(described(job)))
         self.timings: dict[str, float] = self.store.get("timings", dict[str, float]) or {}
+        self._told_seconds = 0.0  # of stages that this process has timed
         self.thrifty = disk(job).thrifty
 
     def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
+        """What a stage's work gives; its time is added to `timings`, less that of stages it waited for."""
+        started, told = time.perf_counter(), self._told_seconds
         if not self.job.fits_whole:
             allocator.give_back_freed_memory()  # what the last stage held; the next one needs its room
         result = work()
-        self.timings[stage] = round(self.timings.get(stage, 0.0) + time.perf_counter() - started, 2)
+        own = time.perf_counter() - started - (self._told_seconds - told)
+        self._told_seconds += own
+        self.timings[stage] = round(self.timings.get(stage, 0.0) + own, 2)
         self.store.put("timings", self.timings)
         return result
 
